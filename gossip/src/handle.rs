@@ -1,0 +1,180 @@
+//! How the rest of the node talks to gossip.
+//!
+//! Owns: [`Handle`] and [`start`]. Invariant: wishes (members, status, facts) are values of which only the latest
+//! counts, so setting them never waits; commands wait in a bounded queue.
+//! The node stops when [`Handle::shutdown`] is called or the last handle is dropped.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use libp2p::{Multiaddr, PeerId};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::driver::{Command, Driver, Wishes};
+use crate::error::{DialError, FactsTooLarge, OpenError, RequestError, ServeError, StartError};
+use crate::frame::{Frame, Protocol};
+use crate::link::Shared;
+use crate::message::FACTS_BYTES_MAX;
+use crate::neighbour::{self, GOSSIP};
+use crate::pool::{self, Pool};
+use crate::status::Status;
+use crate::stream::{self, Access, FrameStream, Incoming};
+use crate::swarm;
+use crate::view::Peers;
+
+/// Commands that wait for the driver.
+const COMMANDS: usize = 64;
+/// Gossip messages that wait for the driver.
+const EVENTS: usize = 256;
+
+/// One running node. Cloning is cheap; all clones are the same node.
+#[derive(Clone)]
+pub struct Handle {
+    shared: Arc<Shared>,
+    wishes: Arc<watch::Sender<Wishes>>,
+    commands: mpsc::Sender<Command>,
+}
+
+/// Listens on every address of `config` and starts the node on the current tokio runtime. It has no members yet.
+///
+/// # Errors
+/// [`StartError`], naming the address that cannot be listened on and why.
+pub async fn start(config: Config) -> Result<Handle, StartError> {
+    let mut swarm = swarm::build(&config)?;
+    let listening = swarm::listen(&mut swarm, &config).await?;
+    let shared = Arc::new(Shared {
+        me: *swarm.local_peer_id(),
+        control: swarm.behaviour().streams.new_control(),
+        members: RwLock::default(),
+        links: Default::default(),
+        listening: RwLock::new(listening.addresses),
+        peers: watch::Sender::default(),
+        pool: Pool::default(),
+        stopped: CancellationToken::new(),
+        runtime: tokio::runtime::Handle::current(),
+    });
+    let incoming = stream::serve(&shared, GOSSIP, Access::Members).expect("a fresh swarm serves nothing yet");
+    let (events, from_neighbours) = mpsc::channel(EVENTS);
+    tokio::spawn(neighbour::listen(incoming, events.clone()));
+    let (wishes, wished) = watch::channel(Wishes::default());
+    let (commands, commanded) = mpsc::channel(COMMANDS);
+    let driver = Driver::new(config, swarm, shared.clone(), events);
+    tokio::spawn(driver.run(listening.early, commanded, wished, from_neighbours));
+    Ok(Handle { shared, wishes: Arc::new(wishes), commands })
+}
+
+impl Handle {
+    pub fn local_peer_id(&self) -> PeerId {
+        self.shared.me
+    }
+
+    /// Concrete addresses this node listens on (port 0 resolved, interfaces enumerated), without `/p2p`.
+    /// Never empty; more may appear as interfaces come up.
+    pub fn listen_addresses(&self) -> Vec<Multiaddr> {
+        self.shared.listening.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Replaces the members: who is admitted, and where each was last seen. A connection to each is kept from now
+    /// on. This node's own id may be among them. Whoever is no longer a member is refused at once on protocols for
+    /// members, and disconnected a few seconds later, so that a farewell can still be answered.
+    pub fn set_members(&self, members: BTreeMap<PeerId, Vec<Multiaddr>>) {
+        let admitted: BTreeSet<PeerId> = members.keys().copied().filter(|peer| *peer != self.shared.me).collect();
+        // Here and not in the driver, so that a stream opened right after this call meets the new members.
+        *self.shared.members.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(admitted);
+        self.wishes.send_modify(|wishes| wishes.members = Arc::new(members));
+    }
+
+    /// Sets this node's load; it is published when the policy finds it worth a message.
+    pub fn set_status(&self, status: Status) {
+        self.wishes.send_modify(|wishes| wishes.status = Some(status));
+    }
+
+    /// Sets what else this node says about itself, at most [`FACTS_BYTES_MAX`] bytes; published when it differs
+    /// from what was said before.
+    pub fn set_facts(&self, facts: Bytes) -> Result<(), FactsTooLarge> {
+        if facts.len() > FACTS_BYTES_MAX {
+            return Err(FactsTooLarge { bytes: facts.len() });
+        }
+        self.wishes.send_modify(|wishes| wishes.facts = Some(facts));
+        Ok(())
+    }
+
+    /// All members but this node. The value changes at once with liveness and connections, and a few times a
+    /// second with everything else.
+    pub fn peers(&self) -> watch::Receiver<Peers> {
+        self.shared.peers.subscribe()
+    }
+
+    /// Connects to whoever answers first at `addresses`. With `peer`, or an address that ends in `/p2p/ID`, nobody
+    /// else will do. For the handshake with a mesh this node is not yet a member of; members are connected to
+    /// without being asked.
+    ///
+    /// # Errors
+    /// [`DialError`], with one cause per address.
+    pub async fn dial(
+        &self,
+        addresses: Vec<Multiaddr>,
+        peer: Option<PeerId>,
+        deadline: Duration,
+    ) -> Result<PeerId, DialError> {
+        if addresses.is_empty() {
+            return Err(DialError::NoAddress);
+        }
+        let (reply, answer) = oneshot::channel();
+        let asking = async {
+            let command = Command::Dial { addresses, peer, reply };
+            self.commands.send(command).await.map_err(|_| DialError::ShutDown)?;
+            answer.await.unwrap_or(Err(DialError::ShutDown))
+        };
+        tokio::time::timeout(deadline, asking).await.unwrap_or(Err(DialError::TimedOut { after: deadline }))
+    }
+
+    /// Opens a stream to a connected peer. For a member that is not connected but not down either, waits a few
+    /// seconds for its connection.
+    ///
+    /// # Errors
+    /// [`OpenError`]; `is_retryable` tells whether it can help to try again.
+    pub async fn open(&self, peer: PeerId, protocol: Protocol) -> Result<FrameStream, OpenError> {
+        stream::open(&self.shared, peer, protocol).await
+    }
+
+    /// Sends one frame and returns the reply, over a stream that is kept for the next request. When an idle stream
+    /// turns out to have died before any byte of a reply, the request is sent once more on a new one, so the far
+    /// side may see it twice: it must not matter.
+    ///
+    /// # Errors
+    /// [`RequestError`]; when the peer goes down while it is pending, at once and retryable.
+    pub async fn request(
+        &self,
+        peer: PeerId,
+        protocol: Protocol,
+        frame: Frame,
+        deadline: Duration,
+    ) -> Result<Frame, RequestError> {
+        let exchange = pool::exchange(&self.shared, peer, protocol, &frame);
+        let late = RequestError::TimedOut { peer, protocol: protocol.name, after: deadline };
+        tokio::time::timeout(deadline, exchange).await.unwrap_or(Err(late))
+    }
+
+    /// Accepts streams of `protocol` from now on. Whoever serves strangers bounds what it keeps for them: an open
+    /// stream keeps their connection open.
+    ///
+    /// # Errors
+    /// [`ServeError`] if the protocol is served already.
+    pub fn serve(&self, protocol: Protocol, access: Access) -> Result<Incoming, ServeError> {
+        stream::serve(&self.shared, protocol, access)
+    }
+
+    /// Says goodbye, closes every connection so that others see it at once, and stops this node for all handles.
+    pub async fn shutdown(self) {
+        let (done, stopped) = oneshot::channel();
+        if self.commands.send(Command::Shutdown { done }).await.is_ok() {
+            // An error means that the driver has ended, which is what was asked for.
+            let _ = stopped.await;
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! Real nodes on loopback: every test starts its own, on ports the system picks, and waits for states, not times.
+
+mod bench;
+mod failure;
+mod membership;
+mod requests;
+mod starting;

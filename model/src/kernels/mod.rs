@@ -1,0 +1,105 @@
+//! What exactness and speed depend on: the operations of a decoder layer, one implementation per kernel class.
+//!
+//! [`Kernels`] extends a burn [`Backend`] by the operations whose order of additions matters: packed matrix times
+//! rows, norm, rotary embedding, cached attention, gated feed-forward. Two classes exist. [`packed::Packed`] runs on
+//! `Flex` and is plain Rust over packed weights, used in place. [`plain::Plain`] runs on any backend with nothing but
+//! burn's own operations, one row at a time, so that no operation's shape depends on the batch: it is what CUDA runs,
+//! and it runs on `Flex` too, where a test compares the classes.
+//!
+//! The invariant for every class: a row's result has the same bits alone and in any batch. Everything else (lookups,
+//! residual additions) is elementwise and done with burn tensors. Kernels do not know layers' names or sessions.
+
+use burn::tensor::{Tensor, backend::Backend};
+
+use crate::{bytes::Matrix, rope::Angles};
+
+pub mod cpu;
+pub mod isa;
+mod lanes;
+pub mod math;
+pub mod packed;
+pub mod plain;
+
+/// Rows of f32, `[n, width]`, on a class's backend.
+pub type Rows<K> = Tensor<<K as Kernels>::Backend, 2>;
+
+/// The three matrices of a gated feed-forward block: `down(silu(gate(x)) * up(x))`.
+#[derive(Clone, Debug)]
+pub struct Gated<M> {
+    pub gate: M,
+    pub up: M,
+    pub down: M,
+}
+
+/// Shape of a session's KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheShape {
+    pub layers: usize,
+    /// Tokens there is room for.
+    pub capacity: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+/// The operations of a decoder layer on one device. Shapes are checked by the caller, who owns the model.
+pub trait Kernels: Send + 'static {
+    type Backend: Backend;
+    /// A packed weight matrix, where this class computes with it.
+    type Matrix: Send + 'static;
+    /// A small f32 vector (norm weight, bias).
+    type Vector: Send + 'static;
+    /// Keys and values of one session, all layers.
+    type Cache: Send + 'static;
+
+    /// The kernel class as a usage record names it: replicas of one class give equal bits.
+    fn class(&self) -> String;
+
+    /// Brings a packed matrix to the device (in place where that is this memory).
+    fn matrix(&self, matrix: Matrix) -> Self::Matrix;
+
+    fn vector(&self, values: Vec<f32>) -> Self::Vector;
+
+    /// `values` as `[values.len() / width, width]`.
+    fn upload(&self, values: Vec<f32>, width: usize) -> Rows<Self>
+    where
+        Self: Sized;
+
+    /// `x [n, in] -> [n, out]`.
+    fn linear(&mut self, x: &Rows<Self>, matrix: &Self::Matrix, bias: Option<&Self::Vector>) -> Rows<Self>
+    where
+        Self: Sized;
+
+    /// `x [n, d] -> [n, d]`.
+    fn rms_norm(&mut self, x: &Rows<Self>, weight: &Self::Vector, eps: f32) -> Rows<Self>
+    where
+        Self: Sized;
+
+    /// Rotary embedding of `x [n, heads * head_dim]`; `angles` has one position per row.
+    fn rotate(&mut self, x: Rows<Self>, angles: &Angles) -> Rows<Self>
+    where
+        Self: Sized;
+
+    /// An empty cache, all of its memory reserved.
+    fn cache(&self, shape: CacheShape) -> Self::Cache;
+
+    /// Stores `k`, `v` `[n, kv_heads * head_dim]` of the positions `past..past + n`.
+    fn append(&mut self, cache: &mut Self::Cache, layer: usize, past: usize, k: Rows<Self>, v: Rows<Self>)
+    where
+        Self: Sized;
+
+    /// Causal attention of `q [n, heads * head_dim]`, the positions `past..past + n`, over what is stored.
+    fn attention(&mut self, q: Rows<Self>, cache: &Self::Cache, layer: usize, past: usize) -> Rows<Self>
+    where
+        Self: Sized;
+
+    /// `x [n, d] -> [n, d]` through a gated feed-forward block.
+    fn swiglu(&mut self, x: &Rows<Self>, expert: &Gated<Self::Matrix>) -> Rows<Self>
+    where
+        Self: Sized;
+}
+
+/// The values of `rows`, row-major.
+pub fn download<B: Backend>(rows: Tensor<B, 2>) -> Vec<f32> {
+    rows.into_data().convert::<f32>().into_vec().expect("converted to f32 just now")
+}

@@ -1,0 +1,34 @@
+//! Tokens, tensors, experts, precision: a Mixture-of-Experts decoder on one machine.
+//!
+//! A checkpoint folder is opened in place ([`checkpoint`]), or cut into blobs that other machines store ([`parts`]).
+//! An [`engine`] owns a device: one compute thread holds the trunk and some experts, serves sessions whose decoder
+//! ([`decoder`]) asks for experts as plain values, and computes experts for whoever asks. Arithmetic whose order
+//! matters is in [`kernels`], once per kernel class. Text goes in and out through [`tokenizer`], [`chat`],
+//! [`sampling`] and [`sequence`]; [`generate`] and [`eval`] drive it all without any node.
+//!
+//! Deliberately absent: networking, async runtimes, and any knowledge that an expert may be elsewhere.
+
+pub mod bytes;
+pub mod chat;
+pub mod checkpoint;
+pub mod config;
+pub mod decoder;
+pub mod device;
+pub mod engine;
+pub mod eval;
+pub mod experts;
+pub mod footprint;
+pub mod generate;
+pub mod kernels;
+pub mod layout;
+pub mod parts;
+pub mod popularity;
+pub mod rope;
+pub mod router;
+pub mod sampling;
+pub mod sequence;
+pub mod tensors;
+pub mod text;
+pub mod tokenizer;
+pub mod trunk;
+mod worker;

@@ -1,0 +1,117 @@
+//! How a checkpoint is cut into blobs that other machines store.
+//!
+//! Owns [`Part`]: a trunk part or an expert, with where each of its tensors lies in the checkpoint's files. A part's
+//! [`header`](Part::header) followed by its tensors' bytes is an ordinary safetensors file, so one reader opens shards
+//! and blobs alike, and the weights are referenced in place, never copied. The invariant: parts cover every tensor
+//! exactly once, and the same checkpoint gives the same bytes on every machine. It hashes nothing and reads no file.
+
+use serde_json::Value;
+
+use crate::{
+    bytes::DType,
+    checkpoint::Checkpoint,
+    layout::{self, ExpertId, TensorSpec},
+    tensors::{ElementType, TensorView},
+};
+
+/// Data in a blob starts at a multiple of this, so that mapped blobs stay aligned for vector loads.
+const ALIGNMENT: usize = 64;
+
+/// What a part holds.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PartKind {
+    /// `embeddings`, `layer.N` or `head`.
+    Trunk {
+        name: String,
+    },
+    Expert(ExpertId),
+}
+
+/// One tensor of a part and where its bytes lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorRange {
+    pub name: String,
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+    /// Index into [`Checkpoint::weight_files`].
+    pub file: usize,
+    /// Offset in that file, bytes.
+    pub offset: u64,
+    pub bytes: u64,
+}
+
+/// A blob to be: some tensors, in a fixed order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    pub kind: PartKind,
+    pub tensors: Vec<TensorRange>,
+}
+
+impl Part {
+    /// A safetensors header: the blob is this, then each tensor's bytes in order.
+    pub fn header(&self) -> Vec<u8> {
+        // Written by hand: the bytes are hashed, so their order must not hang on a feature of a JSON library.
+        let mut json = b"{".to_vec();
+        let mut start = 0u64;
+        for (index, tensor) in self.tensors.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            let shape = tensor.shape.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+            let (name, end) = (Value::from(tensor.name.as_str()), start + tensor.bytes);
+            let entry = format!(
+                "{comma}{name}:{{\"dtype\":\"{}\",\"shape\":[{shape}],\"data_offsets\":[{start},{end}]}}",
+                tensor.dtype.name(),
+            );
+            json.extend_from_slice(entry.as_bytes());
+            start = end;
+        }
+        json.push(b'}');
+        json.resize((8 + json.len()).next_multiple_of(ALIGNMENT) - 8, b' ');
+        let mut header = (json.len() as u64).to_le_bytes().to_vec();
+        header.append(&mut json);
+        header
+    }
+
+    /// Bytes of the tensors, without the header.
+    pub fn data_bytes(&self) -> u64 {
+        self.tensors.iter().map(|tensor| tensor.bytes).sum()
+    }
+
+    /// The experts' id, if this part is one.
+    pub fn expert(&self) -> Option<ExpertId> {
+        match self.kind {
+            PartKind::Expert(id) => Some(id),
+            PartKind::Trunk { .. } => None,
+        }
+    }
+}
+
+/// Cuts a checkpoint into parts: embeddings, one per layer, the head, then every expert in ascending order.
+pub fn parts(checkpoint: &Checkpoint) -> Vec<Part> {
+    let config = checkpoint.config();
+    let trunk = |name: String, specs: Vec<TensorSpec>| (PartKind::Trunk { name }, specs);
+    let mut kinds = vec![trunk("embeddings".into(), layout::embeddings(config))];
+    for layer in 0..config.num_hidden_layers {
+        kinds.push(trunk(format!("layer.{layer}"), layout::layer(config, layer)));
+    }
+    kinds.push(trunk("head".into(), layout::head(config)));
+    kinds.extend(layout::experts(config).map(|id| (PartKind::Expert(id), layout::expert(config, id))));
+    let range = |spec: TensorSpec| {
+        let view = checkpoint.tensors().get(&spec.name).expect("an open checkpoint is complete");
+        tensor_range(spec, view)
+    };
+    kinds.into_iter().map(|(kind, specs)| Part { kind, tensors: specs.into_iter().map(range).collect() }).collect()
+}
+
+fn tensor_range(spec: TensorSpec, view: &TensorView) -> TensorRange {
+    let ElementType::Weight(dtype) = view.element else {
+        unreachable!("an open checkpoint holds weights only");
+    };
+    TensorRange {
+        name: spec.name,
+        dtype,
+        shape: spec.shape,
+        file: view.source,
+        offset: view.offset,
+        bytes: view.bytes.len() as u64,
+    }
+}

@@ -1,0 +1,289 @@
+//! Named tensors in safetensors bytes, whether a checkpoint's shard, a peer's blob or a reference file.
+//!
+//! Owns [`Tensors`]: names to typed, shaped ranges of [`WeightBytes`]. The invariant: every entry lies inside its
+//! bytes and has exactly the length its shape and type say. One reader serves every source. It does not know which
+//! tensors a model needs; `layout` does.
+
+use std::collections::BTreeMap;
+
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
+
+use crate::bytes::{DType, Matrix, WeightBytes};
+
+/// Longest header accepted: far above any checkpoint's, and checked before it is parsed.
+pub const HEADER_BYTES_MAX: usize = 64 << 20;
+
+/// Element types of a tensor: weights, or the integers a reference file holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ElementType {
+    Weight(DType),
+    I64,
+}
+
+impl ElementType {
+    const fn size(self) -> usize {
+        match self {
+            ElementType::Weight(dtype) => dtype.size(),
+            ElementType::I64 => 8,
+        }
+    }
+}
+
+/// Why bytes or a checkpoint could not be loaded. Every message names the file (or blob) and the tensor.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error("{file}: {source}")]
+    Io { file: String, source: std::io::Error },
+    #[error("{file}: {source}")]
+    Config { file: String, source: crate::config::ConfigError },
+    #[error("{dir}: no {file} here; a checkpoint folder needs config.json and model.safetensors (or its shards)")]
+    NotACheckpoint { dir: String, file: &'static str },
+    #[error("{file}: the safetensors header is malformed: {why}; fetch the file again")]
+    Header { file: String, why: String },
+    #[error("{file}: truncated or padded: its header describes {expected} bytes, the file has {found}; fetch it again")]
+    Length { file: String, expected: u64, found: u64 },
+    #[error("{file}: tensor {tensor} is missing")]
+    Missing { file: String, tensor: String },
+    #[error("{file}: tensor {tensor} is not part of this model; is config.json the one of this checkpoint?")]
+    Unused { file: String, tensor: String },
+    #[error("{file}: tensor {tensor} appears twice (also in {other})")]
+    Duplicate { file: String, tensor: String, other: String },
+    #[error("{file}: tensor {tensor} has shape {found:?}, config.json implies {expected:?}")]
+    Shape { file: String, tensor: String, expected: Vec<usize>, found: Vec<usize> },
+    #[error("{file}: tensor {tensor} has type {found}; coel reads {accepted}")]
+    Type { file: String, tensor: String, found: String, accepted: &'static str },
+    #[error("{file}: the shard index is malformed: {why}")]
+    Index { file: String, why: String },
+}
+
+/// One tensor: type, shape, and the bytes in place.
+#[derive(Clone, Debug)]
+pub struct TensorView {
+    pub element: ElementType,
+    pub shape: Vec<usize>,
+    pub bytes: WeightBytes,
+    /// Offset of `bytes` in the file or blob it came from.
+    pub offset: u64,
+    /// Index into [`Tensors::sources`].
+    pub source: usize,
+}
+
+/// Tensors by name, from one or several sources.
+#[derive(Clone, Debug, Default)]
+pub struct Tensors {
+    sources: Vec<String>,
+    entries: BTreeMap<String, TensorView>,
+}
+
+impl Tensors {
+    /// Reads the header of `bytes`, a whole safetensors file, which messages call `source`.
+    pub fn parse(bytes: WeightBytes, source: &str) -> Result<Self, LoadError> {
+        let file = || source.to_owned();
+        let header = |why: String| LoadError::Header { file: file(), why };
+        let Some((prefix, _)) = bytes.as_slice().split_first_chunk::<8>() else {
+            return Err(LoadError::Length { file: file(), expected: 8, found: bytes.len() as u64 });
+        };
+        let header_bytes = u64::from_le_bytes(*prefix);
+        if header_bytes > HEADER_BYTES_MAX as u64 {
+            return Err(header(format!("it claims to be {header_bytes} bytes long")));
+        }
+        if header_bytes + 8 > bytes.len() as u64 {
+            let expected = header_bytes + 8;
+            return Err(LoadError::Length { file: file(), expected, found: bytes.len() as u64 });
+        }
+        let start = 8 + header_bytes as usize;
+        let metadata = match SafeTensors::read_metadata(bytes.as_slice()) {
+            Ok((_, metadata)) => metadata,
+            Err(SafeTensorError::MetadataIncompleteBuffer) => {
+                let expected = start as u64 + data_bytes(&bytes.as_slice()[8..start]);
+                return Err(LoadError::Length { file: file(), expected, found: bytes.len() as u64 });
+            }
+            Err(error) => return Err(header(error.to_string())),
+        };
+        let mut entries = BTreeMap::new();
+        for (name, info) in metadata.tensors() {
+            let element = match info.dtype {
+                Dtype::BF16 => ElementType::Weight(DType::BF16),
+                Dtype::F16 => ElementType::Weight(DType::F16),
+                Dtype::F32 => ElementType::Weight(DType::F32),
+                Dtype::I64 => ElementType::I64,
+                other => {
+                    let (found, accepted) = (format!("{other:?}"), "BF16, F16 and F32");
+                    return Err(LoadError::Type { file: file(), tensor: name, found, accepted });
+                }
+            };
+            let range = start + info.data_offsets.0..start + info.data_offsets.1;
+            let view = bytes.slice(range.clone()).filter(|view| {
+                let elements = info.shape.iter().try_fold(1usize, |product, side| product.checked_mul(*side));
+                elements.and_then(|elements| elements.checked_mul(element.size())) == Some(view.len())
+            });
+            let view = view.ok_or_else(|| header(format!("tensor {name} lies outside the file")))?;
+            let entry =
+                TensorView { element, shape: info.shape.clone(), bytes: view, offset: range.start as u64, source: 0 };
+            entries.insert(name, entry);
+        }
+        Ok(Self { sources: vec![file()], entries })
+    }
+
+    /// Joins tensors of several sources; a name in two of them is an error.
+    pub fn merge(parts: impl IntoIterator<Item = Tensors>) -> Result<Self, LoadError> {
+        let mut all = Self::default();
+        for part in parts {
+            let base = all.sources.len();
+            all.sources.extend(part.sources);
+            for (tensor, mut view) in part.entries {
+                view.source += base;
+                let file = all.sources[view.source].clone();
+                if let Some(twin) = all.entries.get(&tensor) {
+                    let other = all.sources[twin.source].clone();
+                    return Err(LoadError::Duplicate { file, tensor, other });
+                }
+                all.entries.insert(tensor, view);
+            }
+        }
+        Ok(all)
+    }
+
+    /// The names of the files or blobs the tensors came from.
+    pub fn sources(&self) -> &[String] {
+        &self.sources
+    }
+
+    pub fn get(&self, name: &str) -> Option<&TensorView> {
+        self.entries.get(name)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &TensorView)> {
+        self.entries.iter().map(|(name, view)| (name.as_str(), view))
+    }
+
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Bytes of all tensors together.
+    pub fn data_bytes(&self) -> u64 {
+        self.entries.values().map(|view| view.bytes.len() as u64).sum()
+    }
+
+    /// Keeps only the tensors named.
+    pub fn select<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Self {
+        let entries =
+            names.into_iter().filter_map(|name| Some((name.to_owned(), self.entries.get(name)?.clone()))).collect();
+        Self { sources: self.sources.clone(), entries }
+    }
+
+    /// The weight `name` with the given shape: `[rows, cols]`, or `[cols]` when `rows` is 1.
+    pub(crate) fn matrix(&self, name: &str, shape: &[usize]) -> Result<Matrix, LoadError> {
+        let view = self.entries.get(name).ok_or_else(|| self.missing(name))?;
+        let dtype = self.check(name, view, shape)?;
+        let (rows, cols) = match shape {
+            [cols] => (1, *cols),
+            [rows, cols] => (*rows, *cols),
+            _ => unreachable!("the layout names vectors and matrices only"),
+        };
+        let matrix = Matrix::new(view.bytes.clone(), dtype, rows, cols);
+        Ok(matrix.expect("parse() checked that bytes and shape agree"))
+    }
+
+    /// Refuses a tensor of another shape than `shape`, or that is not a weight.
+    pub(crate) fn check(&self, name: &str, view: &TensorView, shape: &[usize]) -> Result<DType, LoadError> {
+        let (file, tensor) = (self.sources[view.source].clone(), name.to_owned());
+        let ElementType::Weight(dtype) = view.element else {
+            return Err(LoadError::Type { file, tensor, found: "I64".into(), accepted: "BF16, F16 and F32" });
+        };
+        if view.shape != shape {
+            let (expected, found) = (shape.to_vec(), view.shape.clone());
+            return Err(LoadError::Shape { file, tensor, expected, found });
+        }
+        Ok(dtype)
+    }
+
+    pub(crate) fn missing(&self, name: &str) -> LoadError {
+        LoadError::Missing { file: self.sources.join(", "), tensor: name.to_owned() }
+    }
+
+    /// The values of the f32 tensor `name`, with its shape.
+    pub fn floats(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>), LoadError> {
+        let view = self.entries.get(name).ok_or_else(|| self.missing(name))?;
+        let ElementType::Weight(dtype) = view.element else {
+            return Err(self.wrong_type(name, view, "BF16, F16 and F32"));
+        };
+        let mut values = vec![0.0; view.bytes.len() / dtype.size()];
+        dtype.widen(view.bytes.as_slice(), &mut values);
+        Ok((view.shape.clone(), values))
+    }
+
+    /// The values of the i64 tensor `name`, with its shape.
+    pub fn integers(&self, name: &str) -> Result<(Vec<usize>, Vec<i64>), LoadError> {
+        let view = self.entries.get(name).ok_or_else(|| self.missing(name))?;
+        if view.element != ElementType::I64 {
+            return Err(self.wrong_type(name, view, "I64"));
+        }
+        let values = view.bytes.as_slice().as_chunks::<8>().0.iter().map(|raw| i64::from_le_bytes(*raw)).collect();
+        Ok((view.shape.clone(), values))
+    }
+
+    fn wrong_type(&self, name: &str, view: &TensorView, accepted: &'static str) -> LoadError {
+        LoadError::Type {
+            file: self.sources[view.source].clone(),
+            tensor: name.to_owned(),
+            found: format!("{:?}", view.element),
+            accepted,
+        }
+    }
+}
+
+/// The data length a header describes: the largest end of its tensors; 0 if it cannot be read.
+fn data_bytes(header: &[u8]) -> u64 {
+    let Ok(serde_json::Value::Object(tensors)) = serde_json::from_slice(header) else {
+        return 0;
+    };
+    let ends = tensors.values().filter_map(|tensor| tensor.get("data_offsets")?.get(1)?.as_u64());
+    ends.max().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(header: &str, data: &[u8]) -> WeightBytes {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.extend_from_slice(data);
+        bytes.into()
+    }
+
+    #[track_caller]
+    fn check_refused(bytes: WeightBytes, words: &[&str]) {
+        let message = Tensors::parse(bytes, "blob-7").unwrap_err().to_string();
+        for word in ["blob-7"].iter().chain(words) {
+            assert!(message.contains(word), "{message:?} does not name {word:?}");
+        }
+    }
+
+    #[test]
+    fn a_strangers_bytes_are_refused_not_trusted() {
+        check_refused(vec![1, 2, 3].into(), &["truncated", "8 bytes"]);
+        check_refused(u64::MAX.to_le_bytes().to_vec().into(), &["malformed"]);
+        check_refused(100u64.to_le_bytes().to_vec().into(), &["truncated"]);
+        check_refused(file("not json", &[]), &["malformed"]);
+        check_refused(file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#, &[0; 4]), &["malformed"]);
+        check_refused(file(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, &[0; 4]), &["truncated"]);
+        check_refused(file(r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}"#, &[0; 2]), &["tensor a", "U8"]);
+        let huge = r#"{"a":{"dtype":"F32","shape":[18446744073709551615,4],"data_offsets":[0,8]}}"#;
+        check_refused(file(huge, &[0; 8]), &["malformed"]);
+    }
+
+    #[test]
+    fn merging_refuses_twins() {
+        let one =
+            || Tensors::parse(file(r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, &[0; 4]), "x").unwrap();
+        let twins = Tensors::merge([one(), one()]).unwrap_err();
+        assert!(matches!(twins, LoadError::Duplicate { .. }), "{twins}");
+    }
+}

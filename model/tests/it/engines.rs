@@ -1,0 +1,212 @@
+//! The engine: accounting, refusals, and the same bits as a bare decoder.
+
+use coel_model::{
+    bytes::{DType, WeightBytes},
+    checkpoint::Checkpoint,
+    decoder::{DecodeError, Step, Want},
+    device::{Device, DeviceError},
+    engine::{Engine, EngineError, EngineOptions, block_on},
+    kernels::packed::Packed,
+    layout::ExpertId,
+    popularity::{CALIBRATION_NAME, CALIBRATION_TEXT, route_popularity},
+    text::TextModel,
+};
+use serde_json::json;
+
+use crate::{
+    synth,
+    whole::{Whole, checkpoint},
+};
+
+fn start(checkpoint: &Checkpoint, kv_tokens: usize) -> Engine {
+    let options = EngineOptions { kv_tokens, low_priority: true, ..EngineOptions::default() };
+    Engine::start(Device::Cpu, checkpoint.config().clone(), options).expect("the CPU is always there")
+}
+
+fn small() -> (tempfile::TempDir, Checkpoint) {
+    let dir = tempfile::tempdir().unwrap();
+    synth::write_checkpoint(dir.path(), &synth::config(json!({})), DType::BF16, 3);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    (dir, checkpoint)
+}
+
+#[test]
+fn sessions_give_the_bits_of_a_bare_decoder_however_they_interleave() {
+    let checkpoint = checkpoint();
+    let engine = start(&checkpoint, 64);
+    block_on(engine.load_checkpoint(&checkpoint)).unwrap();
+    let prompts = [[3, 50, 700, 4], [9, 8, 7, 6]];
+    let mut whole = Whole::new(Packed::default(), &checkpoint);
+    let expected = prompts.map(|prompt| {
+        let mut decoder = whole.decoder(8);
+        whole.advance(&mut decoder, &prompt, Want::All, |_| {})
+    });
+    let mut sessions = prompts.map(|_| block_on(engine.open_session(8)).unwrap());
+    let mut steps: Vec<Step> = (0..2).map(|i| block_on(sessions[i].advance(&prompts[i], Want::All)).unwrap()).collect();
+    while let [Step::NeedExperts(first), Step::NeedExperts(second)] = &steps[..] {
+        let outputs = [first, second].map(|call| block_on(engine.serve(call)).unwrap());
+        steps = sessions
+            .iter_mut()
+            .zip(outputs)
+            .map(|(session, outputs)| block_on(session.resume(outputs)).unwrap())
+            .collect();
+    }
+    assert!(steps == expected.clone().map(Step::Logits));
+    for ((session, prompt), expected) in sessions.iter_mut().zip(&prompts).zip(&expected) {
+        block_on(session.truncate(0)).unwrap();
+        assert!(block_on(session.complete(prompt, Want::All)).unwrap() == *expected);
+    }
+}
+
+#[test]
+fn the_pool_is_never_overdrawn() {
+    let (_dir, checkpoint) = small();
+    let engine = start(&checkpoint, 100);
+    assert!(matches!(block_on(engine.open_session(1)), Err(EngineError::NoTrunk)));
+    block_on(engine.load_checkpoint(&checkpoint)).unwrap();
+    assert_eq!(engine.kv_tokens_free(), 100, "a session that did not open holds nothing");
+    let first = block_on(engine.open_session(60)).unwrap();
+    let refused = block_on(engine.open_session(41)).unwrap_err();
+    assert!(matches!(refused, EngineError::Busy { wanted: 41, free: 40 }), "{refused}");
+    let refused = block_on(engine.open_session(101)).unwrap_err();
+    assert!(matches!(refused, EngineError::TooLong { wanted: 101, limit: 100 }), "{refused}");
+    let _second = block_on(engine.open_session(40)).unwrap();
+    drop(first);
+    let mut third = block_on(engine.open_session(60)).unwrap();
+    assert_eq!((engine.kv_tokens_free(), third.capacity()), (0, 60));
+    let full = block_on(third.complete(&[1; 61], Want::Last)).unwrap_err();
+    assert!(matches!(full, EngineError::Decode(DecodeError::CacheFull { .. })), "{full}");
+    block_on(third.complete(&[1; 60], Want::Last)).unwrap();
+}
+
+#[test]
+fn the_ledger_counts_what_is_loaded() {
+    let (_dir, checkpoint) = small();
+    let engine = start(&checkpoint, 100);
+    let footprint = engine.footprint().clone();
+    let empty = engine.memory();
+    assert_eq!((empty.trunk_bytes, empty.expert_bytes), (0, 0));
+    assert_eq!(empty.kv_bytes_reserved, 100 * footprint.kv_bytes_per_token);
+    let id = ExpertId { layer: 1, index: 2 };
+    block_on(engine.load_expert_tensors(id, checkpoint.expert(id))).unwrap();
+    block_on(engine.load_expert_tensors(id, checkpoint.expert(id))).unwrap();
+    assert_eq!(engine.memory().expert_bytes, footprint.expert_bytes);
+    assert_eq!(engine.held().into_iter().collect::<Vec<_>>(), [id]);
+    assert!(block_on(engine.drop_expert(id)).unwrap());
+    assert!(!block_on(engine.drop_expert(id)).unwrap());
+    block_on(engine.load_checkpoint(&checkpoint)).unwrap();
+    assert_eq!(engine.held().len(), 10);
+    let ledger = engine.memory();
+    assert_eq!(ledger.trunk_bytes, footprint.trunk_bytes);
+    assert_eq!(ledger.expert_bytes, 10 * footprint.expert_bytes);
+    assert!(ledger.total() > ledger.trunk_bytes + ledger.expert_bytes);
+    assert!(matches!(block_on(engine.load_checkpoint(&checkpoint)), Err(EngineError::TrunkLoaded)));
+}
+
+#[test]
+fn a_peers_expert_call_is_checked_and_its_rows_do_not_hang_on_each_other() {
+    let (_dir, checkpoint) = small();
+    let engine = start(&checkpoint, 8);
+    block_on(engine.load_checkpoint(&checkpoint)).unwrap();
+    let d = checkpoint.config().hidden_size;
+    let rows: Vec<f32> = (0..40 * d).map(|i| ((i * 37 % 101) as f32 - 50.0) / 40.0).collect();
+    let run = |rows: &[f32], calls: Vec<(u16, Vec<u32>)>| block_on(engine.run_experts(1, rows.to_vec(), calls));
+    let all = run(&rows, vec![(0, (0..40).collect()), (4, vec![7, 3])]).unwrap();
+    assert_eq!(all.len(), 42 * d);
+    for row in 0..40 {
+        let alone = run(&rows[row * d..][..d], vec![(0, vec![0])]).unwrap();
+        assert!(alone == all[row * d..][..d], "row {row}");
+    }
+    assert!(run(&rows, vec![(4, vec![3])]).unwrap() == all[41 * d..]);
+    assert!(run(&rows, vec![]).unwrap().is_empty());
+    assert!(run(&rows, vec![(2, vec![])]).unwrap().is_empty());
+
+    let message = |result: Result<Vec<f32>, EngineError>| result.unwrap_err().to_string();
+    assert!(message(run(&rows[1..], vec![(0, vec![0])])).contains("no whole rows"));
+    assert!(message(run(&rows, vec![(0, vec![40])])).contains("row 40 of 40"));
+    assert!(message(run(&rows[..d], vec![(0, vec![0; 3])])).contains("3 outputs for 1 rows"));
+    assert!(message(run(&vec![0.0; 257 * d], vec![])).contains("257 rows"));
+    assert!(message(run(&rows, vec![(5, vec![0])])).contains("layer 1 expert 5 does not exist"));
+    let beyond = block_on(engine.run_experts(2, rows.clone(), vec![(0, vec![0])]));
+    assert!(message(beyond).contains("layer 2 expert 0 does not exist"));
+    block_on(engine.drop_expert(ExpertId { layer: 1, index: 4 })).unwrap();
+    let missing = run(&rows, vec![(0, vec![0]), (4, vec![0])]).unwrap_err();
+    assert!(matches!(missing, EngineError::NotHeld(ExpertId { layer: 1, index: 4 })), "{missing}");
+    // A session that meets the gap is as before, and completes once it is closed.
+    let mut session = block_on(engine.open_session(8)).unwrap();
+    for index in 0..5 {
+        block_on(engine.drop_expert(ExpertId { layer: 1, index })).unwrap();
+    }
+    assert!(matches!(block_on(session.complete(&[1, 2], Want::Last)), Err(EngineError::NotHeld(_))));
+    for index in 0..5 {
+        let id = ExpertId { layer: 1, index };
+        block_on(engine.load_expert_tensors(id, checkpoint.expert(id))).unwrap();
+    }
+    block_on(session.complete(&[1; 8], Want::Last)).unwrap();
+}
+
+#[test]
+fn blobs_that_are_not_what_they_claim_are_refused() {
+    let (_dir, checkpoint) = small();
+    let engine = start(&checkpoint, 8);
+    let id = ExpertId { layer: 0, index: 0 };
+    let junk = WeightBytes::from(vec![0xab; 200]);
+    assert!(matches!(block_on(engine.load_expert(id, junk.clone())), Err(EngineError::Load(_))));
+    assert!(matches!(block_on(engine.load_trunk(vec![junk])), Err(EngineError::Load(_))));
+    let other = checkpoint.expert(ExpertId { layer: 0, index: 1 });
+    let message = block_on(engine.load_expert_tensors(id, other)).unwrap_err().to_string();
+    assert!(message.contains("model.layers.0.mlp.experts.1.") && message.contains("not part"), "{message}");
+    let beyond = ExpertId { layer: 9, index: 0 };
+    assert!(matches!(
+        block_on(engine.load_expert_tensors(beyond, checkpoint.expert(id))),
+        Err(EngineError::NoSuchExpert(_))
+    ));
+    assert!(engine.held().is_empty());
+}
+
+#[test]
+fn an_absent_gpu_is_an_error_and_auto_finds_the_cpu() {
+    let (_dir, checkpoint) = small();
+    let explicit = Engine::start(Device::Cuda(4096), checkpoint.config().clone(), EngineOptions::default());
+    assert!(matches!(explicit, Err(EngineError::Device(DeviceError::Cuda { device: 4096, .. }))));
+    let auto = Engine::start(Device::Auto, checkpoint.config().clone(), EngineOptions::default()).unwrap();
+    assert_ne!(auto.device(), Device::Auto);
+    assert!(!auto.class().is_empty());
+}
+
+#[test]
+fn popularity_counts_every_route() {
+    let checkpoint = checkpoint();
+    let engine = start(&checkpoint, 512);
+    block_on(engine.load_checkpoint(&checkpoint)).unwrap();
+    let tokenizer = TextModel::open(&checkpoint).unwrap().tokenizer;
+    let tokens = tokenizer.encode(CALIBRATION_TEXT, false).unwrap();
+    assert!(tokens.len() > 600, "{} tokens are too few to tell experts apart", tokens.len());
+    let counted = block_on(route_popularity(&engine, CALIBRATION_NAME, &tokens)).unwrap();
+    assert_eq!((counted.text.as_str(), counted.tokens), (CALIBRATION_NAME, tokens.len() as u64));
+    assert_eq!(counted.counts.len(), 6);
+    for layer in &counted.counts {
+        assert_eq!((layer.len(), layer.iter().sum::<u64>()), (24, 4 * tokens.len() as u64));
+    }
+    assert_eq!(engine.kv_tokens_free(), 512);
+}
+
+#[test]
+fn the_thread_ends_with_its_last_handle() {
+    let (_dir, checkpoint) = small();
+    let engine = start(&checkpoint, 8);
+    block_on(engine.load_checkpoint(&checkpoint)).unwrap();
+    let config = std::sync::Arc::downgrade(engine.config());
+    let session = block_on(engine.open_session(4)).unwrap();
+    drop(engine);
+    let before = config.strong_count();
+    drop(session);
+    // The thread holds the configuration; it lets go as soon as it notices.
+    for _ in 0..1000 {
+        if config.strong_count() < before {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    assert_eq!(config.strong_count(), 1, "only the checkpoint still holds it");
+}

@@ -1,0 +1,9 @@
+//! Tests of the model crate as its users see it, in one binary.
+
+mod checkpoints;
+mod decoding;
+mod engines;
+mod kernels;
+mod part_blobs;
+mod synth;
+mod whole;

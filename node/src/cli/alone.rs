@@ -1,0 +1,253 @@
+//! Commands that need no node: one machine, one checkpoint directory.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use coel_model::checkpoint::Checkpoint;
+use coel_model::device::Device;
+use coel_model::eval::{WINDOW_TOKENS, eval_qa, eval_reference, eval_text};
+use coel_model::footprint::Footprint;
+use coel_model::generate::LocalModel;
+use coel_model::parts::parts;
+use coel_model::sampling::SamplingParams;
+use coel_model::sequence::GenerateParams;
+use serde::Serialize;
+
+use super::{Failure, Output, print};
+use crate::size::Size;
+
+/// Which weights to compute with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Precision {
+    /// As in the checkpoint.
+    #[default]
+    Exact,
+}
+
+/// A model on this machine.
+#[derive(Debug, Args)]
+struct Local {
+    /// Checkpoint directory: config.json, *.safetensors, tokenizer.json.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// `auto`, `cpu` or `cuda:N`.
+    #[arg(long, env = "COEL_DEVICE", default_value = "auto")]
+    device: String,
+    /// Which weights to compute with.
+    #[arg(long, value_enum, default_value_t)]
+    precision: Precision,
+}
+
+impl Local {
+    fn open(&self) -> Result<LocalModel, Failure> {
+        let Precision::Exact = self.precision;
+        let device: Device = self.device.parse().map_err(|error| Failure::usage(format!("--device: {error}")))?;
+        Ok(LocalModel::open(&self.model, device)?)
+    }
+}
+
+/// `coel generate`.
+#[derive(Debug, Args)]
+pub struct Generate {
+    #[command(flatten)]
+    local: Local,
+    /// Text to continue.
+    prompt: String,
+    /// Take the prompt as a user's turn of a chat.
+    #[arg(long)]
+    chat: bool,
+    /// Longest continuation, in tokens [default: to the end of the context].
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<usize>,
+    /// 0 always picks the likeliest token.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    /// Keep the likeliest tokens that together have this probability.
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f32,
+    /// Keep this many of the likeliest tokens; 0 keeps all.
+    #[arg(long, default_value_t = 0)]
+    top_k: usize,
+    /// Keep tokens at least this likely, relative to the likeliest.
+    #[arg(long, default_value_t = 0.0)]
+    min_p: f32,
+    /// Above 1 makes tokens that are there already less likely.
+    #[arg(long, default_value_t = 1.0)]
+    repetition_penalty: f32,
+    /// Same seed, same tokens.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Text that ends the continuation; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl Generate {
+    /// Streams the continuation to stdout.
+    pub fn run(self) -> Result<(), Failure> {
+        let params = GenerateParams {
+            max_tokens: self.max_tokens,
+            sampling: SamplingParams {
+                temperature: self.temperature,
+                top_p: self.top_p,
+                top_k: self.top_k,
+                min_p: self.min_p,
+                repetition_penalty: self.repetition_penalty,
+                seed: self.seed,
+            },
+            stop: self.stop,
+            logprobs: None,
+            ignore_eos: false,
+        };
+        params.validate().map_err(Failure::usage)?;
+        let model = self.local.open()?;
+        let json = self.output.json;
+        let show = |emitted: &coel_model::sequence::Emitted| {
+            if !json {
+                print!("{}", emitted.text);
+                // A closed pipe shows at the end; the text is the same.
+                let _ = std::io::stdout().flush();
+            }
+        };
+        let answer = if self.chat {
+            model.chat(&self.prompt, params, show)?
+        } else {
+            let prompt = model.text.tokenizer.encode(&self.prompt, true)?;
+            model.generate(prompt, params, show)?
+        };
+        if json {
+            return print::json(&serde_json::json!({
+                "text": answer.text,
+                "tokens": answer.tokens,
+                "finish_reason": answer.finish.as_str(),
+                "prompt_tokens": answer.usage.prompt_tokens,
+                "completion_tokens": answer.usage.completion_tokens,
+                "kernel_class": model.engine.class(),
+            }));
+        }
+        println!();
+        Ok(())
+    }
+}
+
+/// `coel eval`: exactly one of the three.
+#[derive(Debug, Args)]
+pub struct Eval {
+    #[command(flatten)]
+    local: Local,
+    #[command(flatten)]
+    against: Against,
+    /// Tokens per window of --text.
+    #[arg(long, value_name = "N", default_value_t = WINDOW_TOKENS, requires = "text")]
+    window: usize,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct Against {
+    /// Safetensors file with input_ids, logits, greedy and, if it has them, routes, made by another implementation.
+    #[arg(long, value_name = "FILE")]
+    reference: Option<PathBuf>,
+    /// Text file; prints its perplexity.
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// JSON lines with question, answer and, if it has it, reference.
+    #[arg(long, value_name = "FILE")]
+    qa: Option<PathBuf>,
+}
+
+impl Eval {
+    /// Prints the figures, also when they fail.
+    pub fn run(self) -> Result<(), Failure> {
+        let model = self.local.open()?;
+        match (&self.against.reference, &self.against.text, &self.against.qa) {
+            (Some(file), ..) => {
+                let report = eval_reference(&model, file)?;
+                verdict(&report, report.passed, self.output, "the model differs from the reference")
+            }
+            (_, Some(file), _) => {
+                let report = eval_text(&model, file, self.window)?;
+                verdict(&report, report.passed, self.output, "the perplexity is not a number")
+            }
+            (_, _, Some(file)) => {
+                let report = eval_qa(&model, file)?;
+                verdict(&report, report.passed, self.output, "too few answers equal the reference")
+            }
+            _ => Err(Failure::usage("name one of --reference, --text, --qa")),
+        }
+    }
+}
+
+fn verdict(report: &impl Serialize, passed: bool, output: Output, otherwise: &str) -> Result<(), Failure> {
+    if output.json {
+        print::json(report)?;
+    } else if let serde_json::Value::Object(fields) = serde_json::to_value(report)? {
+        for (name, value) in fields {
+            println!("{name} {value}");
+        }
+    }
+    if passed { Ok(()) } else { Err(Failure { message: otherwise.to_owned(), code: 1 }) }
+}
+
+/// What `coel model inspect` prints.
+#[derive(Debug, Serialize)]
+struct Inspection {
+    architecture: &'static str,
+    vocab_size: usize,
+    hidden_size: usize,
+    num_hidden_layers: usize,
+    num_experts: usize,
+    num_experts_per_tok: usize,
+    moe_intermediate_size: usize,
+    max_position_embeddings: usize,
+    dtype: String,
+    trunk_bytes: u64,
+    expert_bytes: u64,
+    experts_bytes: u64,
+    kv_bytes_per_token: u64,
+}
+
+/// `coel model inspect`.
+pub fn inspect(dir: &Path, output: Output) -> Result<(), Failure> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let config = checkpoint.config();
+    let footprint = Footprint::of(config, config.dtype);
+    let experts = parts(&checkpoint).into_iter().filter(|part| part.expert().is_some());
+    let inspection = Inspection {
+        architecture: config.architecture.name(),
+        vocab_size: config.vocab_size,
+        hidden_size: config.hidden_size,
+        num_hidden_layers: config.num_hidden_layers,
+        num_experts: config.num_experts,
+        num_experts_per_tok: config.num_experts_per_tok,
+        moe_intermediate_size: config.moe_intermediate_size,
+        max_position_embeddings: config.max_position_embeddings,
+        dtype: config.dtype.to_string(),
+        trunk_bytes: footprint.trunk_bytes,
+        expert_bytes: footprint.expert_bytes,
+        experts_bytes: experts.map(|part| part.data_bytes()).sum(),
+        kv_bytes_per_token: footprint.kv_bytes_per_token,
+    };
+    if output.json {
+        return print::json(&inspection);
+    }
+    let i = &inspection;
+    println!("architecture  {} ({})", i.architecture, i.dtype);
+    println!(
+        "experts       {} layers of {}, {} per token, {} each, {} together",
+        i.num_hidden_layers,
+        i.num_experts,
+        i.num_experts_per_tok,
+        Size(i.expert_bytes),
+        Size(i.experts_bytes)
+    );
+    println!("trunk         {}", Size(i.trunk_bytes));
+    println!("KV cache      {} per token, context {}", Size(i.kv_bytes_per_token), i.max_position_embeddings);
+    println!("a node needs  {} for the trunk, its KV cache, its buffers, and its experts", Size(i.trunk_bytes));
+    Ok(())
+}

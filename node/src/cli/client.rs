@@ -1,0 +1,67 @@
+//! Commands that ask the node which runs on a data folder.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::{Failure, Output, print};
+use crate::config::DataArgs;
+use crate::control::{Request, ask};
+use crate::service::ModelInfo;
+use crate::status::Status;
+
+/// `coel invite`.
+pub async fn invite(data: DataArgs, uses: u32, ttl: Duration, output: Output) -> Result<(), Failure> {
+    let line: String = ask(&data.data, &Request::Invite { uses, ttl_s: ttl.as_secs() }, |_, _, _| ()).await?;
+    if output.json {
+        print::json(&serde_json::json!({ "invite": line, "uses": uses, "ttl_s": ttl.as_secs() }))
+    } else {
+        println!("{line}");
+        Ok(())
+    }
+}
+
+/// `coel leave`.
+pub async fn leave(data: DataArgs) -> Result<(), Failure> {
+    eprintln!("handing over this node's experts");
+    ask::<()>(&data.data, &Request::Leave, |_, _, _| ()).await?;
+    eprintln!("left the mesh");
+    Ok(())
+}
+
+/// `coel status`.
+pub async fn status(data: DataArgs, output: Output) -> Result<(), Failure> {
+    let status: Status = ask(&data.data, &Request::Status, |_, _, _| ()).await?;
+    if output.json {
+        return print::json(&status);
+    }
+    print::status(&status);
+    Ok(())
+}
+
+/// `coel model import`.
+pub async fn import(dir: PathBuf, data: DataArgs, name: Option<String>, output: Output) -> Result<(), Failure> {
+    let dir = std::path::absolute(dir)?;
+    let mut progress = print::Progress::new();
+    let request = Request::Import { dir, name };
+    let model: ModelInfo = ask(&data.data, &request, |what, done, total| progress.set(what, done, total)).await?;
+    drop(progress);
+    if output.json {
+        return print::json(&model);
+    }
+    println!("{}  {}", model.name, model.id);
+    Ok(())
+}
+
+/// `coel model ls`.
+pub async fn models(data: DataArgs, output: Output) -> Result<(), Failure> {
+    let status: Status = ask(&data.data, &Request::Status, |_, _, _| ()).await?;
+    if output.json {
+        return print::json(&status.models);
+    }
+    let placed = |model: &ModelInfo| {
+        if status.model.as_ref() == Some(model) { "placed" } else { "registered" }
+    };
+    let rows = status.models.iter().map(|model| vec![model.name.clone(), placed(model).into(), model.id.clone()]);
+    println!("{}", print::table(&["model", "is", "id"], 3, rows));
+    Ok(())
+}

@@ -1,0 +1,100 @@
+//! Tables and JSON on stdout, progress on stderr.
+
+use std::time::Duration;
+
+use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use comfy_table::{CellAlignment, Table};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use super::Failure;
+use crate::size::Size;
+use crate::status::Status;
+
+/// One JSON document.
+pub fn json(value: &impl Serialize) -> Result<(), Failure> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// A table whose columns from the `numbers`th on are right-aligned.
+pub fn table(header: &[&str], numbers: usize, rows: impl IntoIterator<Item = Vec<String>>) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_HORIZONTAL_ONLY).set_header(header.to_vec());
+    for row in rows {
+        table.add_row(row);
+    }
+    for column in table.column_iter_mut().skip(numbers) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// `coel status` for people.
+pub fn status(status: &Status) {
+    let model = status.model.as_ref().or(status.models.first()).map_or("none", |model| model.name.as_str());
+    println!("mesh      {}", status.mesh);
+    println!("model     {model}");
+    let leader = status.leader.map_or_else(|| "none (no quorum?)".to_owned(), |node| node.to_string());
+    println!("log       leader {leader}, term {}, entry {}, epoch {}", status.term, status.applied, status.epoch);
+    println!(
+        "experts   {:.1} % ready somewhere, at least {} replica(s) of each",
+        status.coverage * 100.0,
+        status.replicas_min
+    );
+    println!("this node {} ({}), {}", status.name, status.api, status.readiness);
+    if let Some(problem) = &status.readiness.problem {
+        println!("problem   {problem}");
+    }
+    if let Some(planner) = &status.planner {
+        println!("planner   {planner}");
+    }
+    let rows = status.nodes.iter().map(|node| {
+        let share = |share: Option<f64>| share.map_or("-".into(), |share| format!("{:.0} %", share * 100.0));
+        vec![
+            node.node_id.to_string(),
+            node.name.clone(),
+            if node.leaving { format!("{}, leaving", node.liveness) } else { node.liveness.clone() },
+            if node.voter { "voter" } else { "learner" }.into(),
+            format!("{}/{}", node.experts_ready, node.experts),
+            node.memory_budget_bytes.map_or("-".into(), |bytes| Size(bytes).to_string()),
+            share(node.memory_headroom),
+            share(node.compute_headroom),
+            node.rtt_ms.map_or("-".into(), |rtt| format!("{rtt:.1} ms")),
+        ]
+    });
+    let header = ["node", "name", "is", "log", "experts ready", "memory", "free memory", "free compute", "round trip"];
+    println!("{}", table(&header, 4, rows));
+}
+
+/// A progress bar that appears once something takes longer than a second.
+pub struct Progress {
+    bar: ProgressBar,
+    started: std::time::Instant,
+    what: String,
+}
+
+impl Progress {
+    /// Nothing is shown yet.
+    pub fn new() -> Self {
+        Self { bar: ProgressBar::hidden(), started: std::time::Instant::now(), what: String::new() }
+    }
+
+    /// `done` of `total` of `what`.
+    pub fn set(&mut self, what: &str, done: u64, total: u64) {
+        if self.what != what && self.started.elapsed() > Duration::from_secs(1) {
+            self.bar.finish_and_clear();
+            let style = ProgressStyle::with_template("{msg} {wide_bar} {percent} %").expect("a constant template");
+            self.bar = ProgressBar::new(total).with_style(style).with_message(what.to_owned());
+            self.what = what.to_owned();
+        }
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}

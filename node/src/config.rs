@@ -1,0 +1,260 @@
+//! A node's configuration: defaults, then `coel.toml` in the data folder, then `COEL_*`, then flags; checked once, trusted
+//! from then on.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use coel_gossip::Multiaddr;
+use coel_model::device::Device;
+use serde::Deserialize;
+
+use crate::http;
+use crate::size::Size;
+
+/// Name of the configuration file in the data folder.
+pub const FILE_NAME: &str = "coel.toml";
+/// Share of the machine's memory that a node takes where nothing is said.
+const MEMORY_SHARE: f64 = 0.75;
+/// KV cache of a node in tokens where nothing is said: enough for a few chats, small beside the experts.
+const KV_TOKENS: usize = 4096;
+
+/// `--data DIR`, which every command takes that runs or talks to a node.
+#[derive(Debug, Clone, Args)]
+pub struct DataArgs {
+    /// Data folder of the node.
+    #[arg(long, env = "COEL_DATA", value_name = "DIR", default_value_os_t = default_data())]
+    pub data: PathBuf,
+}
+
+fn default_data() -> PathBuf {
+    let under_home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".local/share"));
+    let base = std::env::var_os("XDG_DATA_HOME").map(PathBuf::from).or_else(under_home);
+    base.unwrap_or_else(|| PathBuf::from(".")).join("coel")
+}
+
+/// What `coel up` and `coel join` take. The same names, with `_` for `-`, are the keys of `coel.toml`.
+#[derive(Debug, Clone, Default, Args, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case", default)]
+pub struct NodeArgs {
+    /// Where to listen for peers [default: TCP and QUIC on port 4600 of every interface].
+    #[arg(long, env = "COEL_LISTEN", value_name = "MULTIADDR", value_delimiter = ',')]
+    pub listen: Vec<Multiaddr>,
+    /// Where to serve HTTP; an address other than loopback requires an API key [default: 127.0.0.1:4680].
+    #[arg(long, env = "COEL_API", value_name = "ADDR")]
+    pub api: Option<SocketAddr>,
+    /// Key that HTTP clients must send as `Authorization: Bearer KEY`.
+    #[arg(long, env = "COEL_API_KEY", value_name = "KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// A peer to connect to, besides those found on the LAN and in the log.
+    #[arg(long = "peer", env = "COEL_PEER", value_name = "MULTIADDR", value_delimiter = ',')]
+    pub peer: Vec<Multiaddr>,
+    /// Memory for models: trunk, experts, KV cache and buffers [default: three quarters of the machine's].
+    #[arg(long, env = "COEL_MEMORY", value_name = "SIZE")]
+    #[serde(deserialize_with = "size")]
+    pub memory: Option<Size>,
+    /// Tokens of KV cache this node keeps for the requests it takes [default: 4096, at most the model's context].
+    #[arg(long, env = "COEL_KV_TOKENS", value_name = "N")]
+    pub kv_tokens: Option<usize>,
+    /// `auto`, `cpu` or `cuda:N`.
+    #[arg(long, env = "COEL_DEVICE", value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// Name of the node, for people [default: the host's name].
+    #[arg(long, env = "COEL_NAME", value_name = "NAME")]
+    pub name: Option<String>,
+    /// Find peers on the LAN by mDNS [default: true].
+    #[arg(long, env = "COEL_MDNS", value_name = "BOOL")]
+    pub mdns: Option<bool>,
+}
+
+/// Sizes are written as text with a unit, or as a number of bytes.
+fn size<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Size>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        Text(String),
+        Bytes(u64),
+    }
+    match Option::<Written>::deserialize(deserializer)? {
+        None => Ok(None),
+        Some(Written::Bytes(bytes)) => Ok(Some(Size(bytes))),
+        Some(Written::Text(text)) => text.parse().map(Some).map_err(serde::de::Error::custom),
+    }
+}
+
+/// A checked configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Data folder, absolute.
+    pub data: PathBuf,
+    /// Where to listen for peers.
+    pub listen: Vec<Multiaddr>,
+    /// Where to serve HTTP.
+    pub api: SocketAddr,
+    /// Key for HTTP.
+    pub api_key: Option<String>,
+    /// Given peers.
+    pub peers: Vec<Multiaddr>,
+    /// What the ledger may reach, in bytes.
+    pub memory_bytes: u64,
+    /// KV cache in tokens.
+    pub kv_tokens: usize,
+    /// Where to compute.
+    pub device: Device,
+    /// Name of the node.
+    pub name: String,
+    /// Whether to look for peers on the LAN.
+    pub mdns: bool,
+}
+
+/// A configuration that cannot be run, with the values at fault.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// `coel.toml` is no such file.
+    #[error("{}: {message}", .path.display())]
+    File { path: PathBuf, message: String },
+    /// A value that is not one.
+    #[error("{0}")]
+    Value(String),
+    /// HTTP beyond this machine without a key.
+    #[error(transparent)]
+    Bind(#[from] http::BindRefused),
+}
+
+impl NodeArgs {
+    /// These values where they are given, `below` where they are not.
+    fn over(self, below: Self) -> Self {
+        let or = |above: Vec<Multiaddr>, below: Vec<Multiaddr>| if above.is_empty() { below } else { above };
+        Self {
+            listen: or(self.listen, below.listen),
+            api: self.api.or(below.api),
+            api_key: self.api_key.or(below.api_key),
+            peer: or(self.peer, below.peer),
+            memory: self.memory.or(below.memory),
+            kv_tokens: self.kv_tokens.or(below.kv_tokens),
+            device: self.device.or(below.device),
+            name: self.name.or(below.name),
+            mdns: self.mdns.or(below.mdns),
+        }
+    }
+
+    fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let fault = |message: String| ConfigError::File { path: path.to_owned(), message };
+        match std::fs::read_to_string(path) {
+            Ok(text) => toml::from_str(&text).map_err(|error| fault(error.to_string())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(error) => Err(fault(error.to_string())),
+        }
+    }
+
+    /// The configuration on `data`: the file there, then these arguments (which clap has already put over `COEL_*`).
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the file or the value.
+    pub fn resolve(self, data: &Path) -> Result<Config, ConfigError> {
+        let data = std::path::absolute(data).map_err(|error| ConfigError::Value(format!("--data: {error}")))?;
+        let args = self.over(Self::from_file(&data.join(FILE_NAME))?);
+        let config = Config {
+            listen: if args.listen.is_empty() { default_listen() } else { args.listen },
+            api: args.api.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 4680))),
+            api_key: args.api_key,
+            peers: args.peer,
+            memory_bytes: args.memory.map_or_else(default_memory, |size| size.0),
+            kv_tokens: args.kv_tokens.unwrap_or(KV_TOKENS),
+            device: args
+                .device
+                .as_deref()
+                .unwrap_or("auto")
+                .parse()
+                .map_err(|error| ConfigError::Value(format!("--device: {error}")))?,
+            name: args.name.unwrap_or_else(host_name),
+            mdns: args.mdns.unwrap_or(true),
+            data,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+impl Config {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let fault = |message: String| Err(ConfigError::Value(message));
+        http::check_bind(self.api, self.api_key.as_deref())?;
+        let longest = crate::admission::handshake::NAME_BYTES_MAX;
+        if self.name.is_empty() || self.name.len() > longest || self.name.chars().any(char::is_control) {
+            return fault(format!("--name {:?}: 1 to {longest} bytes, no control characters", self.name));
+        }
+        if self.kv_tokens == 0 {
+            return fault("--kv-tokens 0: a node that takes requests needs at least one token of KV cache".into());
+        }
+        if self.api_key.as_deref().is_some_and(str::is_empty) {
+            return fault("--api-key: empty; leave it out or give a key".into());
+        }
+        Ok(())
+    }
+}
+
+fn default_listen() -> Vec<Multiaddr> {
+    let addresses = ["/ip4/0.0.0.0/tcp/4600", "/ip4/0.0.0.0/udp/4600/quic-v1"];
+    addresses.iter().map(|address| address.parse().expect("constant addresses are well-formed")).collect()
+}
+
+fn default_memory() -> u64 {
+    // SAFETY: sysconf has no preconditions.
+    let (pages, page) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    (pages.max(0) as f64 * page.max(0) as f64 * MEMORY_SHARE) as u64
+}
+
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name: String = name.trim().chars().take(32).collect();
+    if name.is_empty() { "node".into() } else { name }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(file: &str, args: NodeArgs) -> Result<Config, ConfigError> {
+        let data = tempfile::tempdir().unwrap();
+        std::fs::write(data.path().join(FILE_NAME), file).unwrap();
+        args.resolve(data.path())
+    }
+
+    #[test]
+    fn flags_go_over_the_file_and_the_file_over_defaults() {
+        let flags = NodeArgs { name: Some("flag".into()), ..NodeArgs::default() };
+        let config = resolve("name = 'file'\nmemory = '70MiB'\nkv_tokens = 128", flags).unwrap();
+        assert_eq!((config.name.as_str(), config.memory_bytes, config.kv_tokens), ("flag", 70 << 20, 128));
+        assert_eq!(config.api.to_string(), "127.0.0.1:4680");
+    }
+
+    #[test]
+    fn the_file_is_checked_to_the_key_and_the_value() {
+        let error = resolve("memmory = '70MiB'", NodeArgs::default()).unwrap_err().to_string();
+        assert!(error.contains("coel.toml") && error.contains("memmory"), "{error}");
+        let error = resolve("memory = 'much'", NodeArgs::default()).unwrap_err().to_string();
+        assert!(error.contains("'much' is not a size"), "{error}");
+    }
+
+    #[test]
+    fn http_beyond_this_machine_wants_a_key() {
+        let open = NodeArgs { api: Some("0.0.0.0:4680".parse().unwrap()), ..NodeArgs::default() };
+        let error = resolve("", open.clone()).unwrap_err().to_string();
+        assert!(error.contains("0.0.0.0:4680") && error.contains("--api-key"), "{error}");
+        assert!(resolve("", NodeArgs { api_key: Some("secret".into()), ..open }).is_ok());
+    }
+
+    #[test]
+    fn values_out_of_range_are_named() {
+        for (args, named) in [
+            (NodeArgs { name: Some(String::new()), ..NodeArgs::default() }, "--name"),
+            (NodeArgs { kv_tokens: Some(0), ..NodeArgs::default() }, "--kv-tokens"),
+            (NodeArgs { device: Some("tpu".into()), ..NodeArgs::default() }, "--device"),
+            (NodeArgs { api_key: Some(String::new()), ..NodeArgs::default() }, "--api-key"),
+        ] {
+            let error = resolve("", args).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
+    }
+}

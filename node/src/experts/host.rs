@@ -1,0 +1,72 @@
+//! The host's side: computes experts that are loaded here for other nodes' rows.
+
+use std::sync::Arc;
+
+use coel_gossip::{Frame, FrameStream, Incoming, PeerId};
+use coel_store::ExpertId;
+use tracing::{debug, debug_span, warn};
+
+use super::wire::{CallHeader, ReplyHeader, decode_call, encode_reply, pairs};
+use crate::shared::Shared;
+
+/// Serves expert calls until the swarm stops. Calls of one stream are answered in order; the engine's bounded queue is what
+/// holds back too many streams.
+pub async fn serve(mut incoming: Incoming, shared: Arc<Shared>) {
+    while let Some((peer, stream)) = incoming.next().await {
+        let shared = shared.clone();
+        tokio::spawn(async move {
+            if let Err(error) = answer(peer, stream, &shared).await {
+                debug!(%peer, error, "expert stream ended");
+            }
+        });
+    }
+}
+
+async fn answer(peer: PeerId, mut stream: FrameStream, shared: &Shared) -> Result<(), String> {
+    while let Some(frame) = stream.recv().await.map_err(|error| error.to_string())? {
+        let (reply, rows) = compute(peer, &frame, shared).await;
+        stream.send(&encode_reply(&reply, &rows)).await.map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}
+
+async fn compute(peer: PeerId, frame: &Frame, shared: &Shared) -> (ReplyHeader, Vec<f32>) {
+    let (header, rows) = match decode_call(frame) {
+        Ok(call) => call,
+        Err(error) => {
+            warn!(%peer, %error, "an expert call is malformed");
+            return (ReplyHeader::Refused(error.to_string()), Vec::new());
+        }
+    };
+    let CallHeader { model, epoch, layer, hidden_size, work, .. } = header;
+    let span = debug_span!("experts", %peer, %epoch, layer);
+    let named = |expert: u16| ExpertId { layer, index: expert };
+    let all = || work.iter().map(|work| named(work.expert)).collect();
+    let serving = shared.serving.borrow().clone();
+    let Some(serving) = serving.filter(|serving| serving.known.id == model) else {
+        return (ReplyHeader::NotHeld(all()), Vec::new());
+    };
+    if hidden_size as usize != serving.known.config.hidden_size {
+        let expected = serving.known.config.hidden_size;
+        return (ReplyHeader::Refused(format!("rows of {hidden_size}, this model has {expected}")), Vec::new());
+    }
+    let held = shared.held.borrow().clone();
+    let missing: Vec<_> = work.iter().map(|work| named(work.expert)).filter(|expert| !held.contains(expert)).collect();
+    if !missing.is_empty() {
+        return (ReplyHeader::NotHeld(missing), Vec::new());
+    }
+    let served = pairs(&work) as u64;
+    let calls =
+        work.into_iter().map(|work| (work.expert, work.rows.into_iter().map(u32::from).collect::<Vec<_>>())).collect();
+    match serving.engine.run_experts(layer, rows, calls).await {
+        Ok(outputs) => {
+            shared.metrics.rows_served.inc_by(served);
+            span.in_scope(|| debug!(served, "computed"));
+            (ReplyHeader::Done { class: serving.class() }, outputs)
+        }
+        Err(coel_model::engine::EngineError::NotHeld(expert)) => {
+            (ReplyHeader::NotHeld(vec![crate::ids::to_store(expert)]), Vec::new())
+        }
+        Err(error) => (ReplyHeader::Refused(error.to_string()), Vec::new()),
+    }
+}

@@ -1,0 +1,119 @@
+//! The node over HTTP: OpenAI's API, health and metrics.
+//!
+//! Owns the translation between OpenAI's words and [`Service`], and nothing else: it keeps no state of a generation that
+//! outlives its connection, and sees a node only through that trait. The invariants: every fault leaves in OpenAI's error
+//! shape; a connection that goes away cancels its generation, because the receiver lives in the reply's body; and what a
+//! client may send is bounded (body, time to send it) before it is looked at.
+//!
+//! - [`openai`]: requests read and checked, pure.
+//! - `reply`, `logprobs`: replies and stream chunks built from tokens, pure.
+//! - `stream`: the events of one generation as one reply or as server-sent events.
+//! - `routes`: which path does what, and the reading of bodies.
+//! - `error`: every fault in OpenAI's shape. `fields`: a JSON object read strictly.
+//! - `auth`: the API key, and which addresses may do without.
+//!
+//! It deliberately does not know TLS, browsers (no CORS) or quotas: a reverse proxy does those.
+
+mod auth;
+mod error;
+mod fields;
+mod logprobs;
+pub mod openai;
+mod reply;
+mod routes;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::serve::ListenerExt;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+pub use auth::{Auth, BindRefused, check_bind};
+pub use error::{ApiError, CONTEXT_LENGTH};
+
+use crate::service::Service;
+
+/// What this API needs of a node: to be asked, and to have its tokens spelled where log-probabilities list them.
+pub trait Api: Service {
+    /// The bytes that `token` stands for in the vocabulary of `model` (an id or a name): possibly a part of a character,
+    /// empty for an id or a model that there is not.
+    fn token_bytes(&self, model: &str, token: u32) -> Vec<u8>;
+}
+
+/// How long answers may go on once the server stops. A service ends its generations itself when its node stops; this is for
+/// one that does not, and for clients that do not read.
+#[derive(Debug, Clone, Copy)]
+struct Patience {
+    /// From the shutdown until running answers are ended with an error.
+    drain: Duration,
+    /// From then until connections are no longer waited for.
+    farewell: Duration,
+}
+
+const PATIENCE: Patience = Patience { drain: Duration::from_secs(10), farewell: Duration::from_secs(1) };
+
+/// The whole API as a router, for callers that bring their own server. Its streams end with the service's.
+pub fn router(service: Arc<dyn Api>, auth: Auth) -> Router {
+    routes::router(service, auth, CancellationToken::new())
+}
+
+/// Serves the API on `listener` until `shutdown` is done.
+///
+/// From then on no connection is accepted, idle ones are closed, and running answers may end; those that do not within ten
+/// seconds are ended with an error. Returns at the latest a second after that, whatever the clients do.
+///
+/// # Errors
+/// The listener's; a connection's own faults end that connection only.
+pub async fn serve(
+    listener: TcpListener,
+    service: Arc<dyn Api>,
+    auth: Auth,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    serve_with(listener, service, auth, shutdown, PATIENCE).await
+}
+
+async fn serve_with(
+    listener: TcpListener,
+    service: Arc<dyn Api>,
+    auth: Auth,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+    patience: Patience,
+) -> io::Result<()> {
+    let address = listener.local_addr()?;
+    tracing::info!(%address, ?auth, "serving the API");
+    let closing = CancellationToken::new();
+    let app = routes::router(service, auth, closing.clone());
+    // A token is a small write that nothing follows at once: without this it could wait for the client's delayed ack.
+    let listener = listener.tap_io(|connection| {
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY not set");
+        }
+    });
+
+    let stopping = CancellationToken::new();
+    let stopped = stopping.clone();
+    let server = axum::serve(listener, app).with_graceful_shutdown(async move {
+        shutdown.await;
+        stopped.cancel();
+    });
+    let limit = async {
+        stopping.cancelled().await;
+        tracing::debug!(%address, "the API stops; running answers may end");
+        tokio::time::sleep(patience.drain).await;
+        closing.cancel();
+        tokio::time::sleep(patience.farewell).await;
+        tracing::warn!(%address, "connections were still open when the API stopped");
+    };
+    tokio::select! {
+        served = server => served,
+        () = limit => Ok(()),
+    }
+}

@@ -1,0 +1,24 @@
+//! Where the leaves' own ids meet: the only place that converts between them.
+
+use coel_gossip::PeerId;
+use coel_store::Peer;
+
+/// The store's opaque form of a peer id.
+pub fn peer_key(peer: PeerId) -> Peer {
+    Peer(peer.to_bytes())
+}
+
+/// The network's form of a replicated peer id; `None` if it never was one.
+pub fn peer_id(peer: &Peer) -> Option<PeerId> {
+    PeerId::from_bytes(&peer.0).ok()
+}
+
+/// The model's name for an expert of the placement.
+pub fn to_model(expert: coel_store::ExpertId) -> coel_model::layout::ExpertId {
+    coel_model::layout::ExpertId { layer: expert.layer, index: expert.index }
+}
+
+/// The placement's name for an expert of the model.
+pub fn to_store(expert: coel_model::layout::ExpertId) -> coel_store::ExpertId {
+    coel_store::ExpertId { layer: expert.layer, index: expert.index }
+}

@@ -1,0 +1,182 @@
+//! What is known of registered models apart from their tensors: manifest, configuration, tokenizer, chat template.
+//!
+//! Every member gets these, small as they are: the leader plans by them, every node can be a home. Invariant: what is
+//! handed out was verified against the model id, and a model's entry is complete or absent.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use coel_model::config::ModelConfig;
+use coel_model::decoder::CHUNK_ROWS;
+use coel_model::footprint::Footprint;
+use coel_model::text::TextModel;
+use coel_store::manifest::MANIFEST_BYTES_MAX;
+use coel_store::{BlobEntry, BlobError, BlobId, Blobs, CHUNK_BYTES, ExpertId, Manifest, Model, ModelId};
+
+use crate::experts::wire;
+use crate::mesh::facts::Facts;
+use crate::weights::fetch::{FetchError, Fetcher, Source};
+
+/// A model without its tensors.
+pub struct Known {
+    /// The hash of the manifest.
+    pub id: ModelId,
+    /// The blobs.
+    pub manifest: Manifest,
+    /// Length of the encoded manifest.
+    pub manifest_bytes: u64,
+    /// `config.json`.
+    pub config: Arc<ModelConfig>,
+    /// Tokenizer and chat template.
+    pub text: TextModel,
+    footprint: Footprint,
+}
+
+/// Why a model is not known here yet.
+#[derive(Debug, thiserror::Error)]
+pub enum LibraryError {
+    /// It has to come from peers, and has not.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// It cannot be read here.
+    #[error("{what}: {source}")]
+    Store { what: String, source: BlobError },
+    /// It came as registered, and cannot be run.
+    #[error("the registered model cannot be run: {0}")]
+    Unusable(String),
+}
+
+impl Known {
+    /// Puts together what was read of a model.
+    ///
+    /// # Errors
+    /// In words, where the files do not make a model that runs.
+    pub fn new(
+        id: ModelId,
+        manifest: Manifest,
+        manifest_bytes: u64,
+        files: &BTreeMap<String, Vec<u8>>,
+    ) -> Result<Self, String> {
+        let text = files.get("config.json").ok_or("it has no config.json")?;
+        let text = std::str::from_utf8(text).map_err(|_| "config.json is not UTF-8")?;
+        let config = ModelConfig::parse(text).map_err(|error| error.to_string())?;
+        let text = TextModel::from_files(&config, files).map_err(|error| error.to_string())?;
+        let footprint = Footprint::of(&config, config.dtype);
+        Ok(Self { id, manifest, manifest_bytes, config: Arc::new(config), text, footprint })
+    }
+
+    /// An expert's blob.
+    pub fn expert(&self, expert: ExpertId) -> Option<&BlobEntry> {
+        self.manifest.experts.get(&expert).map(|slices| &slices.exact)
+    }
+
+    /// The KV pool of a node that was given `wanted` tokens for it.
+    pub fn kv_tokens(&self, wanted: usize) -> usize {
+        wanted.min(MAX_CONTEXTS * self.config.max_position_embeddings)
+    }
+
+    /// Most rows that go through the decoder at once.
+    pub fn rows_max(&self) -> usize {
+        wire::rows_max(self.config.hidden_size, self.config.num_experts_per_tok)
+    }
+
+    /// Bytes a node needs besides experts: trunk, KV cache, buffers.
+    pub fn fixed_bytes(&self, kv_tokens: usize) -> u64 {
+        let kv = self.footprint.kv_bytes_per_token * self.kv_tokens(kv_tokens) as u64;
+        self.manifest.trunk_bytes() + kv + self.footprint.buffer_bytes(self.rows_max().max(CHUNK_ROWS))
+    }
+
+    /// Bytes of experts that a node with these facts may hold.
+    pub fn room_for_experts(&self, facts: &Facts) -> u64 {
+        facts.memory_bytes.saturating_sub(self.fixed_bytes(facts.kv_tokens as usize))
+    }
+
+    /// Every blob a node gets that hosts these experts: files, trunk and the experts themselves, the manifest aside.
+    pub fn blobs_for<'a>(
+        &'a self,
+        experts: impl Iterator<Item = ExpertId> + 'a,
+    ) -> impl Iterator<Item = &'a BlobEntry> {
+        let files = self.manifest.files.iter().map(|file| &file.blob);
+        let trunk = self.manifest.trunk.iter().map(|part| &part.blob);
+        files.chain(trunk).chain(experts.filter_map(|expert| self.expert(expert)))
+    }
+}
+
+/// A pool of more full contexts than this is never used by the few requests a node takes at once.
+const MAX_CONTEXTS: usize = 16;
+
+/// The models this node knows.
+#[derive(Default)]
+pub struct Library {
+    known: Mutex<BTreeMap<ModelId, Arc<Known>>>,
+}
+
+impl Library {
+    /// The model, if it is known already.
+    pub fn cached(&self, id: ModelId) -> Option<Arc<Known>> {
+        self.known.lock().expect("no panic while held").get(&id).cloned()
+    }
+
+    /// Adds a model that was just imported.
+    pub fn insert(&self, known: Known) -> Arc<Known> {
+        let known = Arc::new(known);
+        self.known.lock().expect("no panic while held").insert(known.id, known.clone());
+        known
+    }
+
+    /// The model, from this node's blobs or else from `sources`.
+    ///
+    /// # Errors
+    /// [`LibraryError`]; what was fetched is kept.
+    pub async fn get(
+        &self,
+        id: ModelId,
+        registered: &Model,
+        fetcher: &Fetcher,
+        blobs: &Arc<Blobs>,
+        sources: &[Source],
+    ) -> Result<Arc<Known>, LibraryError> {
+        if let Some(known) = self.cached(id) {
+            return Ok(known);
+        }
+        let held = blobs.clone();
+        let bytes = match run_blocking(move || held_manifest(&held, id)).await {
+            Some(bytes) => bytes,
+            None => fetcher.fetch_manifest(BlobId(id.0), registered.manifest_bytes, sources).await?,
+        };
+        let manifest_bytes = bytes.len() as u64;
+        let manifest = Manifest::decode_as(&bytes, id).map_err(|error| LibraryError::Unusable(error.to_string()))?;
+        let mut files = BTreeMap::new();
+        for file in &manifest.files {
+            let what = format!("the file {}", file.name);
+            if !blobs.has(&file.blob.id) {
+                fetcher.fetch(&what, &file.blob, sources).await?;
+            }
+            let (held, entry) = (blobs.clone(), file.blob.clone());
+            let read = run_blocking(move || held.read_verified(&entry)).await;
+            let read = read.map_err(|source| LibraryError::Store { what, source })?;
+            files.insert(file.name.clone(), read);
+        }
+        let known = Known::new(id, manifest, manifest_bytes, &files).map_err(LibraryError::Unusable)?;
+        Ok(self.insert(known))
+    }
+}
+
+/// The manifest as it lies here, if it does and is undamaged.
+fn held_manifest(blobs: &Blobs, id: ModelId) -> Option<Vec<u8>> {
+    let blob = BlobId(id.0);
+    let bytes = blobs.bytes(&blob).ok().filter(|&bytes| bytes <= MANIFEST_BYTES_MAX as u64)?;
+    let mut encoded = Vec::with_capacity(bytes as usize);
+    for chunk in 0..bytes.div_ceil(CHUNK_BYTES as u64) {
+        encoded.extend(blobs.read_chunk(&blob, chunk as u32).ok()?);
+    }
+    (BlobId::of(&encoded) == blob).then_some(encoded)
+}
+
+/// File work off the async threads.
+pub async fn run_blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(value) => value,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}

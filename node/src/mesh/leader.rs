@@ -1,0 +1,165 @@
+//! The leader's duties: who votes, and where experts go. Every node runs this; only the leader's does anything.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use coel_gossip::Liveness;
+use coel_store::{Assignment, Command, ExpertId, NodeId, Outcome, Precision, State};
+use tracing::{info, warn};
+
+use super::PROPOSE_DEADLINE;
+use super::facts::Facts;
+use crate::library::Known;
+use crate::placement::{Candidate, Plan, Popularity, plan};
+use crate::shared::Shared;
+
+/// How often the leader looks. Deaths and joins are looked at within this time.
+const PERIOD: Duration = Duration::from_millis(500);
+/// A node that is down this long gets its experts placed elsewhere. Short, since a replica costs only bytes; not zero, since
+/// a restart is quicker than a download.
+const REPLACE_AFTER: Duration = Duration::from_secs(2);
+/// A voter that is down this long gives its vote to a learner, if there is one.
+const UNSEAT_AFTER: Duration = Duration::from_secs(30);
+
+/// Since when each member has been down, by gossip.
+#[derive(Debug, Default)]
+struct DownSince(BTreeMap<NodeId, Instant>);
+
+impl DownSince {
+    fn update(&mut self, down: &BTreeSet<NodeId>, now: Instant) {
+        self.0.retain(|node, _| down.contains(node));
+        for &node in down {
+            self.0.entry(node).or_insert(now);
+        }
+    }
+
+    fn longer_than(&self, time: Duration, now: Instant) -> BTreeSet<NodeId> {
+        let long = self.0.iter().filter(|(_, since)| now.duration_since(**since) >= time);
+        long.map(|(&node, _)| node).collect()
+    }
+}
+
+/// Does the leader's duties, while this node is the leader, until the node stops.
+pub async fn run(shared: Arc<Shared>) {
+    let mut down_since = DownSince::default();
+    loop {
+        tokio::time::sleep(PERIOD).await;
+        let now = Instant::now();
+        down_since.update(&shared.down(), now);
+        if shared.log.leader().borrow().as_ref() != Some(&shared.log.node_id()) {
+            shared.set_planner(None);
+            continue;
+        }
+        if let Err(error) = shared.log.reconcile(&down_since.longer_than(UNSEAT_AFTER, now)).await {
+            warn!(%error, "the voters could not be brought up to date; trying again");
+        }
+        place(&shared, &down_since.longer_than(REPLACE_AFTER, now)).await;
+    }
+}
+
+/// Plans anew and proposes the plan where it differs from the placement.
+async fn place(shared: &Shared, gone: &BTreeSet<NodeId>) {
+    let state = shared.log.state().borrow().clone();
+    let Some((model, registered)) = shared.model_to_place(&state) else {
+        return shared.set_planner(None);
+    };
+    let Some(known) = shared.library.cached(model) else {
+        return;
+    };
+    let Some(candidates) = candidates(shared, &state, &known, gone) else {
+        return;
+    };
+    let experts: BTreeMap<ExpertId, u64> =
+        known.manifest.experts.iter().map(|(&expert, slices)| (expert, slices.exact.bytes)).collect();
+    let placed = state.placement.as_ref().filter(|placement| placement.model == model);
+    let current: BTreeMap<_, BTreeSet<_>> = placed
+        .map(|placement| placement.replicas.iter().map(|(&e, nodes)| (e, nodes.keys().copied().collect())).collect())
+        .unwrap_or_default();
+    let popularity = Popularity::new(registered.popularity.clone());
+    let wanted = match plan(&experts, &candidates, &current, &popularity) {
+        Ok(plan) => {
+            shared.set_planner(None);
+            plan
+        }
+        Err(shortfall) => {
+            shared.set_planner(Some(shortfall.to_string()));
+            // A first placement that cannot cover the model is not attempted; an existing one is kept true.
+            if placed.is_none() {
+                return;
+            }
+            shortfall.partial
+        }
+    };
+    let unchanged = experts.keys().all(|expert| {
+        let of = |table: &BTreeMap<ExpertId, BTreeSet<NodeId>>| table.get(expert).cloned().unwrap_or_default();
+        of(&wanted.replicas) == of(&current)
+    });
+    if placed.is_some() && unchanged {
+        return;
+    }
+    let expect = state.epoch();
+    let replicas = assignment(&experts, wanted);
+    match shared.log.propose(Command::Place { expect, model, replicas }, PROPOSE_DEADLINE).await {
+        Ok(Outcome::Epoch(epoch)) => info!(%epoch, nodes = candidates.len(), "placed"),
+        Ok(outcome) => info!(?outcome, "the plan came too late; planning again"),
+        Err(error) => warn!(%error, "the plan could not be proposed; trying again"),
+    }
+}
+
+fn assignment(experts: &BTreeMap<ExpertId, u64>, mut plan: Plan) -> Assignment {
+    let exact = |nodes: BTreeSet<NodeId>| nodes.into_iter().map(|node| (node, Precision::Bf16)).collect();
+    experts.keys().map(|&expert| (expert, exact(plan.replicas.remove(&expert).unwrap_or_default()))).collect()
+}
+
+/// Nodes that may hold experts now, with the room their budgets leave. `None` while a member that is up has not said what it
+/// has: it will in a moment, and a plan without it would be made twice.
+fn candidates(shared: &Shared, state: &State, known: &Known, gone: &BTreeSet<NodeId>) -> Option<Vec<Candidate>> {
+    let facts = shared.facts_of_members(state);
+    let held: BTreeSet<_> = state
+        .placement
+        .iter()
+        .flat_map(|placement| placement.replicas.values().flat_map(|nodes| nodes.keys().copied()))
+        .collect();
+    let mut candidates = Vec::new();
+    for (&node, member) in &state.members {
+        if member.leaving || gone.contains(&node) {
+            continue;
+        }
+        match facts.get(&node) {
+            Some((_, Some(facts))) => {
+                candidates.push(Candidate { node, expert_bytes_max: known.room_for_experts(facts) });
+            }
+            Some((Liveness::Up, None)) => return None,
+            // Just lost, and it holds something: wait until it is back or gone for good.
+            _ if held.contains(&node) => return None,
+            _ => {}
+        }
+    }
+    Some(candidates)
+}
+
+/// What the leader needs to know of each member: whether it is there, and its facts.
+pub type MemberFacts = BTreeMap<NodeId, (Liveness, Option<Facts>)>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn down_means_down_all_the_time() {
+        let (mut down, start) = (DownSince::default(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let (one, two) = (NodeId(1), NodeId(2));
+        down.update(&BTreeSet::from([one]), at(0));
+        down.update(&BTreeSet::from([one, two]), at(3));
+        assert_eq!(down.longer_than(Duration::from_secs(3), at(4)), BTreeSet::from([one]));
+        down.update(&BTreeSet::from([two]), at(5));
+        down.update(&BTreeSet::from([one, two]), at(6));
+        assert_eq!(
+            down.longer_than(Duration::from_secs(3), at(7)),
+            BTreeSet::from([two]),
+            "node 1 was back in between"
+        );
+    }
+}

@@ -1,0 +1,48 @@
+//! Who is admitted: the log says it, gossip enforces it. This keeps the two equal.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use coel_gossip::{Handle, Multiaddr, PeerId};
+use coel_store::{Log, NodeId};
+
+use crate::ids;
+
+/// How often it is looked whether a node that left still votes.
+const VOTERS_PERIOD: Duration = Duration::from_secs(1);
+
+/// Addresses that can be used; others were written by a newer coel, or a liar.
+pub fn parse(addresses: &[String]) -> Vec<Multiaddr> {
+    addresses.iter().filter_map(|address| address.parse().ok()).collect()
+}
+
+/// Follows the log until it stops.
+///
+/// A newcomer's log is empty at first and then catches up; until it has come to this node's own admission, the members that
+/// were named in the welcome stay, or nobody could send it the log. A node that left stays until its vote has passed on, or it
+/// could not pass it on.
+pub async fn follow(gossip: Handle, log: Log) {
+    let mut state = log.state();
+    let mut told = BTreeMap::new();
+    let mut peers = BTreeMap::<NodeId, (PeerId, Vec<Multiaddr>)>::new();
+    loop {
+        let now = state.borrow_and_update().clone();
+        let voters = log.voters();
+        peers.retain(|node, _| voters.contains(node));
+        peers.extend(
+            now.members
+                .iter()
+                .filter_map(|(&node, member)| Some((node, (ids::peer_id(&member.peer)?, parse(&member.addresses))))),
+        );
+        let members: BTreeMap<_, _> = peers.values().cloned().collect();
+        let caught_up = now.members.contains_key(&log.node_id()) || !told.is_empty();
+        if caught_up && told != members {
+            gossip.set_members(members.clone());
+            told = members;
+        }
+        tokio::select! {
+            changed = state.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(VOTERS_PERIOD) => {}
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! What a node counts, for `/metrics` and `coel status`.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+/// The node's counters and gauges. Counters only grow while the process lives.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// (row, expert) pairs this home computed itself.
+    pub rows_local: Counter,
+    /// (row, expert) pairs this home had computed by peers.
+    pub rows_remote: Counter,
+    /// (row, expert) pairs computed for other homes.
+    pub rows_served: Counter,
+    /// Expert calls that failed and went to another replica or were given up.
+    pub expert_calls_failed: Counter,
+    /// Generations taken.
+    pub requests: Counter,
+    /// Generations that ended with an error.
+    pub requests_failed: Counter,
+    /// Tokens generated.
+    pub tokens: Counter,
+    /// Bytes received over the weight stream.
+    pub bytes_fetched: Counter,
+    /// Bytes sent over the weight stream.
+    pub bytes_sent: Counter,
+    /// Experts loaded.
+    pub experts: Gauge,
+    /// The ledger, in bytes.
+    pub memory_bytes: Gauge,
+    /// What the ledger may reach, in bytes.
+    pub memory_budget_bytes: Gauge,
+    /// Version of the placement.
+    pub epoch: Gauge,
+    /// Members that are up, this node included.
+    pub nodes_up: Gauge,
+    /// Share of experts with a ready replica on a live node.
+    pub coverage: Gauge<f64, AtomicU64>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("coel");
+        let mut metrics = Self {
+            registry: Registry::default(),
+            rows_local: Counter::default(),
+            rows_remote: Counter::default(),
+            rows_served: Counter::default(),
+            expert_calls_failed: Counter::default(),
+            requests: Counter::default(),
+            requests_failed: Counter::default(),
+            tokens: Counter::default(),
+            bytes_fetched: Counter::default(),
+            bytes_sent: Counter::default(),
+            experts: Gauge::default(),
+            memory_bytes: Gauge::default(),
+            memory_budget_bytes: Gauge::default(),
+            epoch: Gauge::default(),
+            nodes_up: Gauge::default(),
+            coverage: Gauge::default(),
+        };
+        for (name, help, counter) in [
+            ("rows_local", "(row, expert) pairs computed by this home", &metrics.rows_local),
+            ("rows_remote", "(row, expert) pairs computed by peers for this home", &metrics.rows_remote),
+            ("rows_served", "(row, expert) pairs computed here for other homes", &metrics.rows_served),
+            ("expert_calls_failed", "Expert calls that another replica had to take over", &metrics.expert_calls_failed),
+            ("requests", "Generations taken", &metrics.requests),
+            ("requests_failed", "Generations that ended with an error", &metrics.requests_failed),
+            ("tokens", "Tokens generated", &metrics.tokens),
+        ] {
+            registry.register(name, help, counter.clone());
+        }
+        for (name, help, counter) in [
+            ("weights_received", "Weights received from peers", &metrics.bytes_fetched),
+            ("weights_sent", "Weights sent to peers", &metrics.bytes_sent),
+        ] {
+            registry.register_with_unit(name, help, Unit::Bytes, counter.clone());
+        }
+        for (name, help, gauge) in [
+            ("memory", "Trunk, experts, KV cache and buffers, as reserved", &metrics.memory_bytes),
+            ("memory_budget", "What the node may reserve", &metrics.memory_budget_bytes),
+        ] {
+            registry.register_with_unit(name, help, Unit::Bytes, gauge.clone());
+        }
+        for (name, help, gauge) in [
+            ("experts", "Experts loaded", &metrics.experts),
+            ("epoch", "Version of the placement", &metrics.epoch),
+            ("nodes_up", "Members that are up", &metrics.nodes_up),
+        ] {
+            registry.register(name, help, gauge.clone());
+        }
+        registry.register("coverage", "Share of experts with a ready replica on a live node", metrics.coverage.clone());
+        metrics.registry = registry;
+        metrics
+    }
+}
+
+impl Metrics {
+    /// The OpenMetrics text.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.registry).expect("writing to a string cannot fail");
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_counted_is_shown() {
+        let metrics = Metrics::default();
+        metrics.rows_remote.inc_by(12);
+        metrics.memory_bytes.set(4096);
+        metrics.coverage.set(0.5);
+        let text = metrics.text();
+        for line in ["coel_rows_remote_total 12", "coel_memory_bytes 4096", "coel_coverage 0.5", "# EOF"] {
+            assert!(text.contains(line), "{line} not in\n{text}");
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Puts the status document together from what the node's parts say.
+
+use std::collections::BTreeMap;
+
+use coel_gossip::Liveness;
+use coel_store::{NodeId, Placement, cbor};
+
+use crate::generation::{ledger_bytes, readiness};
+use crate::ids;
+use crate::mesh::facts::Facts;
+use crate::service::ModelInfo;
+use crate::shared::Shared;
+use crate::status::{NodeStatus, OwnStatus, ReplicaStatus, Status, expert_key};
+
+/// The node's view, now.
+pub fn status(shared: &Shared, api: &str) -> Status {
+    let state = shared.state();
+    let peers = shared.peers();
+    let own = shared.log.node_id();
+    let placement = state.placement.as_ref();
+    let voters = shared.log.voters();
+    let placed_on = |node: NodeId| placement.map_or((0, 0), |placement| counts(placement, node));
+    let nodes = state.members.iter().map(|(&node_id, member)| {
+        let peer = ids::peer_id(&member.peer);
+        let view = peer.and_then(|peer| peers.get(&peer));
+        let (experts, experts_ready) = placed_on(node_id);
+        let is_self = node_id == own;
+        let headroom = view.and_then(|view| view.status);
+        NodeStatus {
+            node_id,
+            name: member.name.clone(),
+            peer_id: peer.map(|peer| peer.to_string()).unwrap_or_default(),
+            liveness: match view.map(|view| view.liveness) {
+                _ if is_self => "self",
+                Some(Liveness::Up) => "up",
+                Some(Liveness::Suspect) => "suspect",
+                Some(Liveness::Down) | None => "down",
+            }
+            .into(),
+            leaving: member.leaving,
+            voter: voters.contains(&node_id),
+            rtt_ms: view.and_then(|view| view.rtt).map(|rtt| rtt.smoothed.as_secs_f64() * 1e3),
+            memory_headroom: headroom.map(|status| f64::from(status.memory) / 255.0),
+            compute_headroom: headroom.map(|status| f64::from(status.compute) / 255.0),
+            memory_budget_bytes: if is_self {
+                Some(shared.config.memory_bytes)
+            } else {
+                view.and_then(Facts::of).map(|facts| facts.memory_bytes)
+            },
+            experts,
+            experts_ready,
+        }
+    });
+    let info = |id: &coel_store::ModelId| {
+        state.models.get(id).map(|model| ModelInfo { id: id.to_string(), name: model.name.clone() })
+    };
+    let table = placement.into_iter().flat_map(|placement| &placement.replicas).map(|(&expert, nodes)| {
+        let replicas = nodes.iter().map(|(&node, replica)| ReplicaStatus {
+            node,
+            precision: replica.precision,
+            ready: replica.ready,
+        });
+        (expert_key(expert), replicas.collect())
+    });
+    Status {
+        mesh: shared.log.mesh_id().to_string(),
+        node_id: own,
+        name: shared.config.name.clone(),
+        peer_id: shared.gossip.local_peer_id().to_string(),
+        api: api.to_owned(),
+        device: shared.serving.borrow().as_ref().map(|serving| serving.engine.class().to_string()),
+        leader: *shared.log.leader().borrow(),
+        term: shared.log.term(),
+        applied: shared.log.applied(),
+        state_hash: state_hash(&state),
+        epoch: state.epoch().0,
+        models: state.models.keys().filter_map(info).collect(),
+        model: placement.and_then(|placement| info(&placement.model)),
+        coverage: placement.map_or(0.0, Placement::coverage),
+        replicas_min: placement.map_or(0, Placement::replicas_min),
+        planner: shared.planner(),
+        readiness: readiness(shared),
+        nodes: nodes.collect(),
+        own: own_status(shared),
+        placement: table.collect::<BTreeMap<_, _>>(),
+    }
+}
+
+fn counts(placement: &Placement, node: NodeId) -> (usize, usize) {
+    placement.of(node).fold((0, 0), |(all, ready), (_, replica)| (all + 1, ready + usize::from(replica.ready)))
+}
+
+/// Equal states encode to equal bytes.
+fn state_hash(state: &coel_store::State) -> String {
+    let encoded = cbor::to_vec(state).expect("the state is plain data");
+    blake3::hash(&encoded).to_hex().to_string()
+}
+
+fn own_status(shared: &Shared) -> OwnStatus {
+    let metrics = &shared.metrics;
+    OwnStatus {
+        experts: shared.held.borrow().len(),
+        bytes_fetched: metrics.bytes_fetched.get(),
+        memory_bytes: ledger_bytes(shared),
+        rss_before_bytes: *shared.rss_before_bytes.borrow(),
+        memory_budget_bytes: shared.config.memory_bytes,
+        rows_local: metrics.rows_local.get(),
+        rows_remote: metrics.rows_remote.get(),
+        rows_served: metrics.rows_served.get(),
+    }
+}

@@ -1,0 +1,412 @@
+//! One node, from the data folder to Ctrl-C: starts its parts in order, keeps them running, stops them in order.
+//!
+//! Invariants: one process per data folder; when a part fails the node stops rather than limp; what is announced as listening
+//! is listening.
+
+use std::fs::{File, TryLockError};
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use coel_gossip::{Handle, Identity};
+use coel_store::{Blobs, Command, Log, MemberInfo, Outcome, Timing};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use crate::admission::invite::Invite;
+use crate::config::Config;
+use crate::control::{Conversation, Listener, NodeFile, Reply, Request};
+use crate::experts::{host, wire};
+use crate::generation::Generator;
+use crate::http::{self, Auth};
+use crate::import::import;
+use crate::mesh::{PROPOSE_DEADLINE, admit, leader, members, now_ms, raft};
+use crate::metrics::Metrics;
+use crate::shared::Shared;
+use crate::weights::{self, wire as weight_wire};
+use crate::{hosting, ids, report};
+
+/// How often load is looked at; gossip decides when it is worth sending.
+const LOAD_PERIOD: Duration = Duration::from_millis(250);
+/// Longest path of a Unix socket that every system accepts.
+const SOCKET_PATH_MAX: usize = 100;
+/// How long `leave` waits for others to take over what this node holds.
+const HANDOVER_DEADLINE: Duration = Duration::from_secs(600);
+
+/// How a node comes to be in a mesh.
+#[derive(Debug)]
+pub enum Origin {
+    /// It creates one.
+    New,
+    /// Its data folder belongs to one.
+    Existing,
+    /// It was invited to one.
+    Join(Invite),
+}
+
+/// Why a node did not start, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Another process has the data folder.
+    #[error("the data folder {} is in use by another coel process; stop it, or name another folder with --data", .0.display())]
+    InUse(PathBuf),
+    /// The data folder is in a mesh already.
+    #[error("the data folder {} already belongs to a mesh; start it with `coel up --data {}`, or name another folder with --data", .0.display(), .0.display())]
+    HasMesh(PathBuf),
+    /// The data folder is in no mesh.
+    #[error("the data folder {} belongs to no mesh yet; create one with `coel up --new`, or join one with `coel join INVITE`", .0.display())]
+    NoMesh(PathBuf),
+    /// HTTP cannot listen.
+    #[error("HTTP cannot listen on {address}: {source}; stop what uses that port, or name another address with --api")]
+    Api { address: std::net::SocketAddr, source: std::io::Error },
+    /// Something of the operating system.
+    #[error("{what}: {source}")]
+    Io { what: String, source: std::io::Error },
+    /// The swarm did not start.
+    #[error("{0}")]
+    Gossip(#[from] coel_gossip::StartError),
+    /// The identity is unusable.
+    #[error("{0}")]
+    Identity(#[from] coel_gossip::IdentityError),
+    /// The log did not open.
+    #[error("{0}")]
+    Log(#[from] coel_store::LogError),
+    /// The blobs did not open.
+    #[error("{0}")]
+    Blobs(#[from] coel_store::BlobError),
+    /// Not admitted.
+    #[error("{0}")]
+    Join(#[from] admit::JoinError),
+    /// A part of the running node failed for good.
+    #[error("{0}")]
+    Fatal(String),
+}
+
+fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> RunError {
+    let what = what.into();
+    move |source| RunError::Io { what, source }
+}
+
+/// Runs a node until it is asked to stop: by a signal, by `coel leave`, or by a fault. `started` hears once it listens.
+///
+/// # Errors
+/// [`RunError`]; everything that was started has been stopped again.
+pub async fn run(config: Config, origin: Origin, started: impl FnOnce(&NodeFile) + Send) -> Result<(), RunError> {
+    let data = config.data.clone();
+    std::fs::create_dir_all(&data).map_err(io(format!("the data folder {}", data.display())))?;
+    let _lock = lock(&data)?;
+    match (&origin, Log::exists(&data)) {
+        (Origin::New | Origin::Join(_), true) => return Err(RunError::HasMesh(data)),
+        (Origin::Existing, false) => return Err(RunError::NoMesh(data)),
+        _ => {}
+    }
+    let api = TcpListener::bind(config.api).await.map_err(|source| RunError::Api { address: config.api, source })?;
+    let api_url = format!("http://{}", api.local_addr().map_err(io("HTTP"))?);
+    let identity = Identity::load_or_create(&data.join("identity.key"))?;
+    let mut swarm = coel_gossip::Config::new(identity);
+    swarm.listen = config.listen.clone();
+    swarm.peers = config.peers.clone();
+    swarm.mdns = config.mdns;
+    let gossip = coel_gossip::start(swarm).await?;
+    let opened = open(&config, origin, &gossip, &data).await;
+    let (log, blobs) = match opened {
+        Ok(opened) => opened,
+        Err(error) => {
+            gossip.shutdown().await;
+            return Err(error);
+        }
+    };
+    let shared = Arc::new(Shared::new(config, gossip, log, blobs, Arc::new(Metrics::default())));
+    let outcome = serve(shared.clone(), api, &api_url, started).await;
+    NodeFile::remove(&data);
+    shared.log.clone().shutdown().await;
+    shared.gossip.clone().shutdown().await;
+    let fatal = shared.fatal.borrow().clone();
+    match (outcome, fatal) {
+        (Err(error), _) => Err(error),
+        (Ok(()), Some(why)) => Err(RunError::Fatal(why)),
+        (Ok(()), None) => Ok(()),
+    }
+}
+
+fn lock(data: &Path) -> Result<File, RunError> {
+    let file = File::create(data.join("lock")).map_err(io(format!("the data folder {}", data.display())))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(RunError::InUse(data.to_owned())),
+        Err(TryLockError::Error(source)) => Err(io(format!("the data folder {}", data.display()))(source)),
+    }
+}
+
+async fn open(config: &Config, origin: Origin, gossip: &Handle, data: &Path) -> Result<(Log, Arc<Blobs>), RunError> {
+    let transport = Arc::new(raft::OverGossip(gossip.clone()));
+    let timing = Timing::default();
+    let log = match origin {
+        Origin::New => {
+            let me = MemberInfo {
+                peer: ids::peer_key(gossip.local_peer_id()),
+                name: config.name.clone(),
+                addresses: addresses(gossip),
+            };
+            Log::create(data, me, transport, timing).await?
+        }
+        Origin::Existing => Log::open(data, transport, timing).await?,
+        Origin::Join(invite) => {
+            let admitted = admit::join(gossip, &invite, &config.name, addresses(gossip)).await?;
+            let members = admitted
+                .members
+                .iter()
+                .filter_map(|member| Some((ids::peer_id(&member.peer)?, members::parse(&member.addresses))));
+            gossip.set_members(members.collect());
+            Log::join(data, admitted.node, invite.mesh, transport, timing).await?
+        }
+    };
+    info!(node = %log.node_id(), mesh = %log.mesh_id(), peer = %gossip.local_peer_id(), "in the mesh");
+    Ok((log, Arc::new(Blobs::open(data)?)))
+}
+
+fn addresses(gossip: &Handle) -> Vec<String> {
+    gossip.listen_addresses().iter().map(ToString::to_string).collect()
+}
+
+/// Starts the node's tasks and waits until one of them, or a person, ends the node.
+async fn serve(
+    shared: Arc<Shared>,
+    api: TcpListener,
+    api_url: &str,
+    started: impl FnOnce(&NodeFile) + Send,
+) -> Result<(), RunError> {
+    let data = shared.config.data.clone();
+    let socket = socket_path(&data);
+    let mut control = Listener::bind(&socket).map_err(io(format!("the control socket {}", socket.display())))?;
+    let gossip = &shared.gossip;
+    let mut tasks = JoinSet::new();
+    let mut part = |name: &'static str, task: BoxTask| {
+        tasks.spawn(async move {
+            task.await;
+            name
+        });
+    };
+    let serve =
+        |protocol| gossip.serve(protocol, coel_gossip::Access::Members).map_err(|e| RunError::Fatal(e.to_string()));
+    let (raft_in, experts_in) = (serve(raft::PROTOCOL)?, serve(wire::PROTOCOL)?);
+    let weights_in = serve(weight_wire::PROTOCOL)?;
+    let join_in = gossip
+        .serve(admit::PROTOCOL, coel_gossip::Access::Anyone)
+        .map_err(|error| RunError::Fatal(error.to_string()))?;
+    part("members", Box::pin(members::follow(gossip.clone(), shared.log.clone())));
+    part("raft", Box::pin(raft::serve(raft_in, shared.log.clone())));
+    part("admission", Box::pin(admit::serve(join_in, shared.log.clone(), gossip.local_peer_id())));
+    part("experts", Box::pin(host::serve(experts_in, shared.clone())));
+    let (blobs, metrics) = (shared.blobs.clone(), shared.metrics.clone());
+    part("weights", Box::pin(weights::serve::serve(weights_in, blobs, metrics)));
+    part("hosting", Box::pin(hosting::run(shared.clone())));
+    part("leader", Box::pin(leader::run(shared.clone())));
+    part("load", Box::pin(publish(shared.clone())));
+    part("address", Box::pin(readdress(shared.clone())));
+
+    let generator = Arc::new(Generator::new(shared.clone()));
+    let stopping = shared.stopping.clone();
+    let auth = Auth::new(shared.config.api_key.as_deref());
+    let mut web = tokio::spawn(http::serve(api, generator, auth, stopping.clone().cancelled_owned()));
+
+    let file = NodeFile {
+        pid: std::process::id(),
+        peer_id: gossip.local_peer_id().to_string(),
+        name: shared.config.name.clone(),
+        api: api_url.to_owned(),
+        socket,
+    };
+    file.write(&data).map_err(io("node.json"))?;
+    info!(api = api_url, "listening");
+    started(&file);
+
+    let (mut interrupt, mut terminate) = signals().map_err(io("signals"))?;
+    loop {
+        tokio::select! {
+            () = stopping.cancelled() => break,
+            _ = interrupt.recv() => stopping.cancel(),
+            _ = terminate.recv() => stopping.cancel(),
+            conversation = control.next() => match conversation {
+                Ok(conversation) => {
+                    tokio::spawn(converse(conversation, shared.clone(), api_url.to_owned()));
+                }
+                Err(error) => warn!(%error, "the control socket"),
+            },
+            Some(ended) = tasks.join_next() => {
+                let why = ended.map_or_else(|error| error.to_string(), |name| format!("the part '{name}' ended"));
+                shared.fail(why);
+            }
+        }
+    }
+    info!("stopping");
+    let served = (&mut web).await;
+    tasks.shutdown().await;
+    match served {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(source)) => Err(io("HTTP")(source)),
+        Err(error) => Err(RunError::Fatal(error.to_string())),
+    }
+}
+
+type BoxTask = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
+
+fn signals() -> std::io::Result<(tokio::signal::unix::Signal, tokio::signal::unix::Signal)> {
+    Ok((signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?))
+}
+
+/// Beside the data, or, where that path is too long for a socket, in the temporary folder under a name of its hash.
+fn socket_path(data: &Path) -> PathBuf {
+    let beside = data.join("node.sock");
+    if beside.as_os_str().len() <= SOCKET_PATH_MAX {
+        return beside;
+    }
+    let hash = blake3::hash(beside.as_os_str().as_encoded_bytes()).to_hex();
+    std::env::temp_dir().join(format!("coel-{}.sock", &hash[..16]))
+}
+
+/// Tells gossip how loaded this node is, and what there is to know of it.
+async fn publish(shared: Arc<Shared>) {
+    let mut facts = None;
+    let mut busy = cpu_time();
+    let mut looked = tokio::time::Instant::now();
+    loop {
+        let now = shared.facts();
+        if facts.as_ref() != Some(&now) {
+            if let Err(error) = shared.gossip.set_facts(now.encode()) {
+                warn!(%error, "this node's facts cannot be told");
+            }
+            facts = Some(now);
+        }
+        let budget = shared.config.memory_bytes.max(1) as f64;
+        let memory = 1.0 - crate::generation::ledger_bytes(&shared) as f64 / budget;
+        let computed = cpu_time();
+        let (worked, elapsed) = (computed.saturating_sub(busy), looked.elapsed());
+        (busy, looked) = (computed, tokio::time::Instant::now());
+        let compute = 1.0 - worked.as_secs_f64() / elapsed.as_secs_f64().max(1e-3);
+        shared.gossip.set_status(coel_gossip::Status::from_shares(memory, compute));
+        tokio::time::sleep(LOAD_PERIOD).await;
+    }
+}
+
+/// Processor time of this process so far; nearly all of it is the one compute thread's.
+fn cpu_time() -> Duration {
+    // SAFETY: getrusage fills the struct it is given, whose fields are plain integers.
+    let usage = unsafe {
+        let mut usage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
+        usage
+    };
+    let time = |t: libc::timeval| Duration::new(t.tv_sec.max(0) as u64, t.tv_usec.max(0) as u32 * 1000);
+    time(usage.ru_utime) + time(usage.ru_stime)
+}
+
+/// Keeps the log's idea of this node's name and addresses true: a restart may have moved it.
+async fn readdress(shared: Arc<Shared>) {
+    let node = shared.log.node_id();
+    let mut state = shared.log.state();
+    loop {
+        let (name, addresses) = (shared.config.name.clone(), addresses(&shared.gossip));
+        let known = state.borrow_and_update().members.get(&node).cloned();
+        if known.is_some_and(|member| member.name != name || member.addresses != addresses) {
+            let command = Command::Readdress { node, name, addresses };
+            if let Err(error) = shared.log.propose(command, PROPOSE_DEADLINE).await {
+                warn!(%error, "the log could not be told this node's addresses; trying again");
+            }
+        }
+        tokio::select! {
+            changed = state.changed() => if changed.is_err() { return std::future::pending().await },
+            () = tokio::time::sleep(Duration::from_secs(5)) => {}
+        }
+    }
+}
+
+/// One conversation on the control socket.
+async fn converse(mut conversation: Conversation, shared: Arc<Shared>, api_url: String) {
+    let Some(request) = conversation.request().await else {
+        return;
+    };
+    let answer = match request {
+        Request::Status => json(&report::status(&shared, &api_url)),
+        Request::Invite { uses, ttl_s } => invite(&shared, uses, ttl_s).await.and_then(|line| json(&line)),
+        Request::Import { dir, name } => {
+            let (sender, mut progress) = tokio::sync::mpsc::channel(16);
+            let importing = shared.clone();
+            let mut task = tokio::spawn(async move {
+                // A step that finds the channel full is skipped: only the latest matters.
+                let note = move |what: &str, done, total| {
+                    let _ = sender.try_send(Reply::Progress { what: what.to_owned(), done, total });
+                };
+                import(&importing, &dir, name, note).await
+            });
+            while let Some(reply) = progress.recv().await {
+                conversation.say(&reply).await;
+            }
+            (&mut task).await.unwrap_or_else(|error| Err(error.to_string())).and_then(|model| json(&model))
+        }
+        Request::Leave => match leave(&shared).await {
+            Ok(()) => {
+                conversation.say(&Reply::Done(serde_json::Value::Null)).await;
+                return shared.stopping.cancel();
+            }
+            Err(why) => Err(why),
+        },
+        Request::Stop => {
+            conversation.say(&Reply::Done(serde_json::Value::Null)).await;
+            return shared.stopping.cancel();
+        }
+    };
+    conversation.say(&answer.map_or_else(Reply::Failed, Reply::Done)).await;
+}
+
+fn json(value: &impl serde::Serialize) -> Result<serde_json::Value, String> {
+    serde_json::to_value(value).map_err(|error| error.to_string())
+}
+
+async fn propose(shared: &Shared, command: Command) -> Result<(), String> {
+    match shared.log.propose(command, PROPOSE_DEADLINE).await {
+        Ok(Outcome::Refused(refusal)) => Err(format!("{refusal}; {}", refusal.remedy())),
+        Ok(_) => Ok(()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+async fn invite(shared: &Shared, uses: u32, ttl_s: u64) -> Result<String, String> {
+    let invite = admit::new_invite(shared.log.mesh_id(), &shared.gossip);
+    let token = crate::admission::invite::token_hash(&invite.token);
+    let expires_at_ms = now_ms().saturating_add(ttl_s.saturating_mul(1000));
+    propose(shared, Command::Invite { token, uses, expires_at_ms }).await?;
+    Ok(invite.to_string())
+}
+
+/// Hands over what this node holds, then leaves.
+async fn leave(shared: &Shared) -> Result<(), String> {
+    let node = shared.log.node_id();
+    propose(shared, Command::Leaving { node }).await?;
+    let mut state = shared.log.state();
+    let handed_over = state.wait_for(|state| {
+        let Some(placement) = &state.placement else {
+            return true;
+        };
+        placement.replicas.values().all(|nodes| nodes.iter().any(|(&holder, replica)| holder != node && replica.ready))
+    });
+    // The guard on the state must not be held while the log is asked.
+    let handed_over = tokio::time::timeout(HANDOVER_DEADLINE, handed_over).await.map(drop);
+    match handed_over {
+        Ok(()) => propose(shared, Command::Leave { node }).await?,
+        Err(_) => {
+            return Err(
+                "the others have no room for what this node holds; raise a --memory budget or add a node".into()
+            );
+        }
+    }
+    // A voter that stops before its vote has passed on could take the quorum with it.
+    let deadline = tokio::time::Instant::now() + PROPOSE_DEADLINE;
+    while shared.log.voters().contains(&node) && tokio::time::Instant::now() < deadline {
+        tokio::time::sleep(LOAD_PERIOD).await;
+    }
+    Ok(())
+}

@@ -1,0 +1,212 @@
+//! What the tasks of one node share: handles and figures, each with one owner behind it.
+//!
+//! Nothing here decides anything. It answers questions that several tasks ask: who is down, which model is placed, how far
+//! the node is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+
+use coel_gossip::{Handle, Liveness, PeerId, PeerView};
+use coel_model::engine::Engine;
+use coel_store::{Blobs, ExpertId, Log, Model, ModelId, NodeId, State};
+use rand::seq::SliceRandom;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::ids;
+use crate::library::{Known, Library};
+use crate::mesh::facts::Facts;
+use crate::mesh::leader::MemberFacts;
+use crate::metrics::Metrics;
+use crate::weights::fetch::{Fetcher, Source};
+
+/// A model with its engine: the trunk is loaded, experts come and go.
+#[derive(Clone)]
+pub struct Serving {
+    /// The model.
+    pub known: Arc<Known>,
+    /// Where it computes.
+    pub engine: Engine,
+}
+
+impl Serving {
+    /// Kernel class and precision of this node, as told to other homes: `avx512/bf16`.
+    pub fn class(&self) -> String {
+        format!("{}/{}", self.engine.class(), coel_store::Precision::Bf16)
+    }
+}
+
+/// How far this node is with what it was assigned.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes of the assigned blobs.
+    pub bytes_assigned: u64,
+    /// Of them, bytes held and verified.
+    pub bytes_held: u64,
+    /// What does not mend itself by waiting.
+    pub problem: Option<String>,
+}
+
+/// Shared by the tasks of one node.
+pub struct Shared {
+    /// The checked configuration.
+    pub config: Config,
+    /// Who is here.
+    pub gossip: Handle,
+    /// What was agreed.
+    pub log: Log,
+    /// Weights on disk.
+    pub blobs: Arc<Blobs>,
+    /// Weights from peers.
+    pub fetcher: Fetcher,
+    /// Models, their tensors aside.
+    pub library: Library,
+    /// The model that is loaded here.
+    pub serving: watch::Sender<Option<Serving>>,
+    /// Experts loaded in the engine.
+    pub held: watch::Sender<Arc<BTreeSet<ExpertId>>>,
+    /// Models of which every blob lies here.
+    pub complete: watch::Sender<Vec<ModelId>>,
+    /// How far the node is.
+    pub progress: watch::Sender<Progress>,
+    /// What this node counts.
+    pub metrics: Arc<Metrics>,
+    /// Asks every task to end.
+    pub stopping: CancellationToken,
+    /// Why the node must end: the first fatal fault.
+    pub fatal: watch::Sender<Option<String>>,
+    /// Resident memory before the first weight, in bytes; 0 until then.
+    pub rss_before_bytes: watch::Sender<u64>,
+    planner: Mutex<Option<String>>,
+}
+
+impl Shared {
+    /// The handles put together; nothing is loaded yet.
+    pub fn new(config: Config, gossip: Handle, log: Log, blobs: Arc<Blobs>, metrics: Arc<Metrics>) -> Self {
+        Self {
+            fetcher: Fetcher::new(gossip.clone(), blobs.clone(), metrics.clone()),
+            config,
+            gossip,
+            log,
+            blobs,
+            library: Library::default(),
+            serving: watch::Sender::new(None),
+            held: watch::Sender::default(),
+            complete: watch::Sender::default(),
+            progress: watch::Sender::default(),
+            metrics,
+            stopping: CancellationToken::new(),
+            fatal: watch::Sender::new(None),
+            rss_before_bytes: watch::Sender::new(0),
+            planner: Mutex::new(None),
+        }
+    }
+
+    /// The agreed state as this node has applied it.
+    pub fn state(&self) -> Arc<State> {
+        self.log.state().borrow().clone()
+    }
+
+    /// What gossip says of the peers.
+    pub fn peers(&self) -> Arc<BTreeMap<PeerId, PeerView>> {
+        self.gossip.peers().borrow().clone()
+    }
+
+    /// Members that gossip holds for dead.
+    pub fn down(&self) -> BTreeSet<NodeId> {
+        let (state, peers) = (self.state(), self.peers());
+        let own = self.log.node_id();
+        let down = state.members.iter().filter(|&(&node, member)| {
+            let view = ids::peer_id(&member.peer).and_then(|peer| peers.get(&peer));
+            node != own && view.is_none_or(|view| view.liveness == Liveness::Down)
+        });
+        down.map(|(&node, _)| node).collect()
+    }
+
+    /// Liveness and facts of every member that gossip knows, this node included.
+    pub fn facts_of_members(&self, state: &State) -> MemberFacts {
+        let peers = self.peers();
+        let each = state.members.iter().filter_map(|(&node, member)| {
+            if node == self.log.node_id() {
+                return Some((node, (Liveness::Up, Some(self.facts()))));
+            }
+            let view = peers.get(&ids::peer_id(&member.peer)?)?;
+            Some((node, (view.liveness, Facts::of(view))))
+        });
+        each.collect()
+    }
+
+    /// This node's facts.
+    pub fn facts(&self) -> Facts {
+        Facts {
+            memory_bytes: self.config.memory_bytes,
+            kv_tokens: self.config.kv_tokens as u64,
+            complete_models: self.complete.borrow().clone(),
+        }
+    }
+
+    /// Looks whether every blob of the model lies here, for [`Self::facts`]. Looks at files: not from async threads.
+    pub fn look_for_all_of(&self, known: &Known) {
+        let all = known.manifest.blobs().all(|blob| self.blobs.has(&blob.id));
+        self.complete.send_if_modified(|complete| {
+            let was = complete.contains(&known.id);
+            complete.retain(|id| *id != known.id);
+            complete.extend(all.then_some(known.id));
+            was != all
+        });
+    }
+
+    /// The model the mesh serves: the placed one, or the first registered before there is a placement.
+    pub fn model_to_place<'a>(&self, state: &'a State) -> Option<(ModelId, &'a Model)> {
+        let placed = state.placement.as_ref().map(|placement| placement.model);
+        let id = placed.or_else(|| state.models.keys().next().copied())?;
+        state.models.get(&id).map(|model| (id, model))
+    }
+
+    /// Whom to ask for a blob: ready replicas of the expert in random order, then nodes that have the whole model, then the
+    /// other members that are there.
+    pub fn sources(&self, state: &State, model: ModelId, expert: Option<ExpertId>) -> Vec<Source> {
+        let facts = self.facts_of_members(state);
+        let ready: BTreeSet<NodeId> = match (&state.placement, expert) {
+            (Some(placement), Some(expert)) => placement.hosts(expert).map(|(node, _)| node).collect(),
+            (Some(placement), None) => placement.trunk_ready.clone(),
+            (None, _) => BTreeSet::new(),
+        };
+        let mut ranked: Vec<_> = state
+            .members
+            .iter()
+            .filter(|&(&node, _)| node != self.log.node_id())
+            .filter_map(|(&node, member)| {
+                let (liveness, facts) = facts.get(&node)?;
+                let complete = facts.as_ref().is_some_and(|facts| facts.complete_models.contains(&model));
+                let rank = if ready.contains(&node) { 0 } else { 2 - i32::from(complete) };
+                let source = Source { peer: ids::peer_id(&member.peer)?, name: member.name.clone() };
+                (*liveness != Liveness::Down).then_some((rank, source))
+            })
+            .collect();
+        ranked.shuffle(&mut rand::rng());
+        ranked.sort_by_key(|(rank, _)| *rank);
+        ranked.into_iter().map(|(_, source)| source).collect()
+    }
+
+    /// What the planner of this node, as leader, has to say.
+    pub fn planner(&self) -> Option<String> {
+        self.planner.lock().expect("no panic while held").clone()
+    }
+
+    /// Notes it.
+    pub fn set_planner(&self, word: Option<String>) {
+        *self.planner.lock().expect("no panic while held") = word;
+    }
+
+    /// Ends the node with an error.
+    pub fn fail(&self, why: String) {
+        self.fatal.send_if_modified(|fatal| {
+            let first = fatal.is_none();
+            fatal.get_or_insert(why);
+            first
+        });
+        self.stopping.cancel();
+    }
+}

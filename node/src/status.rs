@@ -1,0 +1,119 @@
+//! What a node says of itself and the mesh: one document, for `coel status`, the testnet and the tests.
+
+use std::collections::BTreeMap;
+
+use coel_store::{ExpertId, NodeId, Precision};
+use serde::{Deserialize, Serialize};
+
+use crate::service::{ModelInfo, Readiness};
+
+/// A node's view, as `coel status --json` prints it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The mesh, in hex.
+    pub mesh: String,
+    /// This node's id in the log.
+    pub node_id: NodeId,
+    /// This node's name.
+    pub name: String,
+    /// This node's libp2p identity.
+    pub peer_id: String,
+    /// Where its HTTP listens: `http://127.0.0.1:PORT`.
+    pub api: String,
+    /// `cpu` or `cuda:N`, with the kernel class, e.g. `cpu/avx512`.
+    pub device: Option<String>,
+    /// The leader, as far as this node knows.
+    pub leader: Option<NodeId>,
+    /// Raft term.
+    pub term: u64,
+    /// Index of the last applied log entry.
+    pub applied: u64,
+    /// BLAKE3 of the replicated state's encoding: equal wherever `applied` is.
+    pub state_hash: String,
+    /// Version of the placement; 0 before the first.
+    pub epoch: u64,
+    /// Models that are registered.
+    pub models: Vec<ModelInfo>,
+    /// The model that is placed.
+    pub model: Option<ModelInfo>,
+    /// Share of its experts with a ready replica, by the log.
+    pub coverage: f64,
+    /// Fewest ready replicas of any expert, by the log.
+    pub replicas_min: usize,
+    /// Why there is no placement, or a partial one; from the leader only.
+    pub planner: Option<String>,
+    /// Whether a request would be served now, and by what it is held up.
+    pub readiness: Readiness,
+    /// Everybody in the mesh, this node included.
+    pub nodes: Vec<NodeStatus>,
+    /// This node's own figures.
+    pub own: OwnStatus,
+    /// Every expert's replicas.
+    pub placement: BTreeMap<String, Vec<ReplicaStatus>>,
+}
+
+/// A member, as another one sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Id in the log.
+    pub node_id: NodeId,
+    /// Its name.
+    pub name: String,
+    /// Its libp2p identity.
+    pub peer_id: String,
+    /// `up`, `suspect` or `down`; `self` for the node asked.
+    pub liveness: String,
+    /// On its way out.
+    pub leaving: bool,
+    /// Has a vote in the log.
+    pub voter: bool,
+    /// Smoothed round trip.
+    pub rtt_ms: Option<f64>,
+    /// Memory headroom, 0 to 1, as gossiped.
+    pub memory_headroom: Option<f64>,
+    /// Compute headroom, 0 to 1, as gossiped.
+    pub compute_headroom: Option<f64>,
+    /// Memory it may use for models.
+    pub memory_budget_bytes: Option<u64>,
+    /// Experts placed on it.
+    pub experts: usize,
+    /// Of them, those it has reported ready.
+    pub experts_ready: usize,
+}
+
+/// What a node knows of itself only.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnStatus {
+    /// Experts loaded.
+    pub experts: usize,
+    /// Bytes received over the weight stream since the node started.
+    pub bytes_fetched: u64,
+    /// The ledger: trunk, experts, KV cache and buffers, as reserved.
+    pub memory_bytes: u64,
+    /// Resident memory of the process just before the first weight was loaded.
+    pub rss_before_bytes: u64,
+    /// What the ledger may reach.
+    pub memory_budget_bytes: u64,
+    /// (row, expert) pairs this home computed itself.
+    pub rows_local: u64,
+    /// (row, expert) pairs this home had computed by peers.
+    pub rows_remote: u64,
+    /// (row, expert) pairs computed here for other homes.
+    pub rows_served: u64,
+}
+
+/// One replica of an expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaStatus {
+    /// Who holds it.
+    pub node: NodeId,
+    /// At which precision.
+    pub precision: Precision,
+    /// Verified, loaded and reported.
+    pub ready: bool,
+}
+
+/// The key of [`Status::placement`].
+pub fn expert_key(expert: ExpertId) -> String {
+    expert.to_string()
+}

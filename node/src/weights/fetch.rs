@@ -1,0 +1,272 @@
+//! Gets whole blobs from peers: verified chunk by chunk, resumed where an earlier try ended, from the next source when one
+//! fails.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use coel_gossip::{FrameStream, Handle, PeerId};
+use coel_store::manifest::MANIFEST_BYTES_MAX;
+use coel_store::{BlobEntry, BlobError, BlobId, Blobs, CHUNK_BYTES};
+use tokio::time::timeout;
+use tracing::{debug, instrument, warn};
+
+use super::wire::{CHUNKS_MAX, PROTOCOL, Reply, Request, VERSION, decode, encode};
+use crate::metrics::Metrics;
+
+/// Longest wait for one chunk: 1 MiB over the slowest link worth having (about 300 kbit/s).
+const CHUNK_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Gets blobs from peers into the store.
+#[derive(Clone)]
+pub struct Fetcher {
+    gossip: Handle,
+    blobs: Arc<Blobs>,
+    metrics: Arc<Metrics>,
+}
+
+/// Why a blob could not be had. Retryable, unless every source had it wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// Nobody who was asked could give it.
+    #[error("{what} could not be fetched: {}", list_tried(.tried))]
+    NoSource { what: String, tried: Vec<(String, Fault)> },
+    /// It could not be kept.
+    #[error("{what} could not be stored: {source}")]
+    Store { what: String, source: BlobError },
+}
+
+/// What was wrong with one source.
+#[derive(Debug)]
+pub enum Fault {
+    /// It does not have it.
+    NotHeld,
+    /// What it sent does not match the manifest.
+    Corrupt(String),
+    /// It did not answer, or broke off.
+    Unreachable(String),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotHeld => f.write_str("does not hold it"),
+            Self::Corrupt(what) => write!(f, "sent wrong bytes ({what})"),
+            Self::Unreachable(why) => write!(f, "did not deliver ({why})"),
+        }
+    }
+}
+
+fn list_tried(tried: &[(String, Fault)]) -> String {
+    let each: Vec<_> = tried.iter().map(|(name, fault)| format!("{name} {fault}")).collect();
+    if each.is_empty() { "no peer is connected that could have it".into() } else { each.join("; ") }
+}
+
+impl FetchError {
+    /// Whether somebody sent bytes that do not match: a damaged source, which waiting does not mend.
+    pub fn is_corrupt(&self) -> bool {
+        match self {
+            Self::NoSource { tried, .. } => tried.iter().any(|(_, fault)| matches!(fault, Fault::Corrupt(_))),
+            Self::Store { .. } => false,
+        }
+    }
+}
+
+/// A peer to ask, and how to call it in messages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// Whom to ask.
+    pub peer: PeerId,
+    /// Its name.
+    pub name: String,
+}
+
+impl Fetcher {
+    /// A fetcher into `blobs`.
+    pub fn new(gossip: Handle, blobs: Arc<Blobs>, metrics: Arc<Metrics>) -> Self {
+        Self { gossip, blobs, metrics }
+    }
+
+    /// Gets the blob from the first of `sources` that has all that is missing of it. `what` names it in errors.
+    ///
+    /// # Errors
+    /// [`FetchError`]; verified chunks are kept for the next try.
+    #[instrument(skip(self, entry, sources), fields(blob = %entry.id))]
+    pub async fn fetch(&self, what: &str, entry: &BlobEntry, sources: &[Source]) -> Result<(), FetchError> {
+        let mut faults = Vec::new();
+        for source in sources {
+            match self.fetch_from(source.peer, entry).await {
+                Ok(()) => return Ok(()),
+                Err(Stop::Store(error)) => {
+                    return Err(FetchError::Store { what: what.into(), source: error });
+                }
+                Err(Stop::Source(fault)) => {
+                    if matches!(fault, Fault::Corrupt(_)) {
+                        warn!(source = source.name, %fault, "a peer's weights do not match the manifest");
+                    } else {
+                        debug!(source = source.name, %fault, "trying the next source");
+                    }
+                    faults.push((source.name.clone(), fault));
+                }
+            }
+        }
+        Err(FetchError::NoSource { what: what.into(), tried: faults })
+    }
+
+    async fn fetch_from(&self, peer: PeerId, entry: &BlobEntry) -> Result<(), Stop> {
+        let (blobs, owned) = (self.blobs.clone(), entry.clone());
+        let mut partial = blocking(move || blobs.receive(&owned)).await?;
+        let mut stream = self.open(peer).await?;
+        while let Some((first, count)) = next_run(&partial.missing()) {
+            ask(&mut stream, entry.id, first, count).await?;
+            for chunk in first..first + count {
+                let bytes = next_chunk(&mut stream, chunk).await?;
+                self.metrics.bytes_fetched.inc_by(bytes.len() as u64);
+                partial = blocking(move || {
+                    partial.write(chunk, &bytes)?;
+                    Ok(partial)
+                })
+                .await?;
+            }
+        }
+        blocking(move || partial.finish()).await
+    }
+
+    /// Gets a manifest, of which only hash and length are known, and keeps it. Returns its bytes.
+    ///
+    /// # Errors
+    /// [`FetchError`], also for a length beyond [`MANIFEST_BYTES_MAX`].
+    pub async fn fetch_manifest(&self, id: BlobId, bytes: u64, sources: &[Source]) -> Result<Vec<u8>, FetchError> {
+        let what = || format!("the manifest {id}");
+        let mut faults = Vec::new();
+        for source in sources {
+            let received = match self.whole(source.peer, id, bytes).await {
+                Ok(received) => received,
+                Err(Stop::Source(fault)) => {
+                    faults.push((source.name.clone(), fault));
+                    continue;
+                }
+                Err(Stop::Store(error)) => {
+                    return Err(FetchError::Store { what: what(), source: error });
+                }
+            };
+            let (blobs, copy) = (self.blobs.clone(), received.clone());
+            return match blocking(move || blobs.put(&copy)).await {
+                Ok(_) => Ok(received),
+                Err(Stop::Store(error)) => Err(FetchError::Store { what: what(), source: error }),
+                Err(Stop::Source(fault)) => {
+                    Err(FetchError::NoSource { what: what(), tried: vec![(source.name.clone(), fault)] })
+                }
+            };
+        }
+        Err(FetchError::NoSource { what: what(), tried: faults })
+    }
+
+    async fn whole(&self, peer: PeerId, id: BlobId, bytes: u64) -> Result<Vec<u8>, Stop> {
+        if bytes > MANIFEST_BYTES_MAX as u64 {
+            return Err(Stop::Source(Fault::Corrupt(format!("a manifest of {bytes} bytes"))));
+        }
+        let chunks = u32::try_from(bytes.div_ceil(CHUNK_BYTES as u64)).expect("at most 64 MiB");
+        let mut stream = self.open(peer).await?;
+        let mut received = Vec::with_capacity(bytes as usize);
+        for first in (0..chunks).step_by(CHUNKS_MAX as usize) {
+            let count = CHUNKS_MAX.min(chunks - first);
+            ask(&mut stream, id, first, count).await?;
+            for chunk in first..first + count {
+                let payload = next_chunk(&mut stream, chunk).await?;
+                self.metrics.bytes_fetched.inc_by(payload.len() as u64);
+                received.extend_from_slice(&payload);
+            }
+        }
+        if BlobId::of(&received) != id {
+            return Err(Stop::Source(Fault::Corrupt("its hash is another one".into())));
+        }
+        Ok(received)
+    }
+
+    async fn open(&self, peer: PeerId) -> Result<FrameStream, Stop> {
+        self.gossip.open(peer, PROTOCOL).await.map_err(|error| unreachable(&error))
+    }
+}
+
+/// Why one source was given up, or the whole fetch.
+enum Stop {
+    Source(Fault),
+    Store(BlobError),
+}
+
+impl From<BlobError> for Stop {
+    fn from(error: BlobError) -> Self {
+        match error {
+            BlobError::Corrupt { .. } => Self::Source(Fault::Corrupt(error.to_string())),
+            other => Self::Store(other),
+        }
+    }
+}
+
+fn unreachable(why: &dyn fmt::Display) -> Stop {
+    Stop::Source(Fault::Unreachable(why.to_string()))
+}
+
+/// File work off the async threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, BlobError> + Send + 'static) -> Result<T, Stop> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(Stop::from),
+        Err(error) => Err(unreachable(&error)),
+    }
+}
+
+/// The first run of consecutive missing chunks, as (first, count) of one request.
+fn next_run(missing: &[u32]) -> Option<(u32, u32)> {
+    let &first = missing.first()?;
+    let run = missing.iter().zip(first..).take(CHUNKS_MAX as usize).take_while(|&(&chunk, expected)| chunk == expected);
+    Some((first, run.count() as u32))
+}
+
+async fn ask(stream: &mut FrameStream, blob: BlobId, first: u32, count: u32) -> Result<(), Stop> {
+    let request = encode(&Request { version: VERSION, blob, first, count }, Bytes::new());
+    timeout(CHUNK_DEADLINE, stream.send(&request))
+        .await
+        .map_err(|_| unreachable(&"no answer in time"))?
+        .map_err(|error| unreachable(&error))
+}
+
+async fn next_chunk(stream: &mut FrameStream, wanted: u32) -> Result<Bytes, Stop> {
+    let frame = timeout(CHUNK_DEADLINE, stream.recv()).await.map_err(|_| unreachable(&"no answer in time"))?;
+    let frame = frame.map_err(|error| unreachable(&error))?.ok_or_else(|| unreachable(&"the stream ended"))?;
+    match decode(&frame) {
+        Ok(Reply::Chunk(chunk)) if chunk == wanted => Ok(frame.payload),
+        Ok(Reply::Chunk(chunk)) => Err(unreachable(&format!("chunk {chunk} instead of {wanted}"))),
+        Ok(Reply::NotHeld) => Err(Stop::Source(Fault::NotHeld)),
+        Ok(Reply::Refused(reason)) => Err(unreachable(&reason)),
+        Err(reason) => Err(unreachable(&reason)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_chunks_are_asked_for_in_runs() {
+        assert_eq!(next_run(&[]), None);
+        assert_eq!(next_run(&[3]), Some((3, 1)));
+        assert_eq!(next_run(&[0, 1, 2, 7, 8]), Some((0, 3)));
+        let many: Vec<u32> = (5..500).collect();
+        assert_eq!(next_run(&many), Some((5, CHUNKS_MAX)));
+    }
+
+    #[test]
+    fn an_error_names_each_source_and_its_fault() {
+        let error = FetchError::NoSource {
+            what: "expert 3.7".into(),
+            tried: vec![("tower".into(), Fault::Corrupt("chunk 0".into())), ("mini".into(), Fault::NotHeld)],
+        };
+        assert!(error.is_corrupt());
+        let text = error.to_string();
+        for part in ["expert 3.7", "tower sent wrong bytes (chunk 0)", "mini does not hold it"] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+}

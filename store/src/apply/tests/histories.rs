@@ -1,0 +1,116 @@
+//! The invariants of the replicated state over random histories, and commands as bytes.
+
+use super::*;
+use crate::cbor;
+use proptest::prelude::*;
+
+fn any_node() -> impl Strategy<Value = NodeId> {
+    (0u64..6).prop_map(NodeId)
+}
+
+fn any_experts() -> impl Strategy<Value = Vec<ExpertId>> {
+    prop::collection::vec((0u16..3, 0u16..3).prop_map(|(l, i)| ExpertId::new(l, i)), 0..5)
+}
+
+/// Commands drawn from a small world, so that they often meet.
+fn any_command() -> impl Strategy<Value = Command> {
+    let assignment = prop::collection::btree_map(
+        (0u16..2, 0u16..2).prop_map(|(l, i)| ExpertId::new(l, i)),
+        prop::collection::btree_map(any_node(), prop_oneof![Just(Precision::Q4), Just(Precision::Bf16)], 0..3),
+        0..4,
+    );
+    prop_oneof![
+        1 => (any::<u8>(), 0u8..8).prop_map(|(mesh, peer)| Command::CreateMesh {
+            mesh: MeshId([mesh; 16]),
+            member: info(peer),
+        }),
+        4 => (0u8..8, 0u8..3, 0u64..2_000).prop_map(|(peer, token, now)| join_of(peer, token, now)),
+        2 => (0u8..3, 0u32..3).prop_map(|(token, uses)| open(token, uses)),
+        1 => any_node().prop_map(|node| Command::Leaving { node }),
+        2 => any_node().prop_map(|node| Command::Leave { node }),
+        1 => (0u8..3, "[ab]").prop_map(|(id, name)| register_of(id, &name)),
+        4 => (0u64..4, 0u8..3, assignment).prop_map(|(expect, model, replicas)| Command::Place {
+            expect: Epoch(expect),
+            model: ModelId([model; 32]),
+            replicas,
+        }),
+        4 => (any_node(), 0u64..4, any_experts(), any::<bool>()).prop_map(|(node, epoch, experts, trunk)| {
+            Command::Ready { node, epoch: Epoch(epoch), experts, trunk }
+        }),
+        1 => (any_node(), any_experts()).prop_map(|(node, experts)| Command::NotReady { node, experts }),
+    ]
+}
+
+fn check_invariants(before: &State, after: &State, outcome: &Outcome, ever: &mut BTreeSet<NodeId>) {
+    assert!(after.epoch() >= before.epoch(), "the epoch only grows");
+    let moved = |s: &State| {
+        s.placement.as_ref().map(|p| {
+            let hosts =
+                p.replicas.iter().map(|(e, h)| (*e, h.iter().map(|(n, r)| (*n, r.precision)).collect::<Vec<_>>()));
+            (p.model, hosts.collect::<Vec<_>>())
+        })
+    };
+    if moved(before) != moved(after) {
+        assert!(after.epoch() > before.epoch(), "another placement is another epoch");
+    }
+    for node in after.members.keys().filter(|node| !before.members.contains_key(node)) {
+        assert!(ever.insert(*node), "node id {node} was used before");
+        assert_eq!(*outcome, Outcome::Joined { node: *node });
+    }
+    if let Some(placement) = &after.placement {
+        let hosts = placement.replicas.values().flat_map(|hosts| hosts.keys());
+        for node in hosts.chain(&placement.trunk_ready) {
+            assert!(after.members.contains_key(node), "replica on {node}, which is not a member");
+        }
+        assert!(after.models.contains_key(&placement.model));
+    }
+    let peers: BTreeSet<_> = after.members.values().map(|member| &member.peer).collect();
+    assert_eq!(peers.len(), after.members.len(), "one member per peer");
+    if matches!(outcome, Outcome::Refused(_)) {
+        assert_eq!(before, after, "a refusal changes nothing");
+    }
+}
+
+proptest! {
+    #[test]
+    fn invariants_hold_over_any_history(commands in prop::collection::vec(any_command(), 0..60)) {
+        let mut state = State::default();
+        let mut ever = BTreeSet::new();
+        let start = [
+            Command::CreateMesh { mesh: MeshId([1; 16]), member: info(0) },
+            open(0, 3),
+            register_of(1, "a"),
+        ];
+        for command in start.iter().chain(&commands) {
+            let before = state.clone();
+            let outcome = apply(&mut state, command);
+            check_invariants(&before, &state, &outcome, &mut ever);
+        }
+        let bytes = cbor::to_vec(&state).unwrap();
+        prop_assert_eq!(cbor::from_slice::<State>(&bytes, bytes.len()).unwrap(), state);
+    }
+
+    #[test]
+    fn commands_survive_the_wire(command in any_command()) {
+        let bytes = cbor::to_vec(&command).unwrap();
+        prop_assert_eq!(cbor::from_slice::<Command>(&bytes, bytes.len()).unwrap(), command);
+    }
+
+    #[test]
+    fn strange_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        let _ = cbor::from_slice::<Command>(&bytes, 200);
+        let _ = cbor::from_slice::<Outcome>(&bytes, 200);
+        let _ = cbor::from_slice::<State>(&bytes, 200);
+    }
+
+    #[test]
+    fn damaged_commands_never_panic(command in any_command(), at in any::<prop::sample::Index>(), to: u8) {
+        let mut bytes = cbor::to_vec(&command).unwrap();
+        let at = at.index(bytes.len());
+        bytes[at] = to;
+        let mut state = three();
+        if let Ok(command) = cbor::from_slice::<Command>(&bytes, bytes.len()) {
+            apply(&mut state, &command);
+        }
+    }
+}

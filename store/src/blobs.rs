@@ -1,0 +1,368 @@
+//! What this node keeps of the weights: blobs by content, as files or as references into files that
+//! are here anyway.
+//!
+//! | in the data folder | what |
+//! |---|---|
+//! | `blobs/ab/abcd...` | a blob's content, named by its hash |
+//! | `partial/abcd...` | a blob that is still arriving |
+//! | `index/` | a sled database: which blobs are held, and how |
+//!
+//! Invariants: a blob is in the index only after its content is on the disk; its content was hashed
+//! as a whole before it got its name; what is given out as verified was hashed chunk by chunk as it
+//! was read, because disks flip bits and files that are only referenced can change. Sizes are
+//! compared with what the disk really has before memory is taken for them.
+//!
+//! All calls block on the disk. What a blob means, and from whom it comes, is not known here.
+
+mod partial;
+mod segment;
+
+pub use partial::Partial;
+pub use segment::Segment;
+
+use crate::cbor::{self, CborError};
+use crate::disk::{Batch, Disk, DiskError, OpenError, sync_folder};
+use crate::ids::{BlobId, hex};
+use crate::manifest::{BlobEntry, CHUNK_BYTES, ManifestError};
+use segment::{Keep, Record};
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+/// Longest index record: a reference has a handful of segments.
+const RECORD_BYTES_MAX: usize = 1 << 20;
+
+/// Why a blob cannot be read or kept.
+#[derive(Debug, thiserror::Error)]
+pub enum BlobError {
+    /// The index does not open.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The index cannot be read or written.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A record of the index is not readable, or cannot be written.
+    #[error("the index of the weights: {0}")]
+    Index(#[from] CborError),
+    /// The system refused.
+    #[error("{path}: {error}; check the folder and the room on the disk")]
+    Io {
+        /// Which file or folder.
+        path: PathBuf,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// This node does not hold it.
+    #[error("blob {id} is not held here; fetch it from a peer that holds it")]
+    Missing {
+        /// Which blob.
+        id: BlobId,
+    },
+    /// Bytes are not what the manifest says.
+    #[error("blob {id}, chunk {chunk}: the bytes in {place} do not match the manifest's hash; fetch it again")]
+    Corrupt {
+        /// Which blob.
+        id: BlobId,
+        /// Which of its 1 MiB chunks.
+        chunk: u32,
+        /// Where the bytes are from.
+        place: String,
+    },
+    /// All chunks match, but the blob they make has another hash: the manifest contradicts itself.
+    #[error("blob {id}: the chunks that the manifest lists make blob {got}; import the model again")]
+    OtherContent {
+        /// What it should be.
+        id: BlobId,
+        /// What it is.
+        got: BlobId,
+    },
+    /// A file is shorter than it was.
+    #[error("blob {id}: {path} has {found} bytes where {needed} are needed; fetch it again")]
+    Truncated {
+        /// Which blob.
+        id: BlobId,
+        /// Which file.
+        path: PathBuf,
+        /// How many bytes it needs to have.
+        needed: u64,
+        /// How many it has.
+        found: u64,
+    },
+    /// The blob is held with another length than the manifest says.
+    #[error("blob {id} has {held} bytes here, but {wanted} in the manifest; remove it and fetch it again")]
+    OtherLength {
+        /// Which blob.
+        id: BlobId,
+        /// How long it is here.
+        held: u64,
+        /// How long it should be.
+        wanted: u64,
+    },
+    /// There is no such chunk.
+    #[error("blob {id} has no chunk {chunk}: it has {bytes} bytes")]
+    NoSuchChunk {
+        /// Which blob.
+        id: BlobId,
+        /// Which chunk.
+        chunk: u32,
+        /// The blob's length.
+        bytes: u64,
+    },
+    /// It is complete already.
+    #[error("blob {id} is held already")]
+    Held {
+        /// Which blob.
+        id: BlobId,
+    },
+    /// Somebody else in this process is receiving it.
+    #[error("blob {id} is being received already")]
+    Busy {
+        /// Which blob.
+        id: BlobId,
+    },
+    /// Chunks are missing.
+    #[error("blob {id} is not complete: {missing} chunks are missing")]
+    Incomplete {
+        /// Which blob.
+        id: BlobId,
+        /// How many.
+        missing: usize,
+    },
+    /// The entry contradicts itself.
+    #[error(transparent)]
+    Entry(#[from] ManifestError),
+    /// The segments of a reference do not make up the blob.
+    #[error("blob {id}: {why}")]
+    Reference {
+        /// Which blob.
+        id: BlobId,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+impl BlobError {
+    /// Whether the blob here is no use and a fresh copy would be.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Corrupt { .. } | Self::Truncated { .. } | Self::OtherLength { .. } | Self::Missing { .. })
+    }
+}
+
+fn io(path: &Path) -> impl Fn(std::io::Error) -> BlobError + '_ {
+    move |error| BlobError::Io { path: path.into(), error }
+}
+
+/// The blobs of one node; cloning the handle is cheap, and all calls may run at once.
+#[derive(Clone)]
+pub struct Blobs(Arc<Inner>);
+
+struct Inner {
+    index: Disk,
+    files: PathBuf,
+    partial: PathBuf,
+    receiving: Mutex<BTreeSet<BlobId>>,
+}
+
+fn index_key(id: &BlobId) -> Vec<u8> {
+    [b"B".as_slice(), &id.0].concat()
+}
+
+/// Creates a folder so that it survives a power cut.
+fn make_folder(path: &Path) -> Result<(), BlobError> {
+    if !path.is_dir() {
+        fs::create_dir_all(path).map_err(io(path))?;
+        if let Some(parent) = path.parent() {
+            sync_folder(parent).map_err(io(parent))?;
+        }
+    }
+    Ok(())
+}
+
+impl Blobs {
+    /// Opens or creates the store in the data folder `dir`.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self, BlobError> {
+        let dir = dir.as_ref();
+        make_folder(dir)?;
+        let index = Disk::open(&dir.join("index"), None)?;
+        let (files, partial) = (dir.join("blobs"), dir.join("partial"));
+        make_folder(&files)?;
+        make_folder(&partial)?;
+        Ok(Self(Arc::new(Inner { index, files, partial, receiving: Mutex::default() })))
+    }
+
+    fn path(&self, id: &BlobId) -> PathBuf {
+        let name = id.to_string();
+        self.0.files.join(hex(&id.0[..1])).join(name)
+    }
+
+    fn partial_path(&self, id: &BlobId) -> PathBuf {
+        self.0.partial.join(id.to_string())
+    }
+
+    fn record(&self, id: &BlobId) -> Result<Record, BlobError> {
+        let bytes = self.0.index.get(&index_key(id))?.ok_or(BlobError::Missing { id: *id })?;
+        Ok(cbor::from_slice(&bytes, RECORD_BYTES_MAX)?)
+    }
+
+    /// The record, if the blob is held with the length that `entry` says.
+    fn record_of(&self, entry: &BlobEntry) -> Result<Record, BlobError> {
+        entry.check()?;
+        let record = self.record(&entry.id)?;
+        if record.bytes != entry.bytes {
+            return Err(BlobError::OtherLength { id: entry.id, held: record.bytes, wanted: entry.bytes });
+        }
+        Ok(record)
+    }
+
+    fn segments(&self, id: &BlobId, record: &Record) -> Vec<Segment> {
+        match &record.keep {
+            Keep::File => vec![Segment::File { path: self.path(id), offset: 0, bytes: record.bytes }],
+            Keep::Reference(segments) => segments.clone(),
+        }
+    }
+
+    fn remember(&self, records: Vec<(BlobId, Record)>) -> Result<(), BlobError> {
+        let mut batch = Batch::default();
+        for (id, record) in records {
+            let bytes = cbor::to_vec(&record)?;
+            if bytes.len() > RECORD_BYTES_MAX {
+                return Err(CborError::TooLong { bytes: bytes.len(), limit: RECORD_BYTES_MAX }.into());
+            }
+            batch.put(&index_key(&id), &bytes);
+        }
+        Ok(self.0.index.write_blocking(batch)?)
+    }
+
+    /// Keeps `content` as a file; returns its entry. Content that is held already is not written
+    /// again.
+    pub fn put(&self, content: &[u8]) -> Result<BlobEntry, BlobError> {
+        let entry = BlobEntry::of(content);
+        if self.has(&entry.id) {
+            return Ok(entry);
+        }
+        let mut partial = self.receive(&entry)?;
+        for chunk in partial.missing() {
+            let start = chunk as usize * CHUNK_BYTES;
+            partial.write(chunk, &content[start..content.len().min(start + CHUNK_BYTES)])?;
+        }
+        partial.finish()?;
+        Ok(entry)
+    }
+
+    /// Keeps a blob without copying it: its content is the segments, one after the other.
+    pub fn put_reference(&self, entry: &BlobEntry, segments: Vec<Segment>) -> Result<(), BlobError> {
+        self.put_references([(entry.clone(), segments)])
+    }
+
+    /// Keeps many references with one write to the disk.
+    pub fn put_references(
+        &self,
+        references: impl IntoIterator<Item = (BlobEntry, Vec<Segment>)>,
+    ) -> Result<(), BlobError> {
+        let mut records = Vec::new();
+        for (entry, segments) in references {
+            entry.check()?;
+            let segments = segments.into_iter().map(Segment::absolute).collect::<Result<Vec<_>, _>>()?;
+            segment::check(&entry.id, entry.bytes, &segments)?;
+            records.push((entry.id, Record { bytes: entry.bytes, keep: Keep::Reference(segments) }));
+        }
+        self.remember(records)
+    }
+
+    /// Whether the blob is held, as far as a look at the files tells: indexed, and as long as it
+    /// should be. Its content is checked when it is read.
+    pub fn has(&self, id: &BlobId) -> bool {
+        self.record(id).is_ok_and(|record| segment::check(id, record.bytes, &self.segments(id, &record)).is_ok())
+    }
+
+    /// The length of a held blob in bytes.
+    pub fn bytes(&self, id: &BlobId) -> Result<u64, BlobError> {
+        Ok(self.record(id)?.bytes)
+    }
+
+    /// Every blob in the index with its length in bytes, in the order of their ids.
+    pub fn list(&self) -> Result<Vec<(BlobId, u64)>, BlobError> {
+        let mut held = Vec::new();
+        for key in self.0.index.keys(b"B", b"C") {
+            let key = key?;
+            if let Some(id) = key.strip_prefix(b"B").and_then(|id| id.try_into().ok()).map(BlobId) {
+                held.push((id, self.record(&id)?.bytes));
+            }
+        }
+        Ok(held)
+    }
+
+    /// Forgets a blob, and deletes its file if it has one of its own. Whether it was held.
+    pub fn remove(&self, id: &BlobId) -> Result<bool, BlobError> {
+        let held = self.0.index.get(&index_key(id))?.is_some();
+        if held {
+            let mut batch = Batch::default();
+            let key = index_key(id);
+            self.0.index.remove_range(&mut batch, &key, &[&key, [0xff; 5].as_slice()].concat())?;
+            self.0.index.write_blocking(batch)?;
+        }
+        let path = self.path(id);
+        match fs::remove_file(&path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(held),
+            Err(error) => Err(io(&path)(error)),
+        }
+    }
+
+    /// The raw bytes of one chunk, to serve to a peer, who checks them. Only their length is
+    /// checked here.
+    pub fn read_chunk(&self, id: &BlobId, chunk: u32) -> Result<Vec<u8>, BlobError> {
+        let record = self.record(id)?;
+        let start = u64::from(chunk) * CHUNK_BYTES as u64;
+        if start >= record.bytes {
+            return Err(BlobError::NoSuchChunk { id: *id, chunk, bytes: record.bytes });
+        }
+        let mut bytes = vec![0; (record.bytes - start).min(CHUNK_BYTES as u64) as usize];
+        segment::Reader::new(*id, self.segments(id, &record)).read_at(start, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Reads chunk after chunk into `buffer` and hands each to `use_chunk` once it is verified.
+    fn for_each_chunk(&self, entry: &BlobEntry, mut use_chunk: impl FnMut(&[u8])) -> Result<(), BlobError> {
+        let record = self.record_of(entry)?;
+        let segments = self.segments(&entry.id, &record);
+        segment::check(&entry.id, entry.bytes, &segments)?;
+        let mut reader = segment::Reader::new(entry.id, segments);
+        let mut buffer = vec![0; entry.bytes.min(CHUNK_BYTES as u64) as usize];
+        for chunk in 0..entry.chunks.len() as u32 {
+            let start = u64::from(chunk) * CHUNK_BYTES as u64;
+            let bytes = &mut buffer[..entry.chunk_bytes(chunk).unwrap_or(0)];
+            reader.read_at(start, bytes)?;
+            if !entry.chunk_matches(chunk, bytes) {
+                let place = reader.place(start, bytes.len());
+                return Err(BlobError::Corrupt { id: entry.id, chunk, place });
+            }
+            use_chunk(bytes);
+        }
+        Ok(())
+    }
+
+    /// The whole content, every chunk of it checked against `entry`.
+    pub fn read_verified(&self, entry: &BlobEntry) -> Result<Vec<u8>, BlobError> {
+        // The files were seen to be this long before anything is allocated for them.
+        let record = self.record_of(entry)?;
+        segment::check(&entry.id, entry.bytes, &self.segments(&entry.id, &record))?;
+        let mut content = Vec::with_capacity(entry.bytes as usize);
+        self.for_each_chunk(entry, |chunk| content.extend_from_slice(chunk))?;
+        Ok(content)
+    }
+
+    /// Checks every chunk without keeping the content.
+    pub fn verify(&self, entry: &BlobEntry) -> Result<(), BlobError> {
+        self.for_each_chunk(entry, |_| ())
+    }
+
+    /// Begins to receive a blob, or goes on where an earlier attempt ended.
+    pub fn receive(&self, entry: &BlobEntry) -> Result<Partial, BlobError> {
+        Partial::open(self, entry)
+    }
+}
+
+#[cfg(test)]
+mod tests;

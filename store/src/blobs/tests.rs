@@ -1,0 +1,230 @@
+//! Blobs on a real disk: kept, referenced, resumed, damaged.
+
+use super::*;
+use crate::manifest::BlobEntry;
+use std::io::{Seek, SeekFrom, Write};
+
+/// Content that differs from chunk to chunk.
+fn content(bytes: usize) -> Vec<u8> {
+    (0..bytes).map(|i| (i / 7 + i / CHUNK_BYTES * 13) as u8).collect()
+}
+
+fn fresh() -> (tempfile::TempDir, Blobs) {
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = Blobs::open(dir.path()).unwrap();
+    (dir, blobs)
+}
+
+fn piece(content: &[u8], chunk: u32) -> &[u8] {
+    let start = chunk as usize * CHUNK_BYTES;
+    &content[start..content.len().min(start + CHUNK_BYTES)]
+}
+
+fn overwrite(path: &Path, at: u64, bytes: &[u8]) {
+    let mut file = fs::File::options().write(true).open(path).unwrap();
+    file.seek(SeekFrom::Start(at)).unwrap();
+    file.write_all(bytes).unwrap();
+}
+
+#[test]
+fn what_is_put_is_there_after_a_restart() {
+    let (dir, blobs) = fresh();
+    let long = content(2 * CHUNK_BYTES + 777);
+    let entry = blobs.put(&long).unwrap();
+    let empty = blobs.put(&[]).unwrap();
+    assert_eq!(blobs.put(&long).unwrap(), entry, "the same content again is the same blob");
+    assert!(matches!(Blobs::open(dir.path()), Err(BlobError::Open(OpenError::InUse { .. }))));
+    drop(blobs);
+    let blobs = Blobs::open(dir.path()).unwrap();
+    assert!(blobs.has(&entry.id) && blobs.has(&empty.id) && !blobs.has(&BlobId([0; 32])));
+    assert_eq!(blobs.read_verified(&entry).unwrap(), long);
+    assert_eq!(blobs.read_verified(&empty).unwrap(), []);
+    assert_eq!(blobs.read_chunk(&entry.id, 2).unwrap(), piece(&long, 2));
+    assert!(matches!(blobs.read_chunk(&entry.id, 3), Err(BlobError::NoSuchChunk { chunk: 3, .. })));
+    assert!(matches!(blobs.read_chunk(&BlobId([0; 32]), 0), Err(BlobError::Missing { .. })));
+    let mut held = vec![(entry.id, entry.bytes), (empty.id, 0)];
+    held.sort();
+    assert_eq!(blobs.list().unwrap(), held);
+    assert!(blobs.remove(&entry.id).unwrap() && !blobs.remove(&entry.id).unwrap());
+    assert!(!blobs.has(&entry.id));
+    assert_eq!(blobs.list().unwrap(), [(empty.id, 0)]);
+}
+
+#[test]
+fn a_receipt_goes_on_where_it_ended() {
+    let (dir, blobs) = fresh();
+    let long = content(4 * CHUNK_BYTES + 5);
+    let entry = BlobEntry::of(&long);
+    let mut partial = blobs.receive(&entry).unwrap();
+    assert_eq!(partial.missing(), [0, 1, 2, 3, 4]);
+    assert!(matches!(blobs.receive(&entry), Err(BlobError::Busy { .. })));
+    partial.write(3, piece(&long, 3)).unwrap();
+    partial.write(0, piece(&long, 0)).unwrap();
+    assert_eq!(partial.bytes_held(), 2 << 20);
+    assert!(matches!(blobs.read_verified(&entry), Err(BlobError::Missing { .. })));
+    drop(partial);
+    drop(blobs);
+
+    // A crash in the middle of chunk 1 left half of it.
+    overwrite(&dir.path().join("partial").join(entry.id.to_string()), 1 << 20, &piece(&long, 1)[..5_000]);
+    let blobs = Blobs::open(dir.path()).unwrap();
+    let mut partial = blobs.receive(&entry).unwrap();
+    assert_eq!(partial.missing(), [1, 2, 4]);
+    for chunk in [4, 1] {
+        partial.write(chunk, piece(&long, chunk)).unwrap();
+    }
+    assert!(matches!(partial.finish(), Err(BlobError::Incomplete { missing: 1, .. })));
+    let mut partial = blobs.receive(&entry).unwrap();
+    assert_eq!(partial.missing(), [2]);
+    partial.write(2, piece(&long, 2)).unwrap();
+    partial.finish().unwrap();
+    assert_eq!(blobs.read_verified(&entry).unwrap(), long);
+    assert!(matches!(blobs.receive(&entry), Err(BlobError::Held { .. })));
+    assert!(!dir.path().join("partial").join(entry.id.to_string()).exists());
+}
+
+#[test]
+fn bytes_from_a_peer_count_only_if_they_match() {
+    let (_dir, blobs) = fresh();
+    let long = content(CHUNK_BYTES + 100);
+    let entry = BlobEntry::of(&long);
+    let mut partial = blobs.receive(&entry).unwrap();
+    let mut flipped = piece(&long, 1).to_vec();
+    flipped[50] ^= 4;
+    assert!(matches!(partial.write(1, &flipped), Err(BlobError::Corrupt { chunk: 1, .. })));
+    assert!(matches!(partial.write(1, &flipped[..99]), Err(BlobError::Corrupt { chunk: 1, .. })));
+    assert!(matches!(partial.write(0, piece(&long, 1)), Err(BlobError::Corrupt { chunk: 0, .. })));
+    assert!(matches!(partial.write(2, &[]), Err(BlobError::NoSuchChunk { chunk: 2, .. })));
+    assert_eq!(partial.missing(), [0, 1]);
+}
+
+#[test]
+fn chunks_that_do_not_make_the_blob_never_get_its_name() {
+    let (dir, blobs) = fresh();
+    let long = content(2 * CHUNK_BYTES);
+    let entry = BlobEntry { id: BlobId([7; 32]), ..BlobEntry::of(&long) };
+    let mut partial = blobs.receive(&entry).unwrap();
+    for chunk in partial.missing() {
+        partial.write(chunk, piece(&long, chunk)).unwrap();
+    }
+    assert!(matches!(partial.finish(), Err(BlobError::OtherContent { .. })));
+    assert!(!blobs.has(&entry.id));
+    assert_eq!(fs::read_dir(dir.path().join("partial")).unwrap().count(), 0);
+    let lies = BlobEntry { bytes: u64::MAX, ..BlobEntry::of(&long) };
+    assert!(matches!(blobs.receive(&lies), Err(BlobError::Entry(_))));
+    assert!(matches!(blobs.read_verified(&lies), Err(BlobError::Entry(_))));
+}
+
+#[test]
+fn a_flipped_bit_is_found_and_named() {
+    let (_dir, blobs) = fresh();
+    let long = content(3 * CHUNK_BYTES);
+    let entry = blobs.put(&long).unwrap();
+    let path = blobs.path(&entry.id);
+    let at = CHUNK_BYTES + 4711;
+    overwrite(&path, at as u64, &[long[at] ^ 1]);
+    for error in [blobs.read_verified(&entry).unwrap_err(), blobs.verify(&entry).unwrap_err()] {
+        let message = error.to_string();
+        assert!(matches!(error, BlobError::Corrupt { id, chunk: 1, .. } if id == entry.id), "{message}");
+        assert!(message.contains(&path.display().to_string()), "{message}");
+        assert!(error.is_damage());
+    }
+    assert!(blobs.read_chunk(&entry.id, 1).is_ok(), "raw reads leave the check to the peer");
+}
+
+#[test]
+fn a_truncated_file_is_named() {
+    let (_dir, blobs) = fresh();
+    let long = content(2 * CHUNK_BYTES);
+    let entry = blobs.put(&long).unwrap();
+    let path = blobs.path(&entry.id);
+    fs::File::options().write(true).open(&path).unwrap().set_len(CHUNK_BYTES as u64 + 9).unwrap();
+    assert!(!blobs.has(&entry.id));
+    for error in [
+        blobs.read_verified(&entry).unwrap_err(),
+        blobs.verify(&entry).unwrap_err(),
+        blobs.read_chunk(&entry.id, 1).unwrap_err(),
+    ] {
+        assert!(matches!(error, BlobError::Truncated { found: 1_048_585, .. }), "{error}");
+    }
+    // What is left of it is not fetched again.
+    let partial = blobs.receive(&entry).unwrap();
+    assert_eq!(partial.missing(), [1]);
+    drop(partial);
+    fs::remove_file(blobs.partial_path(&entry.id)).unwrap();
+    assert!(matches!(blobs.read_verified(&entry), Err(BlobError::Truncated { found: 0, .. })));
+}
+
+#[test]
+fn a_checkpoint_is_referenced_in_place() {
+    let (dir, blobs) = fresh();
+    let checkpoint = dir.path().join("model.safetensors");
+    let file = content(3 * CHUNK_BYTES);
+    fs::write(&checkpoint, &file).unwrap();
+    let range = |offset: usize, bytes: usize| Segment::File {
+        path: checkpoint.clone(),
+        offset: offset as u64,
+        bytes: bytes as u64,
+    };
+    let whole = [b"header".as_slice(), &file[100..1_200_000], b"", &file[2_000_000..2_900_000]].concat();
+    let entry = BlobEntry::of(&whole);
+    let segments = vec![
+        Segment::Inline(b"header".to_vec()),
+        range(100, 1_199_900),
+        Segment::Inline(vec![]),
+        range(2_000_000, 900_000),
+    ];
+    blobs.put_reference(&entry, segments.clone()).unwrap();
+    assert_eq!(blobs.read_verified(&entry).unwrap(), whole);
+    for chunk in 0..entry.chunks.len() as u32 {
+        assert_eq!(blobs.read_chunk(&entry.id, chunk).unwrap(), piece(&whole, chunk));
+    }
+    assert_eq!(fs::read_dir(dir.path().join("blobs")).unwrap().count(), 0, "nothing was copied");
+
+    let short = blobs.put_reference(&entry, segments[..2].to_vec());
+    assert!(matches!(short, Err(BlobError::Reference { .. })));
+    let beyond = blobs.put_reference(&BlobEntry::of(&file), vec![range(1, 3 * CHUNK_BYTES)]);
+    assert!(matches!(beyond, Err(BlobError::Truncated { .. })));
+
+    // The checkpoint changes under the reference.
+    overwrite(&checkpoint, 2_000_000, &[file[2_000_000] ^ 0x80]);
+    let error = blobs.read_verified(&entry).unwrap_err();
+    assert!(matches!(error, BlobError::Corrupt { chunk: 1, .. }), "{error}");
+    assert!(error.to_string().contains("model.safetensors"), "{error}");
+    fs::remove_file(&checkpoint).unwrap();
+    assert!(!blobs.has(&entry.id));
+    assert!(blobs.read_verified(&entry).unwrap_err().is_damage());
+}
+
+#[test]
+fn a_blob_that_lost_its_place_in_the_index_is_looked_at_again() {
+    let (_dir, blobs) = fresh();
+    let long = content(CHUNK_BYTES + 1);
+    let entry = blobs.put(&long).unwrap();
+    let path = blobs.path(&entry.id);
+    let saved = fs::read(&path).unwrap();
+    blobs.remove(&entry.id).unwrap();
+    fs::write(&path, saved).unwrap();
+    let partial = blobs.receive(&entry).unwrap();
+    assert_eq!(partial.missing(), Vec::<u32>::new());
+    partial.finish().unwrap();
+    assert_eq!(blobs.read_verified(&entry).unwrap(), long);
+}
+
+#[test]
+fn many_threads_may_read_and_receive_at_once() {
+    let (_dir, blobs) = fresh();
+    let shared = blobs.put(&content(CHUNK_BYTES * 2)).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4u8 {
+            let (blobs, shared) = (blobs.clone(), &shared);
+            scope.spawn(move || {
+                for round in 0..5u8 {
+                    let mine = blobs.put(&[&[thread, round], content(9_000).as_slice()].concat()).unwrap();
+                    assert!(blobs.read_verified(&mine).is_ok() && blobs.verify(shared).is_ok());
+                }
+            });
+        }
+    });
+    assert_eq!(blobs.list().unwrap().len(), 21);
+}

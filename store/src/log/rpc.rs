@@ -1,0 +1,284 @@
+//! The messages of the placement log, as bytes: what `Transport::call` carries and
+//! `Log::handle` answers.
+//!
+//! A request is one version byte and a CBOR [`Ask`] in its envelope: the mesh it belongs to and the
+//! node it is meant for, so that a call that reached the wrong process is refused by name instead
+//! of being believed. Replies are a version byte and a CBOR [`Reply`].
+//!
+//! Decoding is total: a length limit first, then a typed error.
+
+use super::types::TypeConfig;
+use crate::cbor::{self, CborError};
+use crate::command::{Command, Outcome};
+use crate::ids::{MeshId, NodeId, Peer};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, InstallSnapshotRequest, InstallSnapshotResponse, VoteRequest,
+    VoteResponse,
+};
+use openraft::{LogId, SnapshotMeta, SnapshotSegmentId, Vote};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// Longest rpc and longest reply in bytes. Entries are at most 4 MiB each, batches stop at about
+/// 2 MiB, snapshot chunks are 1 MiB.
+pub const RPC_BYTES_MAX: usize = 8 << 20;
+
+/// The version of these messages.
+const VERSION: u8 = 1;
+
+/// A request in its envelope.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Envelope {
+    pub mesh: MeshId,
+    /// For whom it is.
+    pub to: NodeId,
+    pub ask: Ask,
+}
+
+/// What one member asks of another.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Ask {
+    Vote(VoteRequest<NodeId>),
+    Append(AppendEntriesRequest<TypeConfig>),
+    Snapshot(Chunk),
+    /// To the leader: put this into the log and say what came of it.
+    Propose {
+        command: Command,
+        /// How long the proposer will wait.
+        wait_ms: u64,
+    },
+    /// Is this peer a member? Asked by a node that was away while members came.
+    Knows(Peer),
+}
+
+/// A piece of a snapshot: openraft's request with its data as a byte string.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Chunk {
+    vote: Vote<NodeId>,
+    meta: SnapshotMeta<NodeId, super::types::RaftNode>,
+    pub offset: u64,
+    #[serde(with = "serde_bytes")]
+    data: Vec<u8>,
+    done: bool,
+}
+
+impl Chunk {
+    /// The offset after this piece, in bytes.
+    pub fn end(&self) -> u64 {
+        self.offset.saturating_add(self.data.len() as u64)
+    }
+}
+
+impl From<InstallSnapshotRequest<TypeConfig>> for Chunk {
+    fn from(request: InstallSnapshotRequest<TypeConfig>) -> Self {
+        let InstallSnapshotRequest { vote, meta, offset, data, done } = request;
+        Self { vote, meta, offset, data, done }
+    }
+}
+
+impl From<Chunk> for InstallSnapshotRequest<TypeConfig> {
+    fn from(chunk: Chunk) -> Self {
+        let Chunk { vote, meta, offset, data, done } = chunk;
+        Self { vote, meta, offset, data, done }
+    }
+}
+
+/// What a member answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Reply {
+    Vote(VoteResponse<NodeId>),
+    Append(AppendEntriesResponse<NodeId>),
+    Snapshot(InstallSnapshotResponse<NodeId>),
+    /// The chunk does not continue what was received; start over.
+    SnapshotRestart {
+        expect: SnapshotSegmentId,
+        got: SnapshotSegmentId,
+    },
+    Outcome(Outcome),
+    /// Ask the leader instead, if one is known.
+    NotLeader(Option<(NodeId, Peer)>),
+    Knows(bool),
+    Refused(RpcRefusal),
+    /// The leader has put it into its log, but no majority agreed in time.
+    NotAgreed,
+    /// The asked node cannot serve its log any more.
+    Failed(String),
+}
+
+/// Why a request was not looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum RpcRefusal {
+    /// Not decodable.
+    #[error("malformed request: {0}")]
+    Malformed(String),
+    /// Another version of the protocol.
+    #[error("protocol version {got} is not spoken here, only {known}; run the same release on all nodes")]
+    Version {
+        /// What the request has.
+        got: u8,
+        /// What this node speaks.
+        known: u8,
+    },
+    /// Another mesh.
+    #[error("the request is for mesh {got}, this node belongs to mesh {ours}")]
+    OtherMesh {
+        /// What the request names.
+        got: MeshId,
+        /// Where this node belongs.
+        ours: MeshId,
+    },
+    /// Another node.
+    #[error("the request is for node {got}, this is node {ours}")]
+    OtherNode {
+        /// Whom the request names.
+        got: NodeId,
+        /// Who this is.
+        ours: NodeId,
+    },
+    /// The sender is no member.
+    #[error("the sender is not a member of mesh {0}; join it first (coel join INVITE)")]
+    NotAMember(MeshId),
+    /// The request makes no sense.
+    #[error("{0}")]
+    Nonsense(String),
+}
+
+fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, CborError> {
+    let mut bytes = vec![VERSION];
+    bytes.extend(cbor::to_vec(value)?);
+    if bytes.len() > RPC_BYTES_MAX {
+        return Err(CborError::TooLong { bytes: bytes.len(), limit: RPC_BYTES_MAX });
+    }
+    Ok(bytes)
+}
+
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, RpcRefusal> {
+    match bytes.split_first() {
+        None => Err(RpcRefusal::Malformed("empty".into())),
+        Some((&VERSION, body)) => {
+            cbor::from_slice(body, RPC_BYTES_MAX).map_err(|error| RpcRefusal::Malformed(error.to_string()))
+        }
+        Some((&got, _)) => Err(RpcRefusal::Version { got, known: VERSION }),
+    }
+}
+
+impl Envelope {
+    pub fn encode(&self) -> Result<Vec<u8>, CborError> {
+        encode(self)
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, RpcRefusal> {
+        decode(bytes)
+    }
+}
+
+impl Reply {
+    /// Never fails: what cannot be encoded becomes a short reply that says so.
+    pub fn encode(&self) -> Vec<u8> {
+        encode(self).unwrap_or_else(|error| encode(&Self::Failed(error.to_string())).unwrap_or_else(|_| vec![VERSION]))
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, RpcRefusal> {
+        decode(bytes)
+    }
+}
+
+/// Whether entries follow each other and what they claim to follow. The consensus library takes
+/// that for granted, so a peer must not be able to break it.
+pub(crate) fn check_append(request: &AppendEntriesRequest<TypeConfig>) -> Result<(), RpcRefusal> {
+    let mut before: Option<LogId<NodeId>> = request.prev_log_id;
+    for entry in &request.entries {
+        let next = before.map_or(0, |before| before.index.saturating_add(1));
+        let in_order = before.is_none_or(|before| entry.log_id.leader_id >= before.leader_id);
+        if entry.log_id.index != next || !in_order {
+            return Err(RpcRefusal::Nonsense(format!("entry {} where index {next} follows", entry.log_id)));
+        }
+        before = Some(entry.log_id);
+    }
+    if before.is_some_and(|last| last.index == u64::MAX) {
+        return Err(RpcRefusal::Nonsense("the last possible index is in use".into()));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use openraft::{CommittedLeaderId, Entry, EntryPayload};
+    use proptest::prelude::*;
+
+    fn entry(term: u64, index: u64) -> Entry<TypeConfig> {
+        let log_id = LogId::new(CommittedLeaderId::new(term, NodeId(1)), index);
+        Entry { log_id, payload: EntryPayload::Blank }
+    }
+
+    fn append(prev: Option<(u64, u64)>, entries: &[(u64, u64)]) -> AppendEntriesRequest<TypeConfig> {
+        AppendEntriesRequest {
+            vote: Vote::new_committed(3, NodeId(1)),
+            prev_log_id: prev.map(|(term, index)| entry(term, index).log_id),
+            entries: entries.iter().map(|(term, index)| entry(*term, *index)).collect(),
+            leader_commit: None,
+        }
+    }
+
+    fn envelope(ask: Ask) -> Envelope {
+        Envelope { mesh: MeshId([1; 16]), to: NodeId(2), ask }
+    }
+
+    #[test]
+    fn entries_must_follow_each_other() {
+        assert!(check_append(&append(None, &[(1, 0), (1, 1), (2, 2)])).is_ok());
+        assert!(check_append(&append(Some((1, 4)), &[(1, 5)])).is_ok());
+        assert!(check_append(&append(Some((1, 4)), &[])).is_ok());
+        assert!(check_append(&append(Some((1, 4)), &[(1, 6)])).is_err());
+        assert!(check_append(&append(None, &[(1, 1)])).is_err());
+        assert!(check_append(&append(Some((2, 4)), &[(1, 5)])).is_err());
+        assert!(check_append(&append(Some((1, u64::MAX)), &[])).is_err());
+    }
+
+    #[test]
+    fn another_version_is_refused_by_number() {
+        let mut bytes = envelope(Ask::Knows(Peer(vec![1]))).encode().unwrap();
+        assert!(Envelope::decode(&bytes).is_ok());
+        bytes[0] = 9;
+        let refusal = Envelope::decode(&bytes).unwrap_err();
+        assert_eq!(refusal, RpcRefusal::Version { got: 9, known: 1 });
+        assert!(matches!(Envelope::decode(&[]), Err(RpcRefusal::Malformed(_))));
+    }
+
+    #[test]
+    fn a_snapshot_chunk_costs_its_bytes_once() {
+        let chunk = Chunk {
+            vote: Vote::new_committed(3, NodeId(1)),
+            meta: SnapshotMeta::default(),
+            offset: 0,
+            data: vec![200; 100_000],
+            done: true,
+        };
+        assert!(envelope(Ask::Snapshot(chunk)).encode().unwrap().len() < 101_000);
+    }
+
+    proptest! {
+        #[test]
+        fn strange_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Envelope::decode(&bytes);
+            let _ = Reply::decode(&bytes);
+        }
+
+        #[test]
+        fn damaged_requests_never_panic(at in any::<prop::sample::Index>(), to: u8, prev: u64) {
+            for ask in [
+                Ask::Append(append(Some((1, prev)), &[(1, prev.wrapping_add(1)), (2, prev.wrapping_add(2))])),
+                Ask::Vote(VoteRequest::new(Vote::new(3, NodeId(2)), None)),
+                Ask::Knows(Peer(vec![7; 38])),
+            ] {
+                let mut bytes = envelope(ask).encode().unwrap();
+                let at = at.index(bytes.len());
+                bytes[at] = to;
+                if let Ok(Envelope { ask: Ask::Append(request), .. }) = Envelope::decode(&bytes) {
+                    let _ = check_append(&request);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! The Raft log and vote on disk: openraft's `RaftLogStorage` over [`Disk`].
+//!
+//! Keys: `L` + index (8 bytes, big-endian) for entries; `Mv` the vote, `Mc` the committed and `Mp`
+//! the last purged log id, `Mi` who we are. All writes go through the disk's one writer, in order;
+//! a vote is returned and an append is called back only when it is durable.
+//!
+//! Invariant: the stored indices have no hole, and the last entry is whole (checked when opened).
+
+use super::types::{Entry, LogId, StorageError, StorageIOError, TypeConfig, Vote};
+use crate::cbor;
+use crate::disk::{Batch, Disk, DiskError};
+use crate::ids::{MeshId, NodeId};
+use openraft::storage::{LogFlushed, RaftLogStorage};
+use openraft::{AnyError, LogState, OptionalSend, RaftLogReader};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::fmt::Debug;
+use std::ops::{Bound, RangeBounds};
+
+/// Longest encoded entry. A placement of 6,144 experts on two nodes each has about 0.5 MB.
+pub(crate) const ENTRY_BYTES_MAX: usize = 4 << 20;
+/// Replication reads stop after this many bytes, so that a frame stays below its limit.
+const READ_BYTES_MAX: usize = 2 << 20;
+/// Vote, log ids, identity: all far below this.
+const META_BYTES_MAX: usize = 4096;
+
+const VOTE: &[u8] = b"Mv";
+const COMMITTED: &[u8] = b"Mc";
+const PURGED: &[u8] = b"Mp";
+const IDENTITY: &[u8] = b"Mi";
+
+/// Which member of which mesh this folder is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    pub node: NodeId,
+    pub mesh: MeshId,
+}
+
+fn entry_key(index: u64) -> Vec<u8> {
+    [b"L".as_slice(), &index.to_be_bytes()].concat()
+}
+
+fn index_of(key: &[u8]) -> Option<u64> {
+    key.strip_prefix(b"L")?.try_into().ok().map(u64::from_be_bytes)
+}
+
+/// The first key after every entry.
+const ENTRIES_END: &[u8] = b"M";
+
+/// A value that the disk gave back is not what was written.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StoreError {
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error(transparent)]
+    Cbor(#[from] cbor::CborError),
+    #[error("entry {0} of the log is missing")]
+    Hole(u64),
+    #[error("the snapshot's bytes are missing")]
+    SnapshotLost,
+}
+
+impl StoreError {
+    pub fn reading(self) -> StorageError {
+        StorageIOError::read(AnyError::new(&self)).into()
+    }
+
+    pub fn writing(self) -> StorageError {
+        StorageIOError::write(AnyError::new(&self)).into()
+    }
+}
+
+/// The log of one node.
+#[derive(Clone)]
+pub(crate) struct SledLog {
+    disk: Disk,
+}
+
+impl SledLog {
+    /// The log in `disk`. An entry whose end never reached the disk was never acknowledged: it is
+    /// dropped here.
+    pub async fn open(disk: Disk) -> Result<Self, StoreError> {
+        let log = Self { disk };
+        let mut torn = Vec::new();
+        for key in log.disk.keys(&entry_key(0), ENTRIES_END).rev() {
+            let key = key?;
+            if log.disk.get(&key)?.is_some() {
+                break;
+            }
+            torn.push(key);
+        }
+        if let Some(first) = torn.last() {
+            tracing::warn!(entries = torn.len(), "dropping unacknowledged entries at the end of the log");
+            let mut batch = Batch::default();
+            log.disk.remove_range(&mut batch, first, ENTRIES_END)?;
+            log.disk.write(batch).await?;
+        }
+        Ok(log)
+    }
+
+    /// Who this folder is, once it is somebody.
+    pub fn identity(&self) -> Result<Option<Identity>, StoreError> {
+        self.meta(IDENTITY)
+    }
+
+    pub async fn save_identity(&self, identity: Identity) -> Result<(), StoreError> {
+        let mut batch = Batch::default();
+        batch.put(IDENTITY, &cbor::to_vec(&identity)?);
+        Ok(self.disk.write(batch).await?)
+    }
+
+    fn meta<T: DeserializeOwned>(&self, key: &[u8]) -> Result<Option<T>, StoreError> {
+        let bytes = self.disk.get(key)?;
+        Ok(bytes.map(|bytes| cbor::from_slice(&bytes, META_BYTES_MAX)).transpose()?)
+    }
+
+    fn entry(&self, index: u64) -> Result<(Entry, usize), StoreError> {
+        let bytes = self.disk.get(&entry_key(index))?.ok_or(StoreError::Hole(index))?;
+        Ok((cbor::from_slice(&bytes, bytes.len())?, bytes.len()))
+    }
+
+    /// The stored entries with `start <= index < end`, up to about `bytes_max` bytes of them, but at
+    /// least one if there is one.
+    fn entries(&self, start: u64, end: u64, bytes_max: usize) -> Result<Vec<Entry>, StoreError> {
+        let mut entries = Vec::new();
+        let mut total = 0;
+        for key in self.disk.keys(&entry_key(start), &entry_key(end)) {
+            let Some(index) = index_of(&key?) else { continue };
+            let (entry, bytes) = self.entry(index)?;
+            total += bytes;
+            if total > bytes_max && !entries.is_empty() {
+                break;
+            }
+            entries.push(entry);
+        }
+        Ok(entries)
+    }
+
+    fn last_log_id(&self) -> Result<Option<LogId>, StoreError> {
+        let Some(key) = self.disk.keys(&entry_key(0), ENTRIES_END).next_back() else {
+            return Ok(None);
+        };
+        let Some(index) = index_of(&key?) else {
+            return Ok(None);
+        };
+        Ok(Some(self.entry(index)?.0.log_id))
+    }
+
+    fn log_state(&self) -> Result<LogState<TypeConfig>, StoreError> {
+        let last_purged_log_id = self.meta(PURGED)?;
+        let last_log_id = self.last_log_id()?.or(last_purged_log_id);
+        Ok(LogState { last_purged_log_id, last_log_id })
+    }
+}
+
+impl RaftLogReader<TypeConfig> for SledLog {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<Entry>, StorageError> {
+        let start = match range.start_bound() {
+            Bound::Included(start) => *start,
+            Bound::Excluded(before) => before.saturating_add(1),
+            Bound::Unbounded => 0,
+        };
+        let end = match range.end_bound() {
+            Bound::Included(last) => last.saturating_add(1),
+            Bound::Excluded(end) => *end,
+            Bound::Unbounded => u64::MAX,
+        };
+        if start >= end {
+            return Ok(Vec::new());
+        }
+        self.entries(start, end, usize::MAX).map_err(StoreError::reading)
+    }
+
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, StorageError> {
+        self.entries(start, end, READ_BYTES_MAX).map_err(StoreError::reading)
+    }
+}
+
+impl RaftLogStorage<TypeConfig> for SledLog {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, StorageError> {
+        self.log_state().map_err(StoreError::reading)
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote) -> Result<(), StorageError> {
+        let save = async {
+            let mut batch = Batch::default();
+            batch.put(VOTE, &cbor::to_vec(vote)?);
+            Ok(self.disk.write(batch).await?)
+        };
+        save.await.map_err(StoreError::writing)
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<Vote>, StorageError> {
+        self.meta(VOTE).map_err(StoreError::reading)
+    }
+
+    // It only spares a restarted node the wait for a leader, so nobody waits for its fdatasync.
+    async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), StorageError> {
+        let save = async {
+            let mut batch = Batch::default();
+            match committed {
+                Some(log_id) => batch.put(COMMITTED, &cbor::to_vec(&log_id)?),
+                None => self.disk.remove_range(&mut batch, COMMITTED, &[COMMITTED, &[0xff]].concat())?,
+            }
+            Ok(self.disk.write_then(batch, Box::new(|_| ())).await?)
+        };
+        save.await.map_err(StoreError::writing)
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<LogId>, StorageError> {
+        self.meta(COMMITTED).map_err(StoreError::reading)
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: LogFlushed<TypeConfig>) -> Result<(), StorageError>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let mut batch = Batch::default();
+        for entry in entries {
+            let bytes = cbor::to_vec(&entry).map_err(|error| StoreError::from(error).writing())?;
+            batch.put(&entry_key(entry.log_id.index), &bytes);
+        }
+        let durable = Box::new(move |result: Result<(), DiskError>| {
+            callback.log_io_completed(result.map_err(std::io::Error::other));
+        });
+        self.disk.write_then(batch, durable).await.map_err(|error| StoreError::from(error).writing())
+    }
+
+    async fn truncate(&mut self, log_id: LogId) -> Result<(), StorageError> {
+        let truncate = async {
+            let mut batch = Batch::default();
+            self.disk.remove_range(&mut batch, &entry_key(log_id.index), ENTRIES_END)?;
+            Ok(self.disk.write(batch).await?)
+        };
+        truncate.await.map_err(StoreError::writing)
+    }
+
+    async fn purge(&mut self, log_id: LogId) -> Result<(), StorageError> {
+        let purge = async {
+            let mut batch = Batch::default();
+            batch.put(PURGED, &cbor::to_vec(&log_id)?);
+            let end = entry_key(log_id.index.saturating_add(1));
+            self.disk.remove_range(&mut batch, &entry_key(0), &end)?;
+            Ok(self.disk.write(batch).await?)
+        };
+        purge.await.map_err(StoreError::writing)
+    }
+}

@@ -1,0 +1,129 @@
+//! The encoding is pinned, and everything that is not a sound manifest is refused by name.
+
+use super::*;
+use proptest::prelude::*;
+
+fn sample() -> Manifest {
+    let blob = |text: &str| BlobEntry::of(text.as_bytes());
+    Manifest {
+        format: FORMAT,
+        name: "tiny".into(),
+        architecture: "Qwen2MoeForCausalLM".into(),
+        files: vec![
+            FileEntry { name: "config.json".into(), blob: blob("{}") },
+            FileEntry { name: "tokenizer.json".into(), blob: blob("tokens") },
+        ],
+        trunk: vec![PartEntry { name: "embeddings".into(), blob: blob("trunk") }],
+        experts: BTreeMap::from([
+            (ExpertId::new(0, 0), Slices { exact: blob("first") }),
+            (ExpertId::new(0, 1), Slices { exact: blob("second!") }),
+        ]),
+    }
+}
+
+#[test]
+fn the_encoding_is_pinned() {
+    let (bytes, id) = sample().encode().unwrap();
+    assert_eq!(bytes.len(), 592);
+    assert_eq!(id.to_string(), "255402d1eb54b0d8cc27a46c5754fe9ad6fe469785c2806ddf6e0066bb741960");
+    assert_eq!(Manifest::decode(&bytes), Ok(sample()));
+    assert_eq!(Manifest::decode_as(&bytes, id), Ok(sample()));
+    let other = ModelId([0; 32]);
+    assert_eq!(Manifest::decode_as(&bytes, other), Err(ManifestError::OtherModel { wanted: other, got: id }));
+}
+
+#[test]
+fn sizes_add_up() {
+    let manifest = sample();
+    assert_eq!(manifest.trunk_bytes(), 5);
+    assert_eq!(manifest.experts_bytes(), 12);
+    assert_eq!(manifest.total_bytes(), 2 + 6 + 5 + 12);
+    assert_eq!(manifest.expert_bytes(ExpertId::new(0, 1)), Some(7));
+    assert_eq!(manifest.expert_bytes(ExpertId::new(1, 0)), None);
+    let some = manifest.blobs_of([ExpertId::new(0, 1), ExpertId::new(9, 9)]);
+    assert_eq!(some.map(|blob| blob.bytes).collect::<Vec<_>>(), [7]);
+    assert_eq!(manifest.file("config.json").map(|blob| blob.bytes), Some(2));
+    let id = BlobId::of(b"second!");
+    assert_eq!(manifest.blob(&id).map(|blob| blob.id), Some(id));
+}
+
+#[test]
+fn hashing_does_not_depend_on_how_the_content_arrives() {
+    let content: Vec<u8> = (0..2 * CHUNK_BYTES + 12_345).map(|i| (i % 251) as u8).collect();
+    let whole = BlobEntry::of(&content);
+    let mut hasher = BlobHasher::new();
+    for piece in content.chunks(99_991) {
+        hasher.update(piece);
+    }
+    assert_eq!(hasher.finish(), whole);
+    assert_eq!(whole.id, BlobId::of(&content));
+    assert_eq!(whole.chunks.len(), 3);
+    assert_eq!(whole.chunk_bytes(2), Some(12_345));
+    assert_eq!(whole.chunk_bytes(3), None);
+    assert!(whole.chunk_matches(1, &content[CHUNK_BYTES..2 * CHUNK_BYTES]));
+    assert!(!whole.chunk_matches(0, &content[1..=CHUNK_BYTES]));
+    whole.check().unwrap();
+    let exact = BlobEntry::of(&content[..CHUNK_BYTES]);
+    assert_eq!((exact.chunks.len(), exact.chunk_bytes(0), exact.chunk_bytes(1)), (1, Some(CHUNK_BYTES), None));
+    exact.check().unwrap();
+    let empty = BlobEntry::of(&[]);
+    assert_eq!((empty.chunks.len(), empty.bytes), (0, 0));
+    empty.check().unwrap();
+}
+
+/// The message with which the changed sample is refused.
+#[track_caller]
+fn refused(change: impl FnOnce(&mut Manifest)) -> String {
+    let mut manifest = sample();
+    change(&mut manifest);
+    let message = manifest.check().unwrap_err().to_string();
+    let bytes = cbor::to_vec(&manifest).unwrap();
+    assert_eq!(Manifest::decode(&bytes).unwrap_err().to_string(), message);
+    message
+}
+
+#[test]
+fn what_contradicts_itself_is_refused_by_name() {
+    assert!(refused(|m| m.format = 7).contains("format 7"));
+    for name in ["../config.json", "a/b", "a\\b", "..", "", "nul\0"] {
+        assert!(refused(|m| m.files[0].name = name.into()).contains("not a name"), "{name}");
+    }
+    assert!(refused(|m| m.files[1].name = "config.json".into()).contains("listed twice"));
+    assert!(refused(|m| m.trunk[0].blob.bytes = 2 << 20).contains("2 chunks, but 1 hashes"));
+    assert!(refused(|m| m.trunk[0].blob.bytes = u64::MAX).contains("more than"));
+    assert!(refused(|m| m.trunk[0].blob.chunks.clear()).contains("1 chunks, but 0 hashes"));
+    assert!(refused(|m| m.trunk[0].blob.id = BlobId([1; 32])).contains("another hash"));
+    assert!(refused(|m| m.name = "x".repeat(300)).contains("not a name"));
+}
+
+#[test]
+fn another_spelling_of_the_same_manifest_is_refused() {
+    let (bytes, _) = sample().encode().unwrap();
+    // The first field's value, 1, spelled in two bytes instead of one.
+    let at = bytes.windows(7).position(|w| w == b"format\x01").unwrap() + 6;
+    let mut longer = bytes.clone();
+    longer.splice(at..=at, [0x18, 0x01]);
+    let message = Manifest::decode(&longer).unwrap_err().to_string();
+    assert!(message.contains("canonical"), "{message}");
+    let mut trailing = bytes;
+    trailing.push(0);
+    assert!(Manifest::decode(&trailing).is_err());
+}
+
+proptest! {
+    #[test]
+    fn strange_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        prop_assert!(Manifest::decode(&bytes).is_err());
+    }
+
+    #[test]
+    fn damaged_manifests_are_another_model_or_none(at in any::<prop::sample::Index>(), flip in 1u8..) {
+        let (mut bytes, id) = sample().encode().unwrap();
+        let at = at.index(bytes.len());
+        bytes[at] ^= flip;
+        prop_assert!(Manifest::decode_as(&bytes, id).is_err());
+        if let Ok(manifest) = Manifest::decode(&bytes) {
+            prop_assert_ne!(manifest, sample());
+        }
+    }
+}

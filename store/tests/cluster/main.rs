@@ -1,0 +1,263 @@
+//! The log as a mesh sees it: members in one process, joined by channels.
+//!
+//! Times here are short so that elections happen, and every wait has a generous guard: nothing is
+//! asserted about how long something takes.
+
+mod mesh;
+
+use coel_store::{
+    Command, Log, LogError, MemberInfo, NodeId, OpenError, Outcome, Peer, ProposeError, Refusal, Timing, TokenHash,
+    Transport, Unreachable,
+};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use mesh::{GUARD, Mesh, info, peer, timing};
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+fn rename(node: NodeId, name: &str) -> Command {
+    Command::Readdress { node, name: name.into(), addresses: vec![] }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mesh_grows_and_all_agree() {
+    let mut mesh = Mesh::new("a").await;
+    assert_eq!(mesh.join("a", "b").await, NodeId(2));
+    assert_eq!(mesh.voters(), 1, "two members have one voter");
+    assert_eq!(mesh.join("b", "c").await, NodeId(3), "a follower forwards");
+    assert_eq!(mesh.voters(), 3);
+    let refused = mesh.propose("c", Command::Leaving { node: NodeId(9) }).await;
+    assert_eq!(refused, Outcome::Refused(Refusal::NotAMember(NodeId(9))), "refusals come back as such");
+    for name in ["a", "b", "c"] {
+        assert_eq!(mesh.propose(name, rename(NodeId(1), name)).await, Outcome::Done);
+    }
+    mesh.until_equal().await;
+    let state = mesh.state("b");
+    assert_eq!(state.members[&NodeId(1)].name, "c");
+    assert_eq!(state.mesh, mesh.log("a").mesh_id());
+    assert!(mesh.log("b").applied() > 0 && mesh.log("b").term() > 0);
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_of_three_go_on_without_the_leader_and_it_catches_up() {
+    let mut mesh = Mesh::of(&["a", "b", "c"]).await;
+    let leader = mesh.leader().await;
+    let before = mesh.log(&leader).term();
+    mesh.stop(&leader).await;
+    let others: Vec<String> = mesh.nodes.keys().cloned().collect();
+    for (round, name) in others.iter().cycle().take(4).enumerate() {
+        assert_eq!(mesh.propose(name, rename(NodeId(1), &format!("round {round}"))).await, Outcome::Done);
+    }
+    assert!(mesh.log(&others[0]).term() > before);
+    mesh.start(&leader).await;
+    mesh.until_equal().await;
+    assert_eq!(mesh.state(&leader).members[&NodeId(1)].name, "round 3");
+    assert_eq!(mesh.propose(&leader, rename(NodeId(2), "back")).await, Outcome::Done);
+    mesh.until_equal().await;
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_minority_refuses_to_write_and_keeps_what_was_agreed() {
+    let mesh = Mesh::of(&["a", "b", "c"]).await;
+    mesh.until_equal().await;
+    let leader = mesh.leader().await;
+    mesh.wires.cut(&leader);
+    let agreed = mesh.state(&leader);
+    let short = Duration::from_millis(2_500);
+    let error = mesh.log(&leader).propose(rename(NodeId(1), "alone"), short).await.unwrap_err();
+    assert!(matches!(error, ProposeError::NoLeader | ProposeError::TimedOut { .. }), "{error}");
+    mesh.until("the leader knows that it leads nobody", |mesh| mesh.log(&leader).leader().borrow().is_none()).await;
+    let error = mesh.log(&leader).propose(rename(NodeId(1), "alone"), short).await.unwrap_err();
+    assert_eq!(error, ProposeError::NoLeader);
+    assert_eq!(mesh.state(&leader), agreed);
+
+    let other = mesh.nodes.keys().find(|name| **name != leader).unwrap().clone();
+    assert_eq!(mesh.propose(&other, rename(NodeId(1), "majority")).await, Outcome::Done);
+    mesh.wires.mend(&leader);
+    mesh.until_equal().await;
+    assert_eq!(mesh.state(&leader).members[&NodeId(1)].name, "majority");
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mesh_of_one_restarts_with_everything() {
+    let mut mesh = Mesh::new("a").await;
+    let id = mesh.log("a").mesh_id();
+    mesh.propose("a", rename(NodeId(1), "kept")).await;
+    let path = mesh.dir.path().join("a");
+    assert!(Log::exists(&path));
+    let second = Log::open(&path, mesh.wires.port("a"), timing()).await;
+    assert!(matches!(second, Err(LogError::Open(OpenError::InUse { .. }))));
+    let created = Log::create(&path, info("a"), mesh.wires.port("a"), timing()).await;
+    assert!(matches!(created, Err(LogError::AlreadyMember { .. })));
+    let agreed = mesh.state("a");
+    mesh.stop("a").await;
+    mesh.start("a").await;
+    assert_eq!(mesh.state("a"), agreed, "the state is there before anyone was asked");
+    assert_eq!((mesh.log("a").mesh_id(), mesh.log("a").node_id()), (id, NodeId(1)));
+    assert_eq!(mesh.propose("a", rename(NodeId(1), "again")).await, Outcome::Done);
+    let nowhere = Log::open(mesh.dir.path().join("nowhere"), mesh.wires.port("x"), timing()).await;
+    assert!(matches!(nowhere, Err(LogError::NotAMember { .. })));
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_never_finished_does_not_count() {
+    let mesh = Mesh::new("a").await;
+    let path = mesh.dir.path().join("b");
+    let log = Log::create(&path, info("b"), mesh.wires.port("b"), timing()).await.unwrap();
+    let first = log.mesh_id();
+    log.shutdown().await;
+    std::fs::remove_file(path.join("log/member")).unwrap();
+    assert!(!Log::exists(&path));
+    let log = Log::create(&path, info("b"), mesh.wires.port("b"), timing()).await.unwrap();
+    assert_ne!(log.mesh_id(), first);
+    log.shutdown().await;
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_other_meshes_and_garbage_get_nothing() {
+    let mesh = Mesh::of(&["a", "b"]).await;
+    let other = Mesh::new("x").await;
+    let said = |reply: Vec<u8>| String::from_utf8_lossy(&reply).into_owned();
+    let log = mesh.log("a");
+
+    // A real question of the other mesh's, caught on the wire.
+    let caught: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
+    struct Catch(Arc<Mutex<Vec<Vec<u8>>>>);
+    impl Transport for Catch {
+        fn call(&self, _: Peer, _: NodeId, rpc: Vec<u8>) -> BoxFuture<'static, Result<Vec<u8>, Unreachable>> {
+            self.0.lock().unwrap().push(rpc);
+            async { Err(Unreachable("caught".into())) }.boxed()
+        }
+    }
+    let catch = Arc::new(Catch(Arc::clone(&caught)));
+    let thief = Log::create(mesh.dir.path().join("thief"), info("thief"), catch, timing()).await.unwrap();
+    assert!(!mesh.log("a").admits(&peer("stranger")).await);
+    let token = TokenHash([1; 32]);
+    let invite = Command::Invite { token, uses: 1, expires_at_ms: 10 };
+    thief.propose(invite, GUARD).await.unwrap();
+    let join = Command::Join { peer: peer("a"), name: "a".into(), addresses: vec![], token, now_ms: 1 };
+    thief.propose(join, GUARD).await.unwrap();
+    thief.reconcile(&BTreeSet::new()).await.unwrap();
+    mesh.until("a question is caught", |_| !caught.lock().unwrap().is_empty()).await;
+    let question = caught.lock().unwrap()[0].clone();
+    thief.shutdown().await;
+
+    let reply = said(log.handle(peer("b"), question.clone()).await);
+    assert!(reply.contains("OtherMesh"), "{reply}");
+    let reply = said(log.handle(peer("stranger"), question.clone()).await);
+    assert!(reply.contains("OtherMesh"), "{reply}");
+
+    // The same question, addressed to this mesh, from nobody it knows.
+    let mut forged = question.clone();
+    let theirs = other.log("x").mesh_id();
+    assert_ne!(theirs, log.mesh_id());
+    let at = forged.windows(5).position(|w| w == b"\x64mesh").unwrap() + 6;
+    forged[at..at + 16].copy_from_slice(&log.mesh_id().0);
+    let to = forged.windows(3).position(|w| w == b"\x62to").unwrap() + 3;
+    forged[to] = 1;
+    let reply = said(log.handle(peer("stranger"), forged.clone()).await);
+    assert!(reply.contains("NotAMember"), "{reply}");
+    forged[to] = 7;
+    let reply = said(log.handle(peer("b"), forged).await);
+    assert!(reply.contains("OtherNode"), "{reply}");
+
+    for garbage in [vec![], vec![1], vec![9; 40], vec![1; 9 << 20], question[..question.len() / 2].to_vec()] {
+        let reply = said(log.handle(peer("b"), garbage).await);
+        assert!(reply.contains("Malformed") || reply.contains("Version"), "{reply}");
+    }
+    assert_eq!(mesh.propose("b", rename(NodeId(1), "well")).await, Outcome::Done, "nothing was harmed");
+    other.close().await;
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_leave_and_voters_follow() {
+    let mut mesh = Mesh::of(&["a", "b", "c", "d"]).await;
+    assert_eq!(mesh.voters(), 3);
+    // A voter stays down: the fourth takes its place.
+    let leader = mesh.leader().await;
+    let voting = mesh.log(&leader).voters();
+    let is_voter = |name: &&String| **name != leader && voting.contains(&mesh.nodes[*name].node_id());
+    let lost = mesh.nodes.keys().find(is_voter).unwrap().clone();
+    let lost_id = mesh.log(&lost).node_id();
+    mesh.stop(&lost).await;
+    let down = BTreeSet::from([lost_id]);
+    let of_leader = |mesh: &Mesh| mesh.log(&leader).voters();
+    mesh.reconcile_until("the voter is replaced", &down, |m| {
+        let voters = of_leader(m);
+        voters.len() == 3 && !voters.contains(&lost_id)
+    })
+    .await;
+    // It leaves for good, and nobody waits for it.
+    assert_eq!(mesh.propose(&leader, Command::Leave { node: lost_id }).await, Outcome::Done);
+    mesh.until_equal_after_reconcile(&BTreeSet::new()).await;
+    assert_eq!(mesh.voters(), 3);
+    assert!(!mesh.log(&leader).admits(&peer(&lost)).await);
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_only_voter_hands_over_and_leaves() {
+    let mut mesh = Mesh::of(&["a", "b"]).await;
+    assert_eq!(mesh.propose("a", Command::Leave { node: NodeId(1) }).await, Outcome::Done);
+    let nobody = BTreeSet::new();
+    let b_alone = |mesh: &Mesh| mesh.log("b").voters() == BTreeSet::from([NodeId(2)]);
+    mesh.reconcile_until("b votes alone", &nobody, |m| b_alone(m) && m.voters() == 1).await;
+    mesh.stop("a").await;
+    assert_eq!(mesh.propose("b", rename(NodeId(2), "heir")).await, Outcome::Done);
+    assert_eq!(mesh.state("b").members.len(), 1);
+    mesh.reconcile_until("a is forgotten", &nobody, |m| m.state("b").members[&NodeId(2)].name == "heir").await;
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_was_away_accepts_a_leader_it_never_met() {
+    let mut mesh = Mesh::of(&["a", "b", "c"]).await;
+    // c is away while d joins; then d and b are all that c can hear of.
+    mesh.until_equal().await;
+    mesh.stop("c").await;
+    let token = TokenHash::of(b"d");
+    mesh.propose("a", Command::Invite { token, uses: 1, expires_at_ms: 1_000 }).await;
+    let MemberInfo { peer: id, name, addresses } = info("d");
+    let join = Command::Join { peer: id, name, addresses, token, now_ms: 1 };
+    let Outcome::Joined { node } = mesh.propose("a", join).await else { panic!("not admitted") };
+    let log = Log::join(mesh.dir.path().join("d"), node, mesh.log("a").mesh_id(), mesh.wires.port("d"), timing())
+        .await
+        .unwrap();
+    mesh.wires.plug("d", &log);
+    mesh.nodes.insert("d".into(), log);
+    mesh.until_equal_after_reconcile(&BTreeSet::from([NodeId(3)])).await;
+    mesh.start("c").await;
+    assert!(mesh.log("c").admits(&peer("d")).await, "a member vouches for it");
+    assert!(!mesh.log("c").admits(&peer("stranger")).await);
+    mesh.until_equal().await;
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_replaces_a_long_log() {
+    let mut mesh = Mesh::new("a").await;
+    mesh.stop("a").await;
+    let quick = Timing { snapshot_after: 20, entries_kept: 2, ..timing() };
+    let start = |mesh: &Mesh, name: &str| Log::open(mesh.dir.path().join(name), mesh.wires.port(name), quick);
+    let log = start(&mesh, "a").await.unwrap();
+    mesh.wires.plug("a", &log);
+    mesh.nodes.insert("a".into(), log);
+    for round in 0..120 {
+        mesh.propose("a", rename(NodeId(1), &format!("{round} {}", "x".repeat(100)))).await;
+    }
+    mesh.join("a", "b").await;
+    mesh.until_equal().await;
+    assert!(mesh.state("b").members[&NodeId(1)].name.starts_with("119 "));
+    let agreed = mesh.state("b");
+    mesh.stop("b").await;
+    mesh.start("b").await;
+    assert_eq!(mesh.state("b").members, agreed.members, "the installed snapshot was kept");
+    mesh.close().await;
+}

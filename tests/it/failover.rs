@@ -1,0 +1,123 @@
+//! Killing nodes: between questions, in the middle of an answer, and until too few are left.
+//!
+//! One mesh lives through all of it, since a node that comes back must serve as before. Nothing here waits for a time: it
+//! waits for what the nodes say of themselves, and for answers.
+
+use coel_node::service::ModelInfo;
+use coel_testnet::ask::{self, AskError};
+use coel_testnet::job::settle;
+use coel_testnet::mesh::Mesh;
+use coel_testnet::node::Start;
+use coel_testnet::progress::Progress;
+
+use crate::golden::Alone;
+use crate::support::{MODEL, QUESTION, coel_at, continue_tokens, mesh, turn, until};
+
+const ANSWER: &str = "The capital of France is Paris.";
+/// Long enough that a node can be killed well within it.
+const LONG_TOKENS: usize = 120;
+/// Pieces of text after which the killing happens.
+const PIECES: usize = 10;
+
+#[tokio::test]
+async fn any_one_of_three_may_die_at_any_time() {
+    let _turn = turn().await;
+    let (mut mesh, job, budget) = mesh(3, 70).await;
+    let wanted = job.wanted(&budget);
+    let alone = Alone::new();
+    let prompt = alone.story();
+    let whole = continue_tokens(&mesh.nodes()[0].api().unwrap(), &prompt, LONG_TOKENS, |_| ()).await.unwrap();
+    assert!(whole.tokens.len() >= 4 * PIECES, "{} tokens", whole.tokens.len());
+
+    for victim in 0..3 {
+        let home = (victim + 1) % 3;
+        let api = mesh.nodes()[home].api().unwrap();
+
+        // Between two questions. The second one comes before anybody can have noticed.
+        assert_eq!(question(&api).await, ANSWER);
+        let before = mesh.nodes()[home].status().await.unwrap();
+        mesh.node(victim).kill();
+        assert_eq!(question(&api).await, ANSWER, "right after the death of {}", mesh.nodes()[victim].name());
+        survivors_carry_on(&mut mesh, victim, before.epoch).await;
+        assert_eq!(question(&api).await, ANSWER, "after the death of {}", mesh.nodes()[victim].name());
+        back_in_service(&mut mesh, victim, wanted).await;
+
+        // In the middle of an answer.
+        let before = mesh.nodes()[home].status().await.unwrap();
+        let mut pieces = 0;
+        let answer = continue_tokens(&api, &prompt, LONG_TOKENS, |_| {
+            pieces += 1;
+            if pieces == PIECES {
+                mesh.node(victim).kill();
+            }
+        });
+        let answer = answer.await.unwrap();
+        assert!(!mesh.node(victim).is_running());
+        assert_eq!((&answer.tokens, &answer.text), (&whole.tokens, &whole.text), "{}", mesh.nodes()[victim].name());
+        survivors_carry_on(&mut mesh, victim, before.epoch).await;
+        back_in_service(&mut mesh, victim, wanted).await;
+    }
+
+    the_last_replica_is_named_and_a_minority_agrees_on_nothing(&mut mesh).await;
+}
+
+async fn question(api: &str) -> String {
+    ask::chat(api, MODEL, QUESTION, |_| ()).await.unwrap().text
+}
+
+/// The two that are left have a leader, hold every expert, and know of it by a newer epoch.
+async fn survivors_carry_on(mesh: &mut Mesh, victim: usize, epoch: u64) {
+    let dead = mesh.nodes()[victim].name().to_owned();
+    for index in (0..3).filter(|&index| index != victim) {
+        let what = format!("a new placement without {dead}");
+        let status = until(mesh, index, &what, |status| {
+            let leader = status.nodes.iter().find(|node| Some(node.node_id) == status.leader);
+            status.epoch > epoch
+                && status.coverage == 1.0
+                && status.readiness.ready
+                && leader.is_some_and(|leader| leader.name != dead)
+        });
+        let status = status.await;
+        let gone = status.nodes.iter().find(|node| node.name == dead).unwrap();
+        assert_eq!((gone.liveness.as_str(), gone.experts), ("down", 0), "{gone:?}");
+    }
+}
+
+async fn back_in_service(mesh: &mut Mesh, victim: usize, wanted: coel_testnet::settle::Wanted) {
+    let before = mesh.nodes()[(victim + 1) % 3].status().await.unwrap();
+    mesh.node(victim).start(&Start::Again).await.unwrap();
+    if let Err(error) = settle(mesh, wanted, &mut Progress::new()).await {
+        panic!("{error:#}\n{}", mesh.last_words().await);
+    }
+    let status = mesh.nodes()[victim].status().await.unwrap();
+    let was = before.nodes.iter().find(|node| node.name == status.name).unwrap();
+    assert_eq!((status.node_id, &status.peer_id), (was.node_id, &was.peer_id), "it is the same node");
+    let api = mesh.nodes()[victim].api().unwrap();
+    assert_eq!(question(&api).await, ANSWER, "asked of {}", status.name);
+}
+
+/// With two of three gone at once, some experts have nobody left, and nothing can be agreed on.
+async fn the_last_replica_is_named_and_a_minority_agrees_on_nothing(mesh: &mut Mesh) {
+    mesh.node(1).kill();
+    mesh.node(2).kill();
+    let api = mesh.nodes()[0].api().unwrap();
+    let body =
+        serde_json::json!({"model": MODEL, "temperature": 0, "messages": [{"role": "user", "content": QUESTION}]});
+    let error = ask::stream(&format!("{api}/v1/chat/completions"), body, |_| ()).await.unwrap_err();
+    let named =
+        |text: &str| text.contains("expert") && text.chars().any(|c| c.is_ascii_digit()) && text.contains("node");
+    match &error {
+        AskError::Refused { status, message, .. } => assert!(*status == 503 && named(message), "{error}"),
+        AskError::Failed { message, .. } => assert!(named(message), "{error}"),
+        AskError::Broken { .. } => panic!("{error}"),
+    }
+    let status = until(mesh, 0, "coverage that counts the dead", |status| !status.readiness.ready).await;
+    assert!(status.readiness.coverage < 1.0, "{:?}", status.readiness);
+    let data = mesh.nodes()[0].data();
+    coel_at(&data, ["invite"]).await.refused(1, &["quorum"]);
+    // It goes on telling what it knows.
+    assert!(coel_at(&data, ["status"]).await.printed().contains("node-2"));
+    let models = coel_at(&data, ["model", "ls", "--json"]).await;
+    let models: Vec<ModelInfo> = serde_json::from_str(models.printed()).unwrap();
+    assert_eq!(models[0].name, MODEL);
+}

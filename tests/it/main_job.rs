@@ -1,0 +1,138 @@
+//! The main job as a user runs it, and the figures it prints, counted again from first principles.
+//!
+//! What a toy could print is recomputed here: which bytes a node had to fetch from the checkpoint and the placement; how
+//! many rows peers had to compute from the routes that the model takes on one machine. Neither asks the nodes.
+
+use std::collections::BTreeSet;
+
+use coel_node::status::Status;
+use coel_testnet::ask;
+use coel_testnet::checks::RSS_SLACK_BYTES;
+use coel_testnet::report::Report;
+use serde_json::Value;
+
+use crate::golden::Alone;
+use crate::support::{MODEL, QUESTION, mesh, testnet, turn};
+
+#[tokio::test]
+async fn one_command_answers_and_leaves_nothing_behind() {
+    let _turn = turn().await;
+    let folder = tempfile::Builder::new().prefix("c").tempdir_in("/tmp").unwrap();
+    let mut command = std::process::Command::new(crate::support::program());
+    command.args(["--once", "--json"]).env("TMPDIR", folder.path());
+    let ended = crate::support::run(command).await;
+    let document: Value = serde_json::from_str(ended.printed()).unwrap();
+    assert_eq!(document["answer"], "The capital of France is Paris.");
+    assert!(document["tokens_per_s"].as_f64().unwrap() > 0.0);
+    assert!(document["epoch"].as_u64().unwrap() > 0);
+    assert_eq!((document["coverage"].as_f64(), document["replicas_min"].as_u64()), (Some(1.0), Some(2)));
+
+    let report: Report = serde_json::from_value(document).unwrap();
+    let names: Vec<_> = report.nodes.iter().map(|node| node.name.as_str()).collect();
+    assert_eq!(names, ["node-1", "node-2", "node-3"]);
+    assert!(names.contains(&report.leader.as_deref().unwrap()));
+    let peers: BTreeSet<_> = report.nodes.iter().map(|node| node.peer_id.as_str()).collect();
+    assert_eq!(peers.len(), 3);
+    for node in &report.nodes {
+        assert!(node.api.starts_with("http://127.0.0.1:"), "{}", node.api);
+        assert!((1..144).contains(&node.experts), "{} holds {} of 144 experts", node.name, node.experts);
+        assert!(node.memory_bytes > 0 && node.memory_bytes <= node.memory_budget_bytes);
+        assert!(
+            node.rss_bytes > 0 && node.rss_bytes - node.rss_before_bytes <= node.memory_budget_bytes + RSS_SLACK_BYTES
+        );
+        assert!(!std::path::Path::new(&format!("/proc/{}", node.pid)).exists(), "{} still runs", node.name);
+        assert_eq!((node.applied, &node.state_hash), (report.nodes[0].applied, &report.nodes[0].state_hash));
+    }
+    let fetched: Vec<_> = report.nodes.iter().map(|node| node.bytes_fetched > 0).collect();
+    assert_eq!(fetched, [false, true, true], "the importer fetches nothing, the others what they were assigned");
+    let asked = &report.nodes[2];
+    assert!(asked.rows_remote > 0 && asked.rows_local > 0);
+    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[tokio::test]
+async fn the_figures_are_those_of_the_routes_and_the_placement() {
+    let _turn = turn().await;
+    let (mut mesh, job, budget) = mesh(3, 70).await;
+    let before = statuses(&mut mesh).await;
+    let report = job.ask(&mut mesh, |_| ()).await.unwrap();
+    job.verify(&report, &budget).unwrap();
+    let after = statuses(&mut mesh).await;
+
+    // Bytes: the manifest, the files, the trunk, and the experts that the placement gives a node.
+    let alone = Alone::new();
+    let manifest_bytes = manifest_bytes(&mesh.nodes()[0].data(), &report.model);
+    for status in &before[1..] {
+        let held = held_by(status, status.node_id.0);
+        assert_eq!(held.len(), status.own.experts);
+        assert_eq!(status.own.bytes_fetched, manifest_bytes + alone.blob_bytes(&held), "{}", status.name);
+    }
+    assert_eq!(before[0].own.bytes_fetched, 0);
+
+    // Rows: every token but the last one chosen goes through every layer.
+    let home = &before[2];
+    assert_eq!((home.own.rows_local, home.own.rows_remote), (0, 0), "nothing was asked before");
+    let held = held_by(home, home.node_id.0);
+    let answer = alone.answer(QUESTION);
+    assert_eq!((&answer.text, answer.tokens.len() as u64), (&report.answer, report.completion_tokens));
+    let tokens = [alone.prompt(QUESTION), answer.tokens].concat();
+    let routes = alone.routes(&tokens[..tokens.len() - 1]);
+    let remote = routes.iter().filter(|expert| !held.contains(*expert)).count() as u64;
+    let own = &after[2].own;
+    assert_eq!((own.rows_local, own.rows_remote), (routes.len() as u64 - remote, remote));
+
+    // The log: the same state everywhere, which is not to say that asking changed it.
+    let states: BTreeSet<_> = after.iter().map(|status| (status.applied, &status.state_hash)).collect();
+    assert_eq!(states.len(), 1, "{states:?}");
+
+    // Whichever node is asked, the answer is the same.
+    for node in mesh.nodes() {
+        let answer = ask::chat(&node.api().unwrap(), MODEL, QUESTION, |_| ()).await.unwrap();
+        assert_eq!(answer.text, report.answer, "{}", node.name());
+    }
+    crate::golden::continuations_are_equal(&mesh.nodes()[1].api().unwrap(), &alone).await;
+    crate::strangers::get_nothing(&mut mesh).await;
+    crate::bad_input::http_is_refused(&mesh.nodes()[0].api().unwrap()).await;
+    assert_eq!(mesh.shut_down().await, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn tighter_budgets_hold_every_expert_once_and_the_hot_ones_twice() {
+    let _turn = turn().await;
+    let (mut mesh, _, budget) = mesh(3, 50).await;
+    let status = &statuses(&mut mesh).await[0];
+    assert_eq!(status.placement.len(), budget.experts);
+    let twice: BTreeSet<_> =
+        status.placement.iter().filter(|(_, replicas)| replicas.len() == 2).map(|(expert, _)| expert.clone()).collect();
+    assert!(status.placement.values().all(|replicas| (1..=2).contains(&replicas.len())));
+    let hot = Alone::new().hot();
+    assert!(!hot.is_empty() && hot.len() < budget.experts / 2);
+    assert!(hot.is_subset(&twice), "hot but held once: {:?}", hot.difference(&twice).collect::<Vec<_>>());
+    // No room is left unused that could hold one more.
+    assert_eq!(status.placement.values().map(Vec::len).sum::<usize>(), 3 * budget.experts_in(budget.bytes(50)));
+    let answer = ask::chat(&mesh.nodes()[2].api().unwrap(), MODEL, QUESTION, |_| ()).await.unwrap();
+    assert_eq!(answer.text, "The capital of France is Paris.");
+}
+
+#[tokio::test]
+async fn the_testnet_tells_wrong_usage_from_failure() {
+    testnet(["--nodes", "0"]).await.refused(2, &["--nodes", "0"]);
+    testnet(["--once", "--model", "/nowhere"]).await.refused(1, &["/nowhere"]);
+}
+
+async fn statuses(mesh: &mut coel_testnet::mesh::Mesh) -> Vec<Status> {
+    mesh.statuses().await.into_iter().collect::<Result<_, _>>().unwrap()
+}
+
+/// Experts that the placement gives a node, by their keys.
+fn held_by(status: &Status, node: u64) -> BTreeSet<String> {
+    let holds =
+        |replicas: &Vec<coel_node::status::ReplicaStatus>| replicas.iter().any(|replica| replica.node.0 == node);
+    status.placement.iter().filter(|(_, replicas)| holds(replicas)).map(|(expert, _)| expert.clone()).collect()
+}
+
+/// Length of the manifest, a blob like others, named by the model's id.
+fn manifest_bytes(data: &std::path::Path, model: &str) -> u64 {
+    data.join("blobs").join(&model[..2]).join(model).metadata().unwrap().len()
+}
