@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use libp2p::{Multiaddr, PeerId};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
@@ -30,6 +30,8 @@ use crate::view::Peers;
 const COMMANDS: usize = 64;
 /// Gossip messages that wait for the driver.
 const EVENTS: usize = 256;
+/// Knocks of strangers that nobody has looked at yet.
+const KNOCKS: usize = 16;
 
 /// One running node. Cloning is cheap; all clones are the same node.
 #[derive(Clone)]
@@ -54,6 +56,7 @@ pub async fn start(config: Config) -> Result<Handle, StartError> {
         listening: RwLock::new(listening.addresses),
         peers: watch::Sender::default(),
         pool: Pool::default(),
+        knocks: broadcast::Sender::new(KNOCKS),
         stopped: CancellationToken::new(),
         runtime: tokio::runtime::Handle::current(),
     });
@@ -167,6 +170,12 @@ impl Handle {
     /// [`ServeError`] if the protocol is served already.
     pub fn serve(&self, protocol: Protocol, access: Access) -> Result<Incoming, ServeError> {
         stream::serve(&self.shared, protocol, access)
+    }
+
+    /// Strangers that were refused on a protocol for members, as it happens: one of them may be a member of whom this
+    /// node has not heard yet. Whoever listens too slowly misses some; they will knock again.
+    pub fn knocks(&self) -> broadcast::Receiver<PeerId> {
+        self.shared.knocks.subscribe()
     }
 
     /// Says goodbye, closes every connection so that others see it at once, and stops this node for all handles.

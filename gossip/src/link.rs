@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use libp2p::{Multiaddr, PeerId};
-use tokio::sync::watch;
+use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::measure::{TRANSFER_BYTES_MIN, Throughput};
@@ -53,6 +53,8 @@ pub(crate) struct Shared {
     pub listening: RwLock<Vec<Multiaddr>>,
     pub peers: watch::Sender<Peers>,
     pub pool: Pool,
+    /// Strangers that asked for a protocol of the members.
+    pub knocks: broadcast::Sender<PeerId>,
     /// Cancelled when the driver ends.
     pub stopped: CancellationToken,
     pub runtime: tokio::runtime::Handle,

@@ -252,6 +252,8 @@ async fn accept(
         let Some((peer, mut stream)) = next else { break };
         if access == Access::Members && !shared.is_member(&peer) {
             tracing::debug!(%peer, protocol = protocol.name, "closed a stream of a stranger");
+            // Nobody may be listening for it.
+            let _ = shared.knocks.send(peer);
             continue;
         }
         let Ok(place) = accepted.clone().try_reserve_owned() else {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use coel_model::decoder::{Step, Want};
 use coel_model::engine::EngineError;
 use coel_model::sequence::{Sequence, SequenceError};
+use coel_model::text::TextError;
 use coel_store::Placement;
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -17,8 +18,7 @@ use tracing::{Instrument, info, info_span, warn};
 
 use crate::experts::caller::{CallError, Caller, SharedHosts};
 use crate::experts::dispatch::Missing;
-use crate::http::Api;
-use crate::library::Known;
+use crate::library::{Known, run_blocking};
 use crate::service::{Event, GenerateRequest, ModelInfo, Prompt, Readiness, Service, ServiceError};
 use crate::shared::{Serving, Shared};
 
@@ -81,18 +81,17 @@ impl Generator {
         if serving.known.id != named {
             return Err(ServiceError::NotReady(format!("the mesh serves '{}' only", serving.known.manifest.name)));
         }
-        let prompt = tokens(&serving.known, request.prompt)?;
+        // A long prompt takes a while to tokenize, which must not hold up the tasks that move bytes.
+        let known = serving.known.clone();
+        let prompt = run_blocking(move || tokens(&known, request.prompt)).await?;
         let pool = serving.known.kv_tokens(self.shared.config.kv_tokens);
         let context = serving.known.config.max_position_embeddings;
         if prompt.len() < context && prompt.len() >= pool {
-            return Err(ServiceError::Invalid {
-                param: Some(crate::http::CONTEXT_LENGTH),
-                message: format!(
-                    "the prompt has {} tokens, but this node keeps a KV cache of {pool}; shorten it or restart the node with a \
+            return Err(ServiceError::ContextExceeded(format!(
+                "the prompt has {} tokens, but this node keeps a KV cache of {pool}; shorten it or restart the node with a \
                      larger --kv-tokens",
-                    prompt.len()
-                ),
-            });
+                prompt.len()
+            )));
         }
         let tokenizer = serving.known.text.tokenizer.clone();
         let sequence = Sequence::new(prompt, request.params, context.min(pool), tokenizer).map_err(invalid)?;
@@ -191,9 +190,10 @@ impl Generation {
 fn tokens(known: &Known, prompt: Prompt) -> Result<Vec<u32>, ServiceError> {
     let fault = |param, message: String| ServiceError::Invalid { param: Some(param), message };
     match prompt {
-        Prompt::Chat(messages) => {
-            known.text.chat_prompt(&messages).map_err(|error| fault("messages", error.to_string()))
-        }
+        Prompt::Chat(messages) => known.text.chat_prompt(&messages).map_err(|error| match error {
+            TextError::Chat(error) if !error.is_callers_fault() => internal(&error),
+            error => fault("messages", error.to_string()),
+        }),
         Prompt::Text(text) => {
             known.text.tokenizer.encode(&text, true).map_err(|error| fault("prompt", error.to_string()))
         }
@@ -207,12 +207,10 @@ fn tokens(known: &Known, prompt: Prompt) -> Result<Vec<u32>, ServiceError> {
 }
 
 fn invalid(error: SequenceError) -> ServiceError {
-    let param = match &error {
-        SequenceError::ContextOverflow { .. } => Some(crate::http::CONTEXT_LENGTH),
-        SequenceError::EmptyPrompt => Some("prompt"),
-        _ => None,
-    };
-    ServiceError::Invalid { param, message: error.to_string() }
+    match error {
+        SequenceError::ContextOverflow { .. } => ServiceError::ContextExceeded(error.to_string()),
+        error => ServiceError::Invalid { param: None, message: error.to_string() },
+    }
 }
 
 fn internal(error: &dyn std::fmt::Display) -> ServiceError {
@@ -233,6 +231,13 @@ impl Service for Generator {
         self.begin(request).boxed()
     }
 
+    fn token_bytes(&self, model: &str, token: u32) -> Vec<u8> {
+        let named = self.shared.state().model(model).map(|(id, _)| id);
+        let serving = self.shared.serving.borrow();
+        let known = serving.as_ref().map(|serving| &serving.known).filter(|known| Some(known.id) == named);
+        known.map(|known| known.text.tokenizer.token_bytes(token).to_vec()).unwrap_or_default()
+    }
+
     fn metrics(&self) -> String {
         let shared = &self.shared;
         let metrics = &shared.metrics;
@@ -243,15 +248,6 @@ impl Service for Generator {
         metrics.memory_bytes.set(ledger_bytes(shared) as i64);
         metrics.memory_budget_bytes.set(shared.config.memory_bytes as i64);
         metrics.text()
-    }
-}
-
-impl Api for Generator {
-    fn token_bytes(&self, model: &str, token: u32) -> Vec<u8> {
-        let named = self.shared.state().model(model).map(|(id, _)| id);
-        let serving = self.shared.serving.borrow();
-        let known = serving.as_ref().map(|serving| &serving.known).filter(|known| Some(known.id) == named);
-        known.map(|known| known.text.tokenizer.token_bytes(token).to_vec()).unwrap_or_default()
     }
 }
 

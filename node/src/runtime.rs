@@ -124,12 +124,21 @@ pub async fn run(config: Config, origin: Origin, started: impl FnOnce(&NodeFile)
     NodeFile::remove(&data);
     shared.log.clone().shutdown().await;
     shared.gossip.clone().shutdown().await;
+    if *shared.left.borrow() {
+        forget_mesh(&data)?;
+    }
     let fatal = shared.fatal.borrow().clone();
     match (outcome, fatal) {
         (Err(error), _) => Err(error),
         (Ok(()), Some(why)) => Err(RunError::Fatal(why)),
         (Ok(()), None) => Ok(()),
     }
+}
+
+/// Makes the folder one that belongs to no mesh. Its weights stay: they are good in any mesh.
+fn forget_mesh(data: &Path) -> Result<(), RunError> {
+    let log = data.join("log");
+    std::fs::remove_dir_all(&log).map_err(io(log.display().to_string()))
 }
 
 fn lock(data: &Path) -> Result<File, RunError> {
@@ -153,7 +162,17 @@ async fn open(config: &Config, origin: Origin, gossip: &Handle, data: &Path) -> 
             };
             Log::create(data, me, transport, timing).await?
         }
-        Origin::Existing => Log::open(data, transport, timing).await?,
+        Origin::Existing => {
+            let log = Log::open(data, transport, timing).await?;
+            let state = log.state().borrow().clone();
+            // It left, and was stopped before it could forget the mesh.
+            if !state.members.is_empty() && !state.members.contains_key(&log.node_id()) {
+                log.shutdown().await;
+                forget_mesh(data)?;
+                return Err(RunError::NoMesh(data.to_owned()));
+            }
+            log
+        }
         Origin::Join(invite) => {
             let admitted = admit::join(gossip, &invite, &config.name, addresses(gossip)).await?;
             let members = admitted
@@ -349,6 +368,7 @@ async fn converse(mut conversation: Conversation, shared: Arc<Shared>, api_url: 
         }
         Request::Leave => match leave(&shared).await {
             Ok(()) => {
+                shared.left.send_replace(true);
                 conversation.say(&Reply::Done(serde_json::Value::Null)).await;
                 return shared.stopping.cancel();
             }

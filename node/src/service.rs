@@ -67,6 +67,9 @@ pub enum ServiceError {
     /// The request itself is at fault; `param` is the OpenAI field it is about.
     #[error("{message}")]
     Invalid { param: Option<&'static str>, message: String },
+    /// The prompt is longer than the context, or than what this node keeps of it.
+    #[error("{0}")]
+    ContextExceeded(String),
     /// No model of that id or name is registered.
     #[error("the model '{asked}' is not registered in this mesh; registered: {}", list(.known))]
     UnknownModel { asked: String, known: Vec<String> },
@@ -138,6 +141,10 @@ pub trait Service: Send + Sync + 'static {
     /// Everything that can be said before the first token: an invalid request, an unknown model, a node that is busy or
     /// not serving.
     fn submit(&self, request: GenerateRequest) -> BoxFuture<'_, Result<mpsc::Receiver<Event>, ServiceError>>;
+
+    /// The bytes that `token` stands for in the vocabulary of `model` (an id or a name): possibly a part of a character, empty
+    /// for an id or a model that there is not.
+    fn token_bytes(&self, model: &str, token: u32) -> Vec<u8>;
 
     /// The node's metrics in the OpenMetrics text format.
     fn metrics(&self) -> String;

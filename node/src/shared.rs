@@ -74,6 +74,8 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     /// Asks every task to end.
     pub stopping: CancellationToken,
+    /// This node has left the mesh.
+    pub left: watch::Sender<bool>,
     /// Why the node must end: the first fatal fault.
     pub fatal: watch::Sender<Option<String>>,
     /// Resident memory before the first weight, in bytes; 0 until then.
@@ -97,6 +99,7 @@ impl Shared {
             progress: watch::Sender::default(),
             metrics,
             stopping: CancellationToken::new(),
+            left: watch::Sender::new(false),
             fatal: watch::Sender::new(None),
             rss_before_bytes: watch::Sender::new(0),
             planner: Mutex::new(None),

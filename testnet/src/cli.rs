@@ -165,7 +165,7 @@ fn how_to_go_on(job: &Job, report: &Report) -> String {
     let coel = built.map_or_else(|| "cargo run --release -p coel-node --".into(), |coel| coel.display().to_string());
     let body = serde_json::json!({
         "model": job.model_name,
-        "messages": [{"role": "user", "content": "What is the opposite of cold?"}],
+        "messages": [{"role": "user", "content": "What is 12 times 11?"}],
     });
     format!(
         "\nThe mesh stays up until Ctrl-C. Any node answers:\n  \

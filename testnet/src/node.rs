@@ -165,7 +165,7 @@ impl Node {
     pub(crate) fn spawn(&mut self, start: &Start) -> Result<()> {
         let mut command = self.launcher.coel(self.args(start));
         if std::env::var_os("RUST_LOG").is_none() {
-            command.env("RUST_LOG", "info");
+            command.env("RUST_LOG", "info,openraft=warn");
         }
         let process = Process::start(command, &self.log());
         self.process = Some(process.with_context(|| format!("cannot start {}", self.name()))?);

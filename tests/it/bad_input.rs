@@ -121,7 +121,7 @@ pub async fn http_is_refused(api: &str) {
         (json!({"model": MODEL, "messages": []}), 400, "messages", "at least one"),
         (json!({"model": MODEL, "messages": message, "temperature": 7}), 400, "temperature", "from 0 to 2"),
         (json!({"model": MODEL, "messages": message, "top_p": -1}), 400, "top_p", "from 0 to 1"),
-        (json!({"model": MODEL, "messages": message, "max_tokens": 0}), 400, "max_tokens", "at least 1"),
+        (json!({"model": MODEL, "messages": message, "max_tokens": 0}), 400, "max_tokens", "from 1"),
         (json!({"model": MODEL, "messages": message, "temprature": 1}), 400, "temprature", "spelling"),
         (json!({"model": MODEL, "messages": [{"role": "user", "content": long}]}), 400, "messages", "2048"),
     ];

@@ -34,7 +34,7 @@ pub struct Alone {
 impl Alone {
     pub fn new() -> Self {
         let checkpoint = Checkpoint::open(&fixture()).unwrap();
-        Self { checkpoint, model: LocalModel::open(&fixture(), Device::Cpu).unwrap() }
+        Self { checkpoint, model: apart(|| LocalModel::open(&fixture(), Device::Cpu).unwrap()) }
     }
 
     /// A question of one turn, as tokens.
@@ -45,7 +45,7 @@ impl Alone {
     /// The greedy answer to it.
     pub fn answer(&self, question: &str) -> Generation {
         let params = GenerateParams { sampling: SamplingParams::greedy(), ..GenerateParams::default() };
-        self.model.chat(question, params, |_| ()).unwrap()
+        apart(|| self.model.chat(question, params, |_| ()).unwrap())
     }
 
     /// A prompt whose greedy continuation is long: the golden one that meets its end of text last.
@@ -59,6 +59,10 @@ impl Alone {
 
     /// The expert of every (row, expert) pair that these tokens cost over all layers, by its key.
     pub fn routes(&self, tokens: &[u32]) -> Vec<String> {
+        apart(|| self.routes_here(tokens))
+    }
+
+    fn routes_here(&self, tokens: &[u32]) -> Vec<String> {
         let engine = &self.model.engine;
         let mut session = block_on(engine.open_session(tokens.len())).unwrap();
         let mut step = block_on(session.advance(tokens, Want::Last)).unwrap();
@@ -112,6 +116,12 @@ impl Alone {
         let escaped = || bytes.iter().map(|byte| format!("\\x{byte:02x}")).collect::<String>();
         String::from_utf8(bytes.to_vec()).unwrap_or_else(|_| format!("bytes:{}", escaped()))
     }
+}
+
+/// Runs what blocks on the engine on a thread that no runtime knows: within an async task, a runtime that counts on tasks to
+/// yield would never let it go on.
+fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| scope.spawn(work).join().unwrap())
 }
 
 /// `greedy` of the golden reference: rows of `input` prompt tokens and their continuation.

@@ -95,6 +95,7 @@ async fn leaving_hands_over_first() {
     let (mut mesh, _, _) = mesh(3, 70).await;
     let api = mesh.nodes()[0].api().unwrap();
     let before = ask::chat(&api, MODEL, QUESTION, |_| ()).await.unwrap();
+    let leaver = mesh.nodes()[2].status().await.unwrap().node_id;
     let left = coel_at(&mesh.nodes()[2].data(), ["leave"]).await;
     left.printed();
     assert!(mesh.node(2).wait_end().await.is_some_and(|ended| ended.success()), "{}", mesh.nodes()[2].tail());
@@ -103,14 +104,17 @@ async fn leaving_hands_over_first() {
             status.nodes.len() == 2 && status.coverage == 1.0 && status.readiness.ready
         });
         let status = status.await;
-        assert!(status.placement.values().flatten().all(|replica| replica.node.0 != 3), "node 3 is still placed on");
+        assert!(
+            status.placement.values().flatten().all(|replica| replica.node != leaver),
+            "{leaver} is still placed on"
+        );
         assert!(status.nodes.iter().all(|node| node.name != "node-3"));
     }
     let after = ask::chat(&api, MODEL, QUESTION, |_| ()).await.unwrap();
     assert_eq!(after.text, before.text);
-    // Whoever has left is a stranger, and knows it.
-    let again = coel_at(&mesh.nodes()[2].data(), ["up", "--api", "127.0.0.1:0", "--mdns", "false"]).await;
-    assert_eq!(again.code, Some(1), "{again:#?}");
+    // Whoever has left has no mesh any more, and is told so.
+    let flags = ["up", "--listen", "/ip4/127.0.0.1/tcp/0", "--api", "127.0.0.1:0", "--mdns", "false"];
+    coel_at(&mesh.nodes()[2].data(), flags).await.refused(1, &["belongs to no mesh", "join"]);
 }
 
 #[tokio::test]

@@ -38,7 +38,7 @@ async fn connect(stranger: &Handle, node: &Node) -> PeerId {
 
 /// What a node says to one message on the admission protocol, before it hangs up.
 async fn handshake(stranger: &Handle, peer: PeerId, message: &Message) -> Vec<Message> {
-    let frame = Frame { header: cbor::to_vec(message).unwrap().into(), payload: Bytes::new() };
+    let frame = Frame::new(Bytes::new(), cbor::to_vec(message).unwrap());
     said(stranger, peer, &frame).await
 }
 
@@ -48,7 +48,7 @@ async fn said(stranger: &Handle, peer: PeerId, frame: &Frame) -> Vec<Message> {
     let mut said = Vec::new();
     let heard = async {
         while let Ok(Some(frame)) = stream.recv().await {
-            said.push(cbor::from_slice(&frame.header, MESSAGE_BYTES_MAX).unwrap());
+            said.push(cbor::from_slice(&frame.payload, MESSAGE_BYTES_MAX).unwrap());
             if matches!(said.last(), Some(Message::Challenge { .. })) {
                 break;
             }
@@ -80,7 +80,7 @@ pub async fn get_nothing(mesh: &mut Mesh) {
         let proof = Message::Proof { proof: [7; 32], name: "x".into(), addresses: Vec::new() };
         let said = handshake(&stranger, peer, &proof).await;
         assert!(matches!(&said[..], [Message::Refused { .. }]), "{said:?}");
-        let garbage = Frame { header: Bytes::from_static(b"\xff\x00 no message"), payload: Bytes::new() };
+        let garbage = Frame::new(Bytes::new(), Bytes::from_static(b"\xff\x00 no message"));
         let said = self::said(&stranger, peer, &garbage).await;
         assert!(matches!(&said[..], [Message::Refused { .. }]), "{said:?}");
     }

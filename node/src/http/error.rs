@@ -15,10 +15,6 @@ use serde::Serialize;
 
 use crate::service::{Readiness, ServiceError};
 
-/// The `param` with which a service refuses a prompt that, with what is to be generated, is longer than the model's
-/// context. Clients know that fault by its code, not by a field.
-pub const CONTEXT_LENGTH: &str = "context_length";
-
 /// Pauses asked for, in seconds. A place is free as soon as an answer ends; weights take longer to arrive; an expert
 /// without a replica waits for a node to be found dead and its experts to be moved.
 pub(super) const RETRY_BUSY_S: u32 = 1;
@@ -84,9 +80,7 @@ impl ApiError {
         let message = error.to_string();
         let server = |status, code, message: String| Self::new(status, "server_error", message).code(code);
         match error {
-            ServiceError::Invalid { param: Some(CONTEXT_LENGTH), .. } => {
-                Self::field(prompt, message).code("context_length_exceeded")
-            }
+            ServiceError::ContextExceeded(_) => Self::field(prompt, message).code("context_length_exceeded"),
             ServiceError::Invalid { param, .. } => Self { param: param.map(str::to_owned), ..Self::request(message) },
             ServiceError::UnknownModel { .. } => Self {
                 param: Some("model".into()),

@@ -36,16 +36,9 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 pub use auth::{Auth, BindRefused, check_bind};
-pub use error::{ApiError, CONTEXT_LENGTH};
+pub use error::ApiError;
 
 use crate::service::Service;
-
-/// What this API needs of a node: to be asked, and to have its tokens spelled where log-probabilities list them.
-pub trait Api: Service {
-    /// The bytes that `token` stands for in the vocabulary of `model` (an id or a name): possibly a part of a character,
-    /// empty for an id or a model that there is not.
-    fn token_bytes(&self, model: &str, token: u32) -> Vec<u8>;
-}
 
 /// How long answers may go on once the server stops. A service ends its generations itself when its node stops; this is for
 /// one that does not, and for clients that do not read.
@@ -60,7 +53,7 @@ struct Patience {
 const PATIENCE: Patience = Patience { drain: Duration::from_secs(10), farewell: Duration::from_secs(1) };
 
 /// The whole API as a router, for callers that bring their own server. Its streams end with the service's.
-pub fn router(service: Arc<dyn Api>, auth: Auth) -> Router {
+pub fn router(service: Arc<dyn Service>, auth: Auth) -> Router {
     routes::router(service, auth, CancellationToken::new())
 }
 
@@ -73,7 +66,7 @@ pub fn router(service: Arc<dyn Api>, auth: Auth) -> Router {
 /// The listener's; a connection's own faults end that connection only.
 pub async fn serve(
     listener: TcpListener,
-    service: Arc<dyn Api>,
+    service: Arc<dyn Service>,
     auth: Auth,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
@@ -82,7 +75,7 @@ pub async fn serve(
 
 async fn serve_with(
     listener: TcpListener,
-    service: Arc<dyn Api>,
+    service: Arc<dyn Service>,
     auth: Auth,
     shutdown: impl Future<Output = ()> + Send + 'static,
     patience: Patience,

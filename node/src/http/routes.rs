@@ -26,8 +26,8 @@ use super::auth::Auth;
 use super::error::{ApiError, RETRY_NOT_READY_S};
 use super::openai::{self, Asked};
 use super::reply::{Answer, Chunks, Head, Shape, Spell};
-use super::{Api, stream};
-use crate::service::{ModelInfo, ServiceError};
+use super::stream;
+use crate::service::{ModelInfo, Service, ServiceError};
 
 /// A context of a million tokens in plain text is about this long.
 const BODY_BYTES_MAX: usize = 4 << 20;
@@ -41,7 +41,7 @@ const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=
 /// What every handler sees.
 #[derive(Clone)]
 pub(super) struct App {
-    service: Arc<dyn Api>,
+    service: Arc<dyn Service>,
     auth: Auth,
     /// Cancelled when running answers must end.
     closing: CancellationToken,
@@ -49,7 +49,7 @@ pub(super) struct App {
     started: u64,
 }
 
-pub(super) fn router(service: Arc<dyn Api>, auth: Auth, closing: CancellationToken) -> Router {
+pub(super) fn router(service: Arc<dyn Service>, auth: Auth, closing: CancellationToken) -> Router {
     let app = App { service, auth, closing, started: unix_seconds() };
     Router::new()
         .route("/healthz", get(async || "ok"))

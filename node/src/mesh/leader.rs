@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use super::PROPOSE_DEADLINE;
 use super::facts::Facts;
 use crate::library::Known;
-use crate::placement::{Candidate, Plan, Popularity, plan};
+use crate::placement::{Candidate, Plan, Popularity, keep_until_replaced, plan};
 use crate::shared::Shared;
 
 /// How often the leader looks. Deaths and joins are looked at within this time.
@@ -77,7 +77,7 @@ async fn place(shared: &Shared, gone: &BTreeSet<NodeId>) {
         .map(|placement| placement.replicas.iter().map(|(&e, nodes)| (e, nodes.keys().copied().collect())).collect())
         .unwrap_or_default();
     let popularity = Popularity::new(registered.popularity.clone());
-    let wanted = match plan(&experts, &candidates, &current, &popularity) {
+    let mut wanted = match plan(&experts, &candidates, &current, &popularity) {
         Ok(plan) => {
             shared.set_planner(None);
             plan
@@ -91,6 +91,10 @@ async fn place(shared: &Shared, gone: &BTreeSet<NodeId>) {
             shortfall.partial
         }
     };
+    if let Some(placed) = placed {
+        let leaving = state.members.iter().filter(|(_, member)| member.leaving).map(|(&node, _)| node).collect();
+        keep_until_replaced(&mut wanted, placed, &leaving);
+    }
     let unchanged = experts.keys().all(|expert| {
         let of = |table: &BTreeMap<ExpertId, BTreeSet<NodeId>>| table.get(expert).cloned().unwrap_or_default();
         of(&wanted.replicas) == of(&current)

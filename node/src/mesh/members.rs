@@ -1,10 +1,11 @@
 //! Who is admitted: the log says it, gossip enforces it. This keeps the two equal.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use coel_gossip::{Handle, Multiaddr, PeerId};
 use coel_store::{Log, NodeId};
+use tokio::sync::broadcast::error::RecvError;
 
 use crate::ids;
 
@@ -20,10 +21,13 @@ pub fn parse(addresses: &[String]) -> Vec<Multiaddr> {
 ///
 /// A newcomer's log is empty at first and then catches up; until it has come to this node's own admission, the members that
 /// were named in the welcome stay, or nobody could send it the log. A node that left stays until its vote has passed on, or it
-/// could not pass it on.
+/// could not pass it on. And a node that was away may be called by a leader it has never heard of: when a stranger knocks, the
+/// members it does know are asked to vouch.
 pub async fn follow(gossip: Handle, log: Log) {
     let mut state = log.state();
+    let mut knocks = gossip.knocks();
     let mut told = BTreeMap::new();
+    let mut vouched = BTreeSet::new();
     let mut peers = BTreeMap::<NodeId, (PeerId, Vec<Multiaddr>)>::new();
     loop {
         let now = state.borrow_and_update().clone();
@@ -34,7 +38,9 @@ pub async fn follow(gossip: Handle, log: Log) {
                 .iter()
                 .filter_map(|(&node, member)| Some((node, (ids::peer_id(&member.peer)?, parse(&member.addresses))))),
         );
-        let members: BTreeMap<_, _> = peers.values().cloned().collect();
+        let mut members: BTreeMap<_, _> = peers.values().cloned().collect();
+        vouched.retain(|peer| !members.contains_key(peer));
+        members.extend(vouched.iter().map(|&peer| (peer, Vec::new())));
         let caught_up = now.members.contains_key(&log.node_id()) || !told.is_empty();
         if caught_up && told != members {
             gossip.set_members(members.clone());
@@ -42,6 +48,14 @@ pub async fn follow(gossip: Handle, log: Log) {
         }
         tokio::select! {
             changed = state.changed() => if changed.is_err() { return },
+            knock = knocks.recv() => match knock {
+                // Before its own admission this node knows nobody who could vouch.
+                Ok(peer) if caught_up && log.admits(&ids::peer_key(peer)).await => {
+                    vouched.insert(peer);
+                }
+                Ok(_) | Err(RecvError::Lagged(_)) => {}
+                Err(RecvError::Closed) => return,
+            },
             () = tokio::time::sleep(VOTERS_PERIOD) => {}
         }
     }

@@ -11,8 +11,10 @@
 //!
 //! It does not know how replicas get to their nodes, who is alive (the caller leaves the dead out), or what an expert computes.
 
+mod handover;
 mod planner;
 mod popularity;
 
+pub use handover::keep_until_replaced;
 pub use planner::{Candidate, Plan, Shortfall, plan};
 pub use popularity::Popularity;

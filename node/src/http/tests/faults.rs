@@ -4,7 +4,6 @@ use reqwest::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::http::CONTEXT_LENGTH;
 
 /// Checks a reply's status and shape, and returns what is inside `error`.
 #[track_caller]
@@ -135,7 +134,7 @@ async fn a_field_at_fault_is_named() {
 #[tokio::test]
 async fn a_prompt_beyond_the_context_is_refused() {
     let message = "the prompt has 300 tokens, but the model's context is 256".to_owned();
-    let error = ServiceError::Invalid { param: Some(CONTEXT_LENGTH), message: message.clone() };
+    let error = ServiceError::ContextExceeded(message.clone());
     let server = Server::start(Script::refusing(error)).await;
     for (path, body, param) in [(CHAT, chat_body(json!({})), "messages"), (TEXT, text_body(json!({})), "prompt")] {
         let response = server.post(path, &body).await;

@@ -22,7 +22,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use super::{Api, Auth, Patience, serve_with};
+use super::{Auth, Patience, serve_with};
 use crate::service::{Event, GenerateRequest, ModelInfo, Readiness, Service, ServiceError, Usage};
 
 const HANG: Duration = Duration::from_secs(60);
@@ -114,15 +114,13 @@ impl Service for Script {
         .boxed()
     }
 
-    fn metrics(&self) -> String {
-        "# TYPE coel_requests counter\ncoel_requests_total 7\n# EOF\n".into()
-    }
-}
-
-impl Api for Script {
     fn token_bytes(&self, model: &str, token: u32) -> Vec<u8> {
         assert_eq!(model, "tiny");
         VOCABULARY.get(token as usize).copied().unwrap_or_default().to_vec()
+    }
+
+    fn metrics(&self) -> String {
+        "# TYPE coel_requests counter\ncoel_requests_total 7\n# EOF\n".into()
     }
 }
 
