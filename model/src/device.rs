@@ -20,7 +20,7 @@ pub enum Device {
 /// Why a device cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
-    #[error("{0:?} is no device; give auto, cpu, cuda:N or vulkan:N")]
+    #[error("{0:?} is no device; give auto, cpu or cuda:N")]
     Unknown(String),
     #[error("vulkan:{0} cannot be used: this version computes on cpu and cuda:N")]
     Vulkan(usize),

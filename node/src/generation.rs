@@ -3,14 +3,13 @@
 //! [`Generator`] is the node's [`Service`]. One task per generation drives the decoder: it never computes itself, and while
 //! the engine or a peer works for one generation, the others go on.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use coel_model::decoder::{Step, Want};
 use coel_model::engine::EngineError;
 use coel_model::sequence::{Sequence, SequenceError};
 use coel_model::text::TextError;
-use coel_store::Placement;
+use coel_store::{ExpertId, State};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -20,7 +19,7 @@ use crate::experts::caller::{CallError, Caller, SharedHosts};
 use crate::experts::dispatch::Missing;
 use crate::library::{Known, run_blocking};
 use crate::service::{Event, GenerateRequest, ModelInfo, Prompt, Readiness, Service, ServiceError};
-use crate::shared::{Serving, Shared};
+use crate::shared::{Progress, Serving, Shared};
 
 /// Generations at once. More would only make each of them slower: they share one compute thread.
 const RUNNING_MAX: usize = 8;
@@ -34,6 +33,8 @@ pub struct Generator {
     shared: Arc<Shared>,
     running: Arc<Semaphore>,
     admitted: Arc<Semaphore>,
+    /// Tokenizing takes a hundred times the text's memory for a moment: one at a time.
+    encoding: Semaphore,
     hosts: SharedHosts,
 }
 
@@ -66,12 +67,16 @@ impl Generator {
             shared,
             running: Arc::new(Semaphore::new(RUNNING_MAX)),
             admitted: Arc::new(Semaphore::new(RUNNING_MAX + WAITING_MAX)),
+            encoding: Semaphore::new(1),
             hosts: SharedHosts::default(),
         }
     }
 
     async fn begin(&self, request: GenerateRequest) -> Result<mpsc::Receiver<Event>, ServiceError> {
         let state = self.shared.state();
+        if !self.shared.caught_up(&state) {
+            return Err(ServiceError::NotReady(self.readiness().to_string()));
+        }
         let named = state.model(&request.model).map(|(id, _)| id).ok_or_else(|| ServiceError::UnknownModel {
             asked: request.model.clone(),
             known: self.models().into_iter().map(|model| model.name).collect(),
@@ -83,7 +88,9 @@ impl Generator {
         }
         // A long prompt takes a while to tokenize, which must not hold up the tasks that move bytes.
         let known = serving.known.clone();
+        let place = self.encoding.acquire().await.map_err(|error| internal(&error))?;
         let prompt = run_blocking(move || tokens(&known, request.prompt)).await?;
+        drop(place);
         let pool = serving.known.kv_tokens(self.shared.config.kv_tokens);
         let context = serving.known.config.max_position_embeddings;
         if prompt.len() < context && prompt.len() >= pool {
@@ -189,6 +196,20 @@ impl Generation {
 /// The prompt's tokens.
 fn tokens(known: &Known, prompt: Prompt) -> Result<Vec<u32>, ServiceError> {
     let fault = |param, message: String| ServiceError::Invalid { param: Some(param), message };
+    // Said before tokenizing, which would take many times the memory of a text that cannot fit anyway.
+    let text_bytes = match &prompt {
+        Prompt::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
+        Prompt::Text(text) => text.len(),
+        Prompt::Tokens(_) => 0,
+    };
+    let context = known.config.max_position_embeddings;
+    let bytes_max = context.saturating_mul(known.token_bytes_max);
+    if text_bytes > bytes_max {
+        return Err(ServiceError::ContextExceeded(format!(
+            "the prompt has {text_bytes} bytes of text, but the model's context is {context} tokens, which can hold at most \
+             {bytes_max} bytes: shorten the prompt"
+        )));
+    }
     match prompt {
         Prompt::Chat(messages) => known.text.chat_prompt(&messages).map_err(|error| match error {
             TextError::Chat(error) if !error.is_callers_fault() => internal(&error),
@@ -260,53 +281,58 @@ pub fn ledger_bytes(shared: &Shared) -> u64 {
 pub fn readiness(shared: &Shared) -> Readiness {
     let state = shared.state();
     let progress = shared.progress.borrow().clone();
-    let placement = state.placement.as_ref();
-    let (lost, loading) = placement.map_or_else(Default::default, |placement| missing(shared, placement));
-    let experts = placement.map_or(0, |placement| placement.replicas.len());
-    let absent = lost.experts.len() + loading;
-    let coverage = if experts == 0 { 0.0 } else { (experts - absent) as f64 / experts as f64 };
-    let waiting_for = if state.models.is_empty() {
-        Some("no model is registered; import one with `coel model import DIR`".to_owned())
-    } else if shared.serving.borrow().is_none() {
-        Some(format!("loading the trunk: {} of {} bytes here", progress.bytes_held, progress.bytes_assigned))
-    } else if let (None, planner) = (&state.placement, shared.planner()) {
-        Some(planner.unwrap_or_else(|| "waiting for the leader to place the model's experts".into()))
-    } else if !lost.experts.is_empty() {
-        Some(lost.to_string())
-    } else if loading > 0 {
-        Some(format!(
-            "loading: {} of {experts} experts are ready somewhere, {} of {} bytes assigned here are held",
-            experts - loading,
-            progress.bytes_held,
-            progress.bytes_assigned
-        ))
-    } else {
-        None
-    };
+    let replicas = state.placement.as_ref().map(|placement| shared.live_replicas(placement)).unwrap_or_default();
+    let absent: Vec<_> = replicas.iter().filter(|(_, replicas)| **replicas == 0).map(|(&expert, _)| expert).collect();
+    let waiting_for = waiting_for(shared, &state, &progress, &absent);
+    let experts = replicas.len();
     Readiness {
         ready: waiting_for.is_none(),
         waiting_for,
         problem: progress.problem,
-        coverage,
+        coverage: if experts == 0 { 0.0 } else { (experts - absent.len()) as f64 / experts as f64 },
         bytes_assigned: progress.bytes_assigned,
         bytes_held: progress.bytes_held,
     }
 }
 
-/// Experts that this node could not have computed now: those whose holders are all gone, and how many are only being loaded.
-fn missing(shared: &Shared, placement: &Placement) -> (Missing, usize) {
-    let (own, down, held) = (shared.log.node_id(), shared.down(), shared.held.borrow().clone());
-    let (mut lost, mut loading) = (BTreeMap::new(), 0);
-    for (&expert, nodes) in &placement.replicas {
-        let live = || nodes.iter().filter(|(node, _)| !down.contains(node));
-        if held.contains(&expert) || live().any(|(&node, replica)| node != own && replica.ready) {
-            continue;
-        }
-        if live().next().is_some() {
-            loading += 1;
-        } else {
-            lost.insert(expert, nodes.keys().copied().collect());
-        }
+/// What keeps this node from serving, in words; `absent` experts have no live replica.
+fn waiting_for(shared: &Shared, state: &State, progress: &Progress, absent: &[ExpertId]) -> Option<String> {
+    let leaderless = shared.log.leader().borrow().is_none();
+    let down = shared.down();
+    if !shared.caught_up(state) {
+        return Some("catching up with the placement log".into());
     }
-    (Missing { experts: lost }, loading)
+    if leaderless && (state.placement.is_none() || !absent.is_empty() || shared.serving.borrow().is_none()) {
+        let members = state.members.len();
+        return Some(format!(
+            "no leader: {} of {members} members are reached, and a majority must be; start the others, or name one with \
+             --peer if it has moved",
+            members - down.len()
+        ));
+    }
+    if state.models.is_empty() {
+        return Some("no model is registered; import one with `coel model import DIR`".into());
+    }
+    if shared.serving.borrow().is_none() {
+        return Some(format!("loading the trunk: {} of {} bytes here", progress.bytes_held, progress.bytes_assigned));
+    }
+    let Some(placement) = &state.placement else {
+        let planning = || "waiting for the leader to place the model's experts".to_owned();
+        return Some(shared.planner().unwrap_or_else(planning));
+    };
+    // An expert that a live node is still loading will come; one whose holders are all gone will not.
+    let lost = absent.iter().map(|&expert| (expert, placement.replicas[&expert].keys().copied().collect::<Vec<_>>()));
+    let lost = Missing { experts: lost.filter(|(_, nodes)| nodes.iter().all(|node| down.contains(node))).collect() };
+    if !lost.experts.is_empty() {
+        return Some(lost.to_string());
+    }
+    (!absent.is_empty()).then(|| {
+        let experts = placement.replicas.len();
+        format!(
+            "loading: {} of {experts} experts are ready somewhere, {} of {} bytes assigned here are held",
+            experts - absent.len(),
+            progress.bytes_held,
+            progress.bytes_assigned
+        )
+    })
 }

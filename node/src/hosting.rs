@@ -76,11 +76,6 @@ impl Setback {
 pub async fn run(shared: Arc<Shared>) {
     let mut state = shared.log.state();
     let mut hosting = Hosting { shared: shared.clone(), failures: 0, damaged: Mutex::default() };
-    // After a restart the log still says that this node's replicas are ready; they are not until they are loaded again.
-    while let Err(setback) = hosting.retract().await {
-        warn!(%setback, "trying again");
-        tokio::time::sleep(RETRY).await;
-    }
     loop {
         let now = state.borrow_and_update().clone();
         let epoch = now.epoch();
@@ -111,13 +106,6 @@ impl Hosting {
         }
     }
 
-    async fn retract(&self) -> Result<(), Setback> {
-        let (state, node) = (self.shared.state(), self.shared.log.node_id());
-        let claimed = state.placement.iter().flat_map(|placement| placement.of(node));
-        let experts: Vec<_> = claimed.filter(|(_, replica)| replica.ready).map(|(expert, _)| expert).collect();
-        if experts.is_empty() { Ok(()) } else { self.report(Command::NotReady { node, experts }).await }
-    }
-
     async fn step(&self, state: &State) -> Result<(), Setback> {
         let shared = &self.shared;
         let Some((model, registered)) = shared.model_to_place(state) else {
@@ -139,51 +127,48 @@ impl Hosting {
         self.drop_all_but(&serving, &assigned).await?;
         self.count(&serving.known, &assigned);
 
+        // After a restart the log still claims what was loaded before: taken back first, so that nobody asks in vain. Without a
+        // leader that has to wait; loading does not.
+        let mut report = self.report().await;
         let held = shared.held.borrow().clone();
         let missing: Vec<_> = assigned.difference(&held).copied().collect();
         let mut loads = stream::iter(missing.into_iter().map(|expert| self.get_expert(state, &serving, expert)))
             .buffer_unordered(FETCHES)
             .ready_chunks(REPORT_BATCH);
         let mut setback = None;
-        let mut unreported = Vec::new();
+        let mut unreported = 0;
         while let Some(loaded) = loads.next().await {
-            for outcome in loaded {
-                match outcome {
-                    Ok(expert) => unreported.push(expert),
-                    Err(error) => setback = Some(error),
-                }
-            }
+            unreported += loaded.len();
+            setback = loaded.into_iter().find_map(Result::err).or(setback);
             self.count(&serving.known, &assigned);
             // A new epoch may have other plans; what is loaded stays loaded and is sorted out there.
             if shared.log.state().borrow().epoch() != placement.epoch {
                 return Ok(());
             }
-            if unreported.len() >= REPORT_BATCH {
-                self.report_ready(placement.epoch, std::mem::take(&mut unreported)).await?;
+            if unreported >= REPORT_BATCH {
+                report = self.report().await;
+                unreported = 0;
             }
         }
-        let claimed = |expert: &ExpertId| placement.replicas[expert].get(&node).is_some_and(|replica| replica.ready);
-        unreported.extend(assigned.intersection(&held).copied().filter(|expert| !claimed(expert)));
-        if !unreported.is_empty() || !placement.trunk_ready.contains(&node) {
-            self.report_ready(placement.epoch, unreported).await?;
+        if unreported > 0 {
+            report = self.report().await;
         }
         let (shared, known) = (self.shared.clone(), serving.known.clone());
         run_blocking(move || shared.look_for_all_of(&known)).await;
-        setback.map_or(Ok(()), Err)
+        setback.map_or(report, Err)
     }
 
     /// Gets to know the model, checks the budget, starts the engine and loads the trunk.
     async fn begin(&self, state: &State, model: ModelId, registered: &Model) -> Result<Option<Serving>, Setback> {
         let shared = &self.shared;
-        shared.rss_before_bytes.send_if_modified(|rss| {
-            *rss == 0 && {
-                *rss = resident_bytes();
-                true
-            }
-        });
         let sources = shared.sources(state, model, None);
         let known = shared.library.get(model, registered, &shared.fetcher, &shared.blobs, &sources).await?;
         if let Err(short) = check_budget(&known, shared.config.memory_bytes, shared.config.kv_tokens) {
+            if shared.newcomer {
+                // It cannot be of any use, so it does not stay on as a member that never comes.
+                self.propose(Command::Leave { node: shared.log.node_id() }).await?;
+                shared.left.send_replace(true);
+            }
             shared.fail(short);
             return Ok(None);
         }
@@ -290,12 +275,29 @@ impl Hosting {
         self.shared.metrics.experts.set(self.shared.held.borrow().len() as i64);
     }
 
-    async fn report_ready(&self, epoch: coel_store::Epoch, experts: Vec<ExpertId>) -> Result<(), Setback> {
-        let node = self.shared.log.node_id();
-        self.report(Command::Ready { node, epoch, experts, trunk: true }).await
+    /// Tells the log what has changed since it was last told: what is held and not claimed, and what is claimed and not held.
+    async fn report(&self) -> Result<(), Setback> {
+        let (state, node) = (self.shared.state(), self.shared.log.node_id());
+        let Some(placement) = &state.placement else { return Ok(()) };
+        let held = self.shared.held.borrow().clone();
+        let differs: Vec<_> =
+            placement.of(node).filter(|(expert, replica)| held.contains(expert) != replica.ready).collect();
+        let (dropped, loaded): (Vec<_>, Vec<_>) = differs.into_iter().partition(|(_, replica)| replica.ready);
+        let experts = |replicas: Vec<(ExpertId, _)>| replicas.into_iter().map(|(expert, _)| expert).collect::<Vec<_>>();
+        if !dropped.is_empty() {
+            self.propose(Command::NotReady { node, experts: experts(dropped) }).await?;
+        }
+        if !loaded.is_empty() || !placement.trunk_ready.contains(&node) {
+            let epoch = placement.epoch;
+            self.propose(Command::Ready { node, epoch, experts: experts(loaded), trunk: true }).await?;
+        }
+        Ok(())
     }
 
-    async fn report(&self, command: Command) -> Result<(), Setback> {
+    async fn propose(&self, command: Command) -> Result<(), Setback> {
+        if self.shared.log.leader().borrow().is_none() {
+            return Err(Setback::Report("there is no leader".into()));
+        }
         match self.shared.log.propose(command, PROPOSE_DEADLINE).await {
             Ok(Outcome::Refused(refusal)) => Err(Setback::Report(refusal.to_string())),
             Ok(_) => Ok(()),

@@ -29,6 +29,8 @@ pub struct Known {
     pub config: Arc<ModelConfig>,
     /// Tokenizer and chat template.
     pub text: TextModel,
+    /// Bytes of the longest token: a text of more than the context times this cannot fit.
+    pub token_bytes_max: usize,
     footprint: Footprint,
 }
 
@@ -62,7 +64,9 @@ impl Known {
         let config = ModelConfig::parse(text).map_err(|error| error.to_string())?;
         let text = TextModel::from_files(&config, files).map_err(|error| error.to_string())?;
         let footprint = Footprint::of(&config, config.dtype);
-        Ok(Self { id, manifest, manifest_bytes, config: Arc::new(config), text, footprint })
+        let tokens = 0..text.tokenizer.vocab_size() as u32;
+        let token_bytes_max = tokens.map(|token| text.tokenizer.token_bytes(token).len()).max().unwrap_or(1);
+        Ok(Self { id, manifest, manifest_bytes, config: Arc::new(config), text, token_bytes_max, footprint })
     }
 
     /// An expert's blob.

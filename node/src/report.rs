@@ -17,6 +17,7 @@ pub fn status(shared: &Shared, api: &str) -> Status {
     let state = shared.state();
     let peers = shared.peers();
     let own = shared.log.node_id();
+    let readiness = readiness(shared);
     let placement = state.placement.as_ref();
     let voters = shared.log.voters();
     let placed_on = |node: NodeId| placement.map_or((0, 0), |placement| counts(placement, node));
@@ -76,10 +77,10 @@ pub fn status(shared: &Shared, api: &str) -> Status {
         epoch: state.epoch().0,
         models: state.models.keys().filter_map(info).collect(),
         model: placement.and_then(|placement| info(&placement.model)),
-        coverage: placement.map_or(0.0, Placement::coverage),
-        replicas_min: placement.map_or(0, Placement::replicas_min),
+        coverage: readiness.coverage,
+        replicas_min: placement.and_then(|placement| shared.live_replicas(placement).into_values().min()).unwrap_or(0),
         planner: shared.planner(),
-        readiness: readiness(shared),
+        readiness,
         nodes: nodes.collect(),
         own: own_status(shared),
         placement: table.collect::<BTreeMap<_, _>>(),
@@ -102,7 +103,7 @@ fn own_status(shared: &Shared) -> OwnStatus {
         experts: shared.held.borrow().len(),
         bytes_fetched: metrics.bytes_fetched.get(),
         memory_bytes: ledger_bytes(shared),
-        rss_before_bytes: *shared.rss_before_bytes.borrow(),
+        rss_before_bytes: shared.rss_before_bytes,
         memory_budget_bytes: shared.config.memory_bytes,
         rows_local: metrics.rows_local.get(),
         rows_remote: metrics.rows_remote.get(),

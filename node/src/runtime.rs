@@ -65,6 +65,9 @@ pub enum RunError {
     /// Something of the operating system.
     #[error("{what}: {source}")]
     Io { what: String, source: std::io::Error },
+    /// The device asked for is not there.
+    #[error("{0}")]
+    Device(#[from] coel_model::device::DeviceError),
     /// The swarm did not start.
     #[error("{0}")]
     Gossip(#[from] coel_gossip::StartError),
@@ -98,6 +101,8 @@ pub async fn run(config: Config, origin: Origin, started: impl FnOnce(&NodeFile)
     let data = config.data.clone();
     std::fs::create_dir_all(&data).map_err(io(format!("the data folder {}", data.display())))?;
     let _lock = lock(&data)?;
+    config.device.resolve()?;
+    let newcomer = matches!(origin, Origin::Join(_));
     match (&origin, Log::exists(&data)) {
         (Origin::New | Origin::Join(_), true) => return Err(RunError::HasMesh(data)),
         (Origin::Existing, false) => return Err(RunError::NoMesh(data)),
@@ -119,7 +124,7 @@ pub async fn run(config: Config, origin: Origin, started: impl FnOnce(&NodeFile)
             return Err(error);
         }
     };
-    let shared = Arc::new(Shared::new(config, gossip, log, blobs, Arc::new(Metrics::default())));
+    let shared = Arc::new(Shared::new(config, gossip, log, blobs, Arc::new(Metrics::default()), newcomer));
     let outcome = serve(shared.clone(), api, &api_url, started).await;
     NodeFile::remove(&data);
     shared.log.clone().shutdown().await;
@@ -402,9 +407,14 @@ async fn invite(shared: &Shared, uses: u32, ttl_s: u64) -> Result<String, String
     Ok(invite.to_string())
 }
 
-/// Hands over what this node holds, then leaves.
+/// Hands over what this node holds, then leaves. Refused before anything changes where the others could not take it.
 async fn leave(shared: &Shared) -> Result<(), String> {
     let node = shared.log.node_id();
+    if shared.state().members.keys().all(|member| *member == node) {
+        let data = shared.config.data.display();
+        return Err(format!("this is the last node of the mesh; stop it, and delete {data} to end the mesh for good"));
+    }
+    leader::can_spare(shared, node)?;
     propose(shared, Command::Leaving { node }).await?;
     let mut state = shared.log.state();
     let handed_over = state.wait_for(|state| {

@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex};
 
 use coel_gossip::{Handle, Liveness, PeerId, PeerView};
 use coel_model::engine::Engine;
-use coel_store::{Blobs, ExpertId, Log, Model, ModelId, NodeId, State};
+use coel_store::{Blobs, ExpertId, Log, Model, ModelId, NodeId, Placement, State};
 use rand::seq::SliceRandom;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::hosting;
 use crate::ids;
 use crate::library::{Known, Library};
 use crate::mesh::facts::Facts;
@@ -74,18 +75,27 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     /// Asks every task to end.
     pub stopping: CancellationToken,
+    /// This node has just been admitted, in this run of its process.
+    pub newcomer: bool,
     /// This node has left the mesh.
     pub left: watch::Sender<bool>,
     /// Why the node must end: the first fatal fault.
     pub fatal: watch::Sender<Option<String>>,
-    /// Resident memory before the first weight, in bytes; 0 until then.
-    pub rss_before_bytes: watch::Sender<u64>,
+    /// Resident memory when the node had started and knew no model yet, in bytes.
+    pub rss_before_bytes: u64,
     planner: Mutex<Option<String>>,
 }
 
 impl Shared {
     /// The handles put together; nothing is loaded yet.
-    pub fn new(config: Config, gossip: Handle, log: Log, blobs: Arc<Blobs>, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        config: Config,
+        gossip: Handle,
+        log: Log,
+        blobs: Arc<Blobs>,
+        metrics: Arc<Metrics>,
+        newcomer: bool,
+    ) -> Self {
         Self {
             fetcher: Fetcher::new(gossip.clone(), blobs.clone(), metrics.clone()),
             config,
@@ -99,9 +109,10 @@ impl Shared {
             progress: watch::Sender::default(),
             metrics,
             stopping: CancellationToken::new(),
+            newcomer,
             left: watch::Sender::new(false),
             fatal: watch::Sender::new(None),
-            rss_before_bytes: watch::Sender::new(0),
+            rss_before_bytes: hosting::resident_bytes(),
             planner: Mutex::new(None),
         }
     }
@@ -191,6 +202,21 @@ impl Shared {
         ranked.shuffle(&mut rand::rng());
         ranked.sort_by_key(|(rank, _)| *rank);
         ranked.into_iter().map(|(_, source)| source).collect()
+    }
+
+    /// Nodes that could compute the expert now, as this node sees it: a ready replica on a live node, or loaded here.
+    pub fn live_replicas(&self, placement: &Placement) -> BTreeMap<ExpertId, usize> {
+        let (own, down, held) = (self.log.node_id(), self.down(), self.held.borrow().clone());
+        let each = placement.replicas.iter().map(|(&expert, nodes)| {
+            let others = nodes.iter().filter(|(node, replica)| **node != own && replica.ready && !down.contains(node));
+            (expert, others.count() + usize::from(held.contains(&expert)))
+        });
+        each.collect()
+    }
+
+    /// Whether this node's log has come as far as its own admission.
+    pub fn caught_up(&self, state: &State) -> bool {
+        state.members.contains_key(&self.log.node_id())
     }
 
     /// What the planner of this node, as leader, has to say.

@@ -36,9 +36,9 @@ pub struct Status {
     pub models: Vec<ModelInfo>,
     /// The model that is placed.
     pub model: Option<ModelInfo>,
-    /// Share of its experts with a ready replica, by the log.
+    /// Share of its experts with a ready replica on a live node, as this node sees it.
     pub coverage: f64,
-    /// Fewest ready replicas of any expert, by the log.
+    /// Fewest such replicas of any expert.
     pub replicas_min: usize,
     /// Why there is no placement, or a partial one; from the leader only.
     pub planner: Option<String>,
@@ -90,7 +90,7 @@ pub struct OwnStatus {
     pub bytes_fetched: u64,
     /// The ledger: trunk, experts, KV cache and buffers, as reserved.
     pub memory_bytes: u64,
-    /// Resident memory of the process just before the first weight was loaded.
+    /// Resident memory of the process when it had started and knew no model yet.
     pub rss_before_bytes: u64,
     /// What the ledger may reach.
     pub memory_budget_bytes: u64,

@@ -15,6 +15,8 @@ const TICK: Duration = Duration::from_millis(100);
 /// The steps of a job, one at a time.
 #[derive(Debug)]
 pub struct Progress {
+    is_terminal: bool,
+    /// On a terminal, the step's own; it ends with the step.
     spinner: Option<ProgressBar>,
     step: String,
     begun: Instant,
@@ -24,37 +26,34 @@ pub struct Progress {
 impl Progress {
     /// For the stderr that there is.
     pub fn new() -> Self {
-        let spinner = std::io::stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{spinner} {wide_msg}").expect("a constant template");
-            ProgressBar::new_spinner().with_style(style)
-        });
         let now = Instant::now();
-        Self { spinner, step: String::new(), begun: now, told: now }
+        let is_terminal = std::io::stderr().is_terminal();
+        Self { is_terminal, spinner: None, step: String::new(), begun: now, told: now }
     }
 
     /// Begins a step.
     pub fn step(&mut self, step: impl Into<String>) {
+        self.clear();
         self.step = step.into();
         self.begun = Instant::now();
         self.told = self.begun;
-        match &self.spinner {
-            Some(spinner) => {
-                spinner.enable_steady_tick(TICK);
-                spinner.set_message(self.step.clone());
-            }
-            None => eprintln!("{} ...", self.step),
+        if self.is_terminal {
+            let style = ProgressStyle::with_template("{spinner} {wide_msg}").expect("a constant template");
+            let spinner = ProgressBar::new_spinner().with_style(style).with_message(self.step.clone());
+            spinner.enable_steady_tick(TICK);
+            self.spinner = Some(spinner);
+        } else {
+            eprintln!("{} ...", self.step);
         }
     }
 
     /// How far the step is.
     pub fn detail(&mut self, detail: &str) {
-        match &self.spinner {
-            Some(spinner) => spinner.set_message(format!("{}: {detail}", self.step)),
-            None if self.told.elapsed() >= REPEAT => {
-                self.told = Instant::now();
-                eprintln!("  {detail}");
-            }
-            None => {}
+        if let Some(spinner) = &self.spinner {
+            spinner.set_message(format!("{}: {detail}", self.step));
+        } else if self.told.elapsed() >= REPEAT {
+            self.told = Instant::now();
+            eprintln!("  {detail}");
         }
     }
 
@@ -66,9 +65,8 @@ impl Progress {
     }
 
     /// Takes the spinner off the screen.
-    pub fn clear(&self) {
-        if let Some(spinner) = &self.spinner {
-            spinner.disable_steady_tick();
+    pub fn clear(&mut self) {
+        if let Some(spinner) = self.spinner.take() {
             spinner.finish_and_clear();
         }
     }

@@ -105,11 +105,11 @@ impl Generate {
         params.validate().map_err(Failure::usage)?;
         let model = self.local.open()?;
         let json = self.output.json;
+        let mut shown = Ok(());
         let show = |emitted: &coel_model::sequence::Emitted| {
-            if !json {
-                print!("{}", emitted.text);
-                // A closed pipe shows at the end; the text is the same.
-                let _ = std::io::stdout().flush();
+            if !json && shown.is_ok() {
+                let mut stdout = std::io::stdout();
+                shown = write!(stdout, "{}", emitted.text).and_then(|()| stdout.flush());
             }
         };
         let answer = if self.chat {
@@ -118,6 +118,7 @@ impl Generate {
             let prompt = model.text.tokenizer.encode(&self.prompt, true)?;
             model.generate(prompt, params, show)?
         };
+        shown?;
         if json {
             return print::json(&serde_json::json!({
                 "text": answer.text,
@@ -128,7 +129,7 @@ impl Generate {
                 "kernel_class": model.engine.class(),
             }));
         }
-        println!();
+        writeln!(std::io::stdout())?;
         Ok(())
     }
 }
@@ -188,7 +189,7 @@ fn verdict(report: &impl Serialize, passed: bool, output: Output, otherwise: &st
         print::json(report)?;
     } else if let serde_json::Value::Object(fields) = serde_json::to_value(report)? {
         for (name, value) in fields {
-            println!("{name} {value}");
+            writeln!(std::io::stdout(), "{name} {value}")?;
         }
     }
     if passed { Ok(()) } else { Err(Failure { message: otherwise.to_owned(), code: 1 }) }
@@ -237,17 +238,27 @@ pub fn inspect(dir: &Path, output: Output) -> Result<(), Failure> {
         return print::json(&inspection);
     }
     let i = &inspection;
-    println!("architecture  {} ({})", i.architecture, i.dtype);
-    println!(
+    writeln!(std::io::stdout(), "architecture  {} ({})", i.architecture, i.dtype)?;
+    writeln!(
+        std::io::stdout(),
         "experts       {} layers of {}, {} per token, {} each, {} together",
         i.num_hidden_layers,
         i.num_experts,
         i.num_experts_per_tok,
         Size(i.expert_bytes),
         Size(i.experts_bytes)
-    );
-    println!("trunk         {}", Size(i.trunk_bytes));
-    println!("KV cache      {} per token, context {}", Size(i.kv_bytes_per_token), i.max_position_embeddings);
-    println!("a node needs  {} for the trunk, its KV cache, its buffers, and its experts", Size(i.trunk_bytes));
+    )?;
+    writeln!(std::io::stdout(), "trunk         {}", Size(i.trunk_bytes))?;
+    writeln!(
+        std::io::stdout(),
+        "KV cache      {} per token, context {}",
+        Size(i.kv_bytes_per_token),
+        i.max_position_embeddings
+    )?;
+    writeln!(
+        std::io::stdout(),
+        "a node needs  {} for the trunk, its KV cache, its buffers, and its experts",
+        Size(i.trunk_bytes)
+    )?;
     Ok(())
 }

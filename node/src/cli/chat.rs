@@ -78,17 +78,17 @@ async fn say(api: &str, model: &str, turns: &mut Vec<Value>, line: String, optio
                 continue;
             };
             if data == "[DONE]" {
-                println!();
+                writeln!(std::io::stdout())?;
                 turns.push(json!({ "role": "assistant", "content": answer }));
                 return Ok(());
             }
             let event: Value = serde_json::from_str(data)?;
             if event.get("error").is_some() {
-                println!();
+                writeln!(std::io::stdout())?;
                 return Err(failure(&event));
             }
             if let Some(text) = event["choices"][0]["delta"]["content"].as_str() {
-                print!("{text}");
+                write!(std::io::stdout(), "{text}")?;
                 std::io::stdout().flush()?;
                 answer.push_str(text);
             }

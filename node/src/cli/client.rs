@@ -1,5 +1,6 @@
 //! Commands that ask the node which runs on a data folder.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -15,14 +16,13 @@ pub async fn invite(data: DataArgs, uses: u32, ttl: Duration, output: Output) ->
     if output.json {
         print::json(&serde_json::json!({ "invite": line, "uses": uses, "ttl_s": ttl.as_secs() }))
     } else {
-        println!("{line}");
+        writeln!(std::io::stdout(), "{line}")?;
         Ok(())
     }
 }
 
 /// `coel leave`.
 pub async fn leave(data: DataArgs) -> Result<(), Failure> {
-    eprintln!("handing over this node's experts");
     ask::<()>(&data.data, &Request::Leave, |_, _, _| ()).await?;
     eprintln!("left the mesh");
     Ok(())
@@ -34,8 +34,7 @@ pub async fn status(data: DataArgs, output: Output) -> Result<(), Failure> {
     if output.json {
         return print::json(&status);
     }
-    print::status(&status);
-    Ok(())
+    print::status(&status)
 }
 
 /// `coel model import`.
@@ -48,7 +47,7 @@ pub async fn import(dir: PathBuf, data: DataArgs, name: Option<String>, output: 
     if output.json {
         return print::json(&model);
     }
-    println!("{}  {}", model.name, model.id);
+    writeln!(std::io::stdout(), "{}  {}", model.name, model.id)?;
     Ok(())
 }
 
@@ -62,6 +61,6 @@ pub async fn models(data: DataArgs, output: Output) -> Result<(), Failure> {
         if status.model.as_ref() == Some(model) { "placed" } else { "registered" }
     };
     let rows = status.models.iter().map(|model| vec![model.name.clone(), placed(model).into(), model.id.clone()]);
-    println!("{}", print::table(&["model", "is", "id"], 3, rows));
+    writeln!(std::io::stdout(), "{}", print::table(&["model", "is", "id"], 3, rows))?;
     Ok(())
 }

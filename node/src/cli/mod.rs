@@ -177,6 +177,11 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn execute(cli: Cli) -> Result<(), Failure> {
     let serves = matches!(cli.command, Command::Up { .. } | Command::Join { .. });
+    if !serves {
+        // A reader that has had enough ends the command quietly, as it does others: `coel generate ... | head`.
+        // SAFETY: no other thread runs yet, and the default action needs no handler.
+        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    }
     telemetry::init(cli.log_format, if serves { None } else { Some("warn") });
     match cli.command {
         Command::Up { new, data, node } => up(data, node, if new { Origin::New } else { Origin::Existing }),

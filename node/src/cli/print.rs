@@ -1,5 +1,6 @@
 //! Tables and JSON on stdout, progress on stderr.
 
+use std::io::Write;
 use std::time::Duration;
 
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
@@ -13,7 +14,7 @@ use crate::status::Status;
 
 /// One JSON document.
 pub fn json(value: &impl Serialize) -> Result<(), Failure> {
-    println!("{}", serde_json::to_string_pretty(value)?);
+    writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(value)?)?;
     Ok(())
 }
 
@@ -31,23 +32,30 @@ pub fn table(header: &[&str], numbers: usize, rows: impl IntoIterator<Item = Vec
 }
 
 /// `coel status` for people.
-pub fn status(status: &Status) {
+pub fn status(status: &Status) -> Result<(), Failure> {
     let model = status.model.as_ref().or(status.models.first()).map_or("none", |model| model.name.as_str());
-    println!("mesh      {}", status.mesh);
-    println!("model     {model}");
+    writeln!(std::io::stdout(), "mesh      {}", status.mesh)?;
+    writeln!(std::io::stdout(), "model     {model}")?;
     let leader = status.leader.map_or_else(|| "none (no quorum?)".to_owned(), |node| node.to_string());
-    println!("log       leader {leader}, term {}, entry {}, epoch {}", status.term, status.applied, status.epoch);
-    println!(
+    writeln!(
+        std::io::stdout(),
+        "log       leader {leader}, term {}, entry {}, epoch {}",
+        status.term,
+        status.applied,
+        status.epoch
+    )?;
+    writeln!(
+        std::io::stdout(),
         "experts   {:.1} % ready somewhere, at least {} replica(s) of each",
         status.coverage * 100.0,
         status.replicas_min
-    );
-    println!("this node {} ({}), {}", status.name, status.api, status.readiness);
+    )?;
+    writeln!(std::io::stdout(), "this node {} ({}), {}", status.name, status.api, status.readiness)?;
     if let Some(problem) = &status.readiness.problem {
-        println!("problem   {problem}");
+        writeln!(std::io::stdout(), "problem   {problem}")?;
     }
     if let Some(planner) = &status.planner {
-        println!("planner   {planner}");
+        writeln!(std::io::stdout(), "planner   {planner}")?;
     }
     let rows = status.nodes.iter().map(|node| {
         let share = |share: Option<f64>| share.map_or("-".into(), |share| format!("{:.0} %", share * 100.0));
@@ -64,7 +72,8 @@ pub fn status(status: &Status) {
         ]
     });
     let header = ["node", "name", "is", "log", "experts ready", "memory", "free memory", "free compute", "round trip"];
-    println!("{}", table(&header, 4, rows));
+    writeln!(std::io::stdout(), "{}", table(&header, 4, rows))?;
+    Ok(())
 }
 
 /// A progress bar that appears once something takes longer than a second.

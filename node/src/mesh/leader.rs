@@ -111,6 +111,25 @@ async fn place(shared: &Shared, gone: &BTreeSet<NodeId>) {
     }
 }
 
+/// Whether the others could hold every expert without `node`.
+///
+/// # Errors
+/// The missing bytes and the remedy, in words.
+pub fn can_spare(shared: &Shared, node: NodeId) -> Result<(), String> {
+    let state = shared.state();
+    let Some((model, registered)) = shared.model_to_place(&state) else { return Ok(()) };
+    let known = shared.library.cached(model).ok_or("this node does not know the model yet; try again in a moment")?;
+    let gone = shared.down().into_iter().chain([node]).collect();
+    let candidates = candidates(shared, &state, &known, &gone)
+        .ok_or("not every member has said yet what it can hold; try again in a moment")?;
+    let experts = known.manifest.experts.iter().map(|(&expert, slices)| (expert, slices.exact.bytes)).collect();
+    let popularity = Popularity::new(registered.popularity.clone());
+    match plan(&experts, &candidates, &BTreeMap::new(), &popularity) {
+        Ok(_) => Ok(()),
+        Err(shortfall) => Err(format!("without this node, {shortfall}")),
+    }
+}
+
 fn assignment(experts: &BTreeMap<ExpertId, u64>, mut plan: Plan) -> Assignment {
     let exact = |nodes: BTreeSet<NodeId>| nodes.into_iter().map(|node| (node, Precision::Bf16)).collect();
     experts.keys().map(|&expert| (expert, exact(plan.replicas.remove(&expert).unwrap_or_default()))).collect()
