@@ -186,6 +186,11 @@ impl Engine {
         &self.footprint
     }
 
+    /// Whether the compute thread has ended, which while there are handles it does only by a fault of its own.
+    pub fn is_stopped(&self) -> bool {
+        self.jobs.is_closed()
+    }
+
     /// The experts held.
     pub fn held(&self) -> BTreeSet<ExpertId> {
         lock(&self.shared.accounts).experts.keys().copied().collect()

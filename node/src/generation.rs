@@ -34,7 +34,7 @@ pub struct Generator {
     running: Arc<Semaphore>,
     admitted: Arc<Semaphore>,
     /// Tokenizing takes a hundred times the text's memory for a moment: one at a time.
-    encoding: Semaphore,
+    encoding: Arc<Semaphore>,
     hosts: SharedHosts,
 }
 
@@ -67,7 +67,7 @@ impl Generator {
             shared,
             running: Arc::new(Semaphore::new(RUNNING_MAX)),
             admitted: Arc::new(Semaphore::new(RUNNING_MAX + WAITING_MAX)),
-            encoding: Semaphore::new(1),
+            encoding: Arc::new(Semaphore::new(1)),
             hosts: SharedHosts::default(),
         }
     }
@@ -86,11 +86,19 @@ impl Generator {
         if serving.known.id != named {
             return Err(ServiceError::NotReady(format!("the mesh serves '{}' only", serving.known.manifest.name)));
         }
+        let admitted = self.admitted.clone().try_acquire_owned().map_err(|_| {
+            ServiceError::Busy(format!(
+                "{RUNNING_MAX} generations run and {WAITING_MAX} wait; try again in a moment or ask another node"
+            ))
+        })?;
         // A long prompt takes a while to tokenize, which must not hold up the tasks that move bytes.
         let known = serving.known.clone();
-        let place = self.encoding.acquire().await.map_err(|error| internal(&error))?;
-        let prompt = run_blocking(move || tokens(&known, request.prompt)).await?;
-        drop(place);
+        let place = self.encoding.clone().acquire_owned().await.map_err(|error| internal(&error))?;
+        let prompt = run_blocking(move || {
+            let _place = place;
+            tokens(&known, request.prompt)
+        })
+        .await?;
         let pool = serving.known.kv_tokens(self.shared.config.kv_tokens);
         let context = serving.known.config.max_position_embeddings;
         if prompt.len() < context && prompt.len() >= pool {
@@ -106,11 +114,6 @@ impl Generator {
         if !self.readiness().ready {
             return Err(not_ready());
         }
-        let admitted = self.admitted.clone().try_acquire_owned().map_err(|_| {
-            ServiceError::Busy(format!(
-                "{RUNNING_MAX} generations run and {WAITING_MAX} wait; try again in a moment or ask another node"
-            ))
-        })?;
         let (events, receiver) = mpsc::channel(EVENTS_BEHIND);
         let caller = Caller::new(self.shared.clone(), serving.clone(), self.hosts.clone());
         let generation = Generation { shared: self.shared.clone(), serving, sequence, caller, events };

@@ -6,13 +6,13 @@
 //! Invariants: nothing is loaded unverified; nothing is reported ready before it is loaded; what is dropped is dropped before
 //! anything is loaded in its place, so that the budget holds at every moment.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use coel_model::bytes::WeightBytes;
 use coel_model::engine::{Engine, EngineOptions};
-use coel_store::{BlobEntry, BlobError, BlobId, Command, ExpertId, Model, ModelId, Outcome, State};
+use coel_store::{BlobEntry, Command, ExpertId, Model, ModelId, Outcome, State};
 use futures::StreamExt;
 use futures::stream;
 use tracing::{Instrument, info, info_span, warn};
@@ -38,9 +38,6 @@ struct Hosting {
     shared: Arc<Shared>,
     /// Failed passes in a row.
     failures: u32,
-    /// Blobs that were found damaged here and have not been replaced yet, with what was wrong: the damaged copy is removed to
-    /// make room for a good one, and the reason must outlive it.
-    damaged: Mutex<BTreeMap<BlobId, String>>,
 }
 
 /// Why a pass stopped short.
@@ -50,10 +47,6 @@ enum Setback {
     Library(#[from] LibraryError),
     #[error(transparent)]
     Fetch(#[from] FetchError),
-    #[error("{what} on this node's disk is unusable ({fault}) and no peer could replace it: {fetch}")]
-    Lost { what: String, fault: String, fetch: FetchError },
-    #[error("{what}: {source}")]
-    Store { what: String, source: BlobError },
     #[error("{what} cannot be loaded: {why}")]
     Load { what: String, why: String },
     #[error("the log cannot be told what is ready: {0}")]
@@ -64,9 +57,8 @@ impl Setback {
     /// Whether waiting is unlikely to mend it.
     fn lasts(&self) -> bool {
         match self {
-            Self::Fetch(fetch) | Self::Library(LibraryError::Fetch(fetch)) => fetch.is_corrupt(),
-            Self::Lost { .. } | Self::Load { .. } | Self::Library(LibraryError::Unusable(_)) => true,
-            Self::Store { .. } | Self::Library(LibraryError::Store { .. }) => true,
+            Self::Fetch(fetch) | Self::Library(LibraryError::Fetch(fetch)) => fetch.lasts(),
+            Self::Load { .. } | Self::Library(LibraryError::Unusable(_)) => true,
             Self::Report(_) => false,
         }
     }
@@ -75,7 +67,7 @@ impl Setback {
 /// Follows the placement until the node stops.
 pub async fn run(shared: Arc<Shared>) {
     let mut state = shared.log.state();
-    let mut hosting = Hosting { shared: shared.clone(), failures: 0, damaged: Mutex::default() };
+    let mut hosting = Hosting { shared: shared.clone(), failures: 0 };
     loop {
         let now = state.borrow_and_update().clone();
         let epoch = now.epoch();
@@ -111,6 +103,9 @@ impl Hosting {
         let Some((model, registered)) = shared.model_to_place(state) else {
             return Ok(());
         };
+        // After a restart the log still claims what was loaded before: taken back first, so that nobody asks in vain. Without a
+        // leader that has to wait; loading does not.
+        let retracted = self.retract().await;
         let running = shared.serving.borrow().clone();
         let serving = match running {
             Some(serving) => serving,
@@ -119,43 +114,38 @@ impl Hosting {
                 None => return Ok(()),
             },
         };
-        let node = shared.log.node_id();
+        if serving.known.id != model {
+            let why = "this node has loaded another model; restart it".into();
+            return Err(Setback::Load { what: format!("the model {model}"), why });
+        }
         let Some(placement) = state.placement.as_ref().filter(|placement| placement.model == model) else {
             return Ok(());
         };
-        let assigned: BTreeSet<ExpertId> = placement.of(node).map(|(expert, _)| expert).collect();
+        let assigned: BTreeSet<ExpertId> = placement.of(shared.log.node_id()).map(|(expert, _)| expert).collect();
         self.drop_all_but(&serving, &assigned).await?;
         self.count(&serving.known, &assigned);
 
-        // After a restart the log still claims what was loaded before: taken back first, so that nobody asks in vain. Without a
-        // leader that has to wait; loading does not.
-        let mut report = self.report().await;
         let held = shared.held.borrow().clone();
         let missing: Vec<_> = assigned.difference(&held).copied().collect();
         let mut loads = stream::iter(missing.into_iter().map(|expert| self.get_expert(state, &serving, expert)))
             .buffer_unordered(FETCHES)
             .ready_chunks(REPORT_BATCH);
-        let mut setback = None;
-        let mut unreported = 0;
+        let (mut setback, mut claimed, mut unclaimed) = (None, Ok(()), 0);
         while let Some(loaded) = loads.next().await {
-            unreported += loaded.len();
+            unclaimed += loaded.len();
             setback = loaded.into_iter().find_map(Result::err).or(setback);
             self.count(&serving.known, &assigned);
-            // A new epoch may have other plans; what is loaded stays loaded and is sorted out there.
-            if shared.log.state().borrow().epoch() != placement.epoch {
-                return Ok(());
-            }
-            if unreported >= REPORT_BATCH {
-                report = self.report().await;
-                unreported = 0;
+            if unclaimed >= REPORT_BATCH {
+                claimed = self.claim().await;
+                unclaimed = 0;
             }
         }
-        if unreported > 0 {
-            report = self.report().await;
+        if unclaimed > 0 || !placement.trunk_ready.contains(&shared.log.node_id()) {
+            claimed = self.claim().await;
         }
         let (shared, known) = (self.shared.clone(), serving.known.clone());
         run_blocking(move || shared.look_for_all_of(&known)).await;
-        setback.map_or(report, Err)
+        setback.map_or(retracted.and(claimed), Err)
     }
 
     /// Gets to know the model, checks the budget, starts the engine and loads the trunk.
@@ -164,9 +154,11 @@ impl Hosting {
         let sources = shared.sources(state, model, None);
         let known = shared.library.get(model, registered, &shared.fetcher, &shared.blobs, &sources).await?;
         if let Err(short) = check_budget(&known, shared.config.memory_bytes, shared.config.kv_tokens) {
-            if shared.newcomer {
-                // It cannot be of any use, so it does not stay on as a member that never comes.
-                self.propose(Command::Leave { node: shared.log.node_id() }).await?;
+            let node = shared.log.node_id();
+            if shared.newcomer && !shared.log.voters().contains(&node) {
+                // It cannot be of any use, so it does not stay on as a member that never comes. Once it votes it must not go
+                // like this: its vote could be the quorum's.
+                self.propose(Command::Leave { node }).await?;
                 shared.left.send_replace(true);
             }
             shared.fail(short);
@@ -195,7 +187,12 @@ impl Hosting {
         Ok(Some(serving))
     }
 
-    async fn get_expert(&self, state: &State, serving: &Serving, expert: ExpertId) -> Result<ExpertId, Setback> {
+    /// Loads one expert, unless a newer placement has come since `state`, which may have other plans: what is under way is
+    /// finished, the rest is left to the next pass.
+    async fn get_expert(&self, state: &State, serving: &Serving, expert: ExpertId) -> Result<(), Setback> {
+        if self.shared.state().epoch() != state.epoch() {
+            return Ok(());
+        }
         let what = format!("expert {expert}");
         let load = |why: String| Setback::Load { what: what.clone(), why };
         let known = &serving.known;
@@ -205,10 +202,9 @@ impl Hosting {
         self.shared.held.send_modify(|held| {
             Arc::make_mut(held).insert(expert);
         });
-        Ok(expert)
+        Ok(())
     }
 
-    /// A blob's verified bytes: from this node's disk, or else from peers. A copy that was damaged on disk is replaced.
     async fn get(
         &self,
         what: &str,
@@ -217,40 +213,8 @@ impl Hosting {
         model: ModelId,
         expert: Option<ExpertId>,
     ) -> Result<WeightBytes, Setback> {
-        let shared = &self.shared;
-        if shared.blobs.has(&entry.id) {
-            match self.read(entry).await {
-                Ok(bytes) => return Ok(bytes),
-                Err(fault) if !fault.is_damage() => {
-                    return Err(Setback::Store { what: what.into(), source: fault });
-                }
-                Err(fault) => {
-                    warn!(what, %fault, "a stored blob is damaged; fetching it anew");
-                    self.damaged().insert(entry.id, fault.to_string());
-                    let (blobs, id) = (shared.blobs.clone(), entry.id);
-                    let removed = run_blocking(move || blobs.remove(&id)).await;
-                    removed.map_err(|source| Setback::Store { what: what.into(), source })?;
-                }
-            }
-        }
-        let sources = shared.sources(state, model, expert);
-        if let Err(fetch) = shared.fetcher.fetch(what, entry, &sources).await {
-            return Err(match self.damaged().get(&entry.id).cloned() {
-                Some(fault) => Setback::Lost { what: what.into(), fault, fetch },
-                None => Setback::Fetch(fetch),
-            });
-        }
-        self.damaged().remove(&entry.id);
-        self.read(entry).await.map_err(|source| Setback::Store { what: what.into(), source })
-    }
-
-    fn damaged(&self) -> MutexGuard<'_, BTreeMap<BlobId, String>> {
-        self.damaged.lock().expect("no panic while held")
-    }
-
-    async fn read(&self, entry: &BlobEntry) -> Result<WeightBytes, BlobError> {
-        let (blobs, entry) = (self.shared.blobs.clone(), entry.clone());
-        run_blocking(move || blobs.read_verified(&entry)).await.map(WeightBytes::from)
+        let sources = self.shared.sources(state, model, expert);
+        Ok(self.shared.fetcher.obtain(what, entry, &sources).await?.into())
     }
 
     async fn drop_all_but(&self, serving: &Serving, assigned: &BTreeSet<ExpertId>) -> Result<(), Setback> {
@@ -265,33 +229,48 @@ impl Hosting {
         Ok(())
     }
 
+    /// Notes how far the node is. Experts count once they are loaded; files and trunk, few as they are, once they lie here.
     fn count(&self, known: &Known, assigned: &BTreeSet<ExpertId>) {
-        let (mut all, mut held) = (0, 0);
-        for blob in known.blobs_for(assigned.iter().copied()) {
+        let held = self.shared.held.borrow().clone();
+        let (mut all, mut here) = (0, 0);
+        for blob in known.blobs_for(std::iter::empty()) {
             all += blob.bytes;
-            held += if self.shared.blobs.has(&blob.id) { blob.bytes } else { 0 };
+            here +=
+                if self.shared.serving.borrow().is_some() || self.shared.blobs.has(&blob.id) { blob.bytes } else { 0 };
         }
-        self.shared.progress.send_modify(|progress| (progress.bytes_assigned, progress.bytes_held) = (all, held));
-        self.shared.metrics.experts.set(self.shared.held.borrow().len() as i64);
+        for expert in assigned {
+            let bytes = known.expert(*expert).map_or(0, |blob| blob.bytes);
+            all += bytes;
+            here += if held.contains(expert) { bytes } else { 0 };
+        }
+        self.shared.progress.send_modify(|progress| (progress.bytes_assigned, progress.bytes_held) = (all, here));
+        self.shared.metrics.experts.set(held.len() as i64);
     }
 
-    /// Tells the log what has changed since it was last told: what is held and not claimed, and what is claimed and not held.
-    async fn report(&self) -> Result<(), Setback> {
-        let (state, node) = (self.shared.state(), self.shared.log.node_id());
-        let Some(placement) = &state.placement else { return Ok(()) };
+    /// Replicas of this node by the log whose readiness is not as `held` says: claimed and not held, or held and not claimed.
+    fn unlike(&self, state: &State, ready: bool) -> Vec<ExpertId> {
         let held = self.shared.held.borrow().clone();
-        let differs: Vec<_> =
-            placement.of(node).filter(|(expert, replica)| held.contains(expert) != replica.ready).collect();
-        let (dropped, loaded): (Vec<_>, Vec<_>) = differs.into_iter().partition(|(_, replica)| replica.ready);
-        let experts = |replicas: Vec<(ExpertId, _)>| replicas.into_iter().map(|(expert, _)| expert).collect::<Vec<_>>();
-        if !dropped.is_empty() {
-            self.propose(Command::NotReady { node, experts: experts(dropped) }).await?;
+        let own = state.placement.iter().flat_map(|placement| placement.of(self.shared.log.node_id()));
+        let unlike = own.filter(|(expert, replica)| replica.ready == ready && held.contains(expert) != ready);
+        unlike.map(|(expert, _)| expert).collect()
+    }
+
+    /// Takes back what the log claims and is not held.
+    async fn retract(&self) -> Result<(), Setback> {
+        let (state, node) = (self.shared.state(), self.shared.log.node_id());
+        let experts = self.unlike(&state, true);
+        if experts.is_empty() { Ok(()) } else { self.propose(Command::NotReady { node, experts }).await }
+    }
+
+    /// Tells the log what is held and not claimed yet.
+    async fn claim(&self) -> Result<(), Setback> {
+        let (state, node) = (self.shared.state(), self.shared.log.node_id());
+        let experts = self.unlike(&state, false);
+        let trunk_claimed = state.placement.as_ref().is_none_or(|placement| placement.trunk_ready.contains(&node));
+        if experts.is_empty() && trunk_claimed {
+            return Ok(());
         }
-        if !loaded.is_empty() || !placement.trunk_ready.contains(&node) {
-            let epoch = placement.epoch;
-            self.propose(Command::Ready { node, epoch, experts: experts(loaded), trunk: true }).await?;
-        }
-        Ok(())
+        self.propose(Command::Ready { node, epoch: state.epoch(), experts, trunk: true }).await
     }
 
     async fn propose(&self, command: Command) -> Result<(), Setback> {

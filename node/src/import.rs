@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
+use std::sync::Arc;
 
 use coel_model::checkpoint::Checkpoint;
 use coel_model::device::Device;
@@ -37,7 +38,7 @@ pub type Progress<'a> = &'a mut (dyn FnMut(&str, u64, u64) + Send);
 /// In words: what is wrong with the checkpoint, the budget or the mesh, and what to do.
 #[instrument(skip(shared, progress))]
 pub async fn import(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     dir: &Path,
     name: Option<String>,
     mut progress: impl FnMut(&str, u64, u64) + Send + 'static,
@@ -71,7 +72,8 @@ pub async fn import(
         popularity_text: counts.text,
     };
     let known = shared.library.insert(known);
-    shared.look_for_all_of(&known);
+    let (looking, seen) = (shared.clone(), known.clone());
+    run_blocking(move || looking.look_for_all_of(&seen)).await;
     match shared.log.propose(Command::RegisterModel { id, model }, PROPOSE_DEADLINE).await {
         Ok(Outcome::Refused(refusal)) => Err(format!("{refusal}; {}", refusal.remedy())),
         Ok(_) => {

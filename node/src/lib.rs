@@ -11,12 +11,13 @@
 //! | [`experts`] | one layer's rows to their hosts and back; failover |
 //! | [`generation`], [`service`], [`http`] | a prompt to an answer, and OpenAI's words for it |
 //! | [`runtime`], [`shared`] | one node: its tasks and what they share |
-//! | [`cli`], [`config`], [`control`], [`status`] | people and their commands |
+//! | [`cli`], [`config`], [`control`], [`commands`], [`status`] | people and their commands |
 //!
 //! Invariant: consensus is off the token's path. The log decides who holds experts; no token waits for it.
 
 pub mod admission;
 pub mod cli;
+pub mod commands;
 pub mod config;
 pub mod control;
 pub mod experts;

@@ -11,7 +11,7 @@ use coel_model::decoder::CHUNK_ROWS;
 use coel_model::footprint::Footprint;
 use coel_model::text::TextModel;
 use coel_store::manifest::MANIFEST_BYTES_MAX;
-use coel_store::{BlobEntry, BlobError, BlobId, Blobs, CHUNK_BYTES, ExpertId, Manifest, Model, ModelId};
+use coel_store::{BlobEntry, BlobId, Blobs, CHUNK_BYTES, ExpertId, Manifest, Model, ModelId};
 
 use crate::experts::wire;
 use crate::mesh::facts::Facts;
@@ -40,9 +40,6 @@ pub enum LibraryError {
     /// It has to come from peers, and has not.
     #[error(transparent)]
     Fetch(#[from] FetchError),
-    /// It cannot be read here.
-    #[error("{what}: {source}")]
-    Store { what: String, source: BlobError },
     /// It came as registered, and cannot be run.
     #[error("the registered model cannot be run: {0}")]
     Unusable(String),
@@ -153,12 +150,7 @@ impl Library {
         let mut files = BTreeMap::new();
         for file in &manifest.files {
             let what = format!("the file {}", file.name);
-            if !blobs.has(&file.blob.id) {
-                fetcher.fetch(&what, &file.blob, sources).await?;
-            }
-            let (held, entry) = (blobs.clone(), file.blob.clone());
-            let read = run_blocking(move || held.read_verified(&entry)).await;
-            let read = read.map_err(|source| LibraryError::Store { what, source })?;
+            let read = fetcher.obtain(&what, &file.blob, sources).await?;
             files.insert(file.name.clone(), read);
         }
         let known = Known::new(id, manifest, manifest_bytes, &files).map_err(LibraryError::Unusable)?;

@@ -16,25 +16,23 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
+use crate::admission::handshake::{ADDRESSES_MAX, Greeted};
 use crate::admission::invite::Invite;
 use crate::config::Config;
-use crate::control::{Conversation, Listener, NodeFile, Reply, Request};
+use crate::control::{Listener, NodeFile};
 use crate::experts::{host, wire};
 use crate::generation::Generator;
 use crate::http::{self, Auth};
-use crate::import::import;
-use crate::mesh::{PROPOSE_DEADLINE, admit, leader, members, now_ms, raft};
+use crate::mesh::{PROPOSE_DEADLINE, admit, leader, members, raft};
 use crate::metrics::Metrics;
 use crate::shared::Shared;
 use crate::weights::{self, wire as weight_wire};
-use crate::{hosting, ids, report};
+use crate::{commands, hosting, ids};
 
 /// How often load is looked at; gossip decides when it is worth sending.
 const LOAD_PERIOD: Duration = Duration::from_millis(250);
 /// Longest path of a Unix socket that every system accepts.
 const SOCKET_PATH_MAX: usize = 100;
-/// How long `leave` waits for others to take over what this node holds.
-const HANDOVER_DEADLINE: Duration = Duration::from_secs(600);
 
 /// How a node comes to be in a mesh.
 #[derive(Debug)]
@@ -169,22 +167,24 @@ async fn open(config: &Config, origin: Origin, gossip: &Handle, data: &Path) -> 
         }
         Origin::Existing => {
             let log = Log::open(data, transport, timing).await?;
-            let state = log.state().borrow().clone();
-            // It left, and was stopped before it could forget the mesh.
-            if !state.members.is_empty() && !state.members.contains_key(&log.node_id()) {
+            let (state, node) = (log.state().borrow().clone(), log.node_id());
+            let admitted = state.members.contains_key(&node);
+            if !admitted && state.next_node_id > node.0 {
+                // It left, and was stopped before it could forget the mesh.
                 log.shutdown().await;
                 forget_mesh(data)?;
                 return Err(RunError::NoMesh(data.to_owned()));
+            }
+            if !admitted {
+                // It was stopped before its log had come to its own admission: what the welcome said is all it knows.
+                welcome(gossip, &read_welcome(data));
             }
             log
         }
         Origin::Join(invite) => {
             let admitted = admit::join(gossip, &invite, &config.name, addresses(gossip)).await?;
-            let members = admitted
-                .members
-                .iter()
-                .filter_map(|member| Some((ids::peer_id(&member.peer)?, members::parse(&member.addresses))));
-            gossip.set_members(members.collect());
+            write_welcome(data, &admitted.members).map_err(io("the members of the mesh"))?;
+            welcome(gossip, &admitted.members);
             Log::join(data, admitted.node, invite.mesh, transport, timing).await?
         }
     };
@@ -192,8 +192,34 @@ async fn open(config: &Config, origin: Origin, gossip: &Handle, data: &Path) -> 
     Ok((log, Arc::new(Blobs::open(data)?)))
 }
 
-fn addresses(gossip: &Handle) -> Vec<String> {
-    gossip.listen_addresses().iter().map(ToString::to_string).collect()
+/// Lets the members in that a newcomer was told of, until its log tells it.
+fn welcome(gossip: &Handle, members: &[Greeted]) {
+    let known = members.iter().filter_map(|member| {
+        let addresses = members::parse(&member.addresses);
+        Some((ids::peer_id(&member.peer)?, addresses))
+    });
+    gossip.set_members(known.collect());
+}
+
+fn welcome_path(data: &Path) -> PathBuf {
+    data.join("welcome.json")
+}
+
+fn write_welcome(data: &Path, members: &[Greeted]) -> std::io::Result<()> {
+    std::fs::write(welcome_path(data), serde_json::to_vec(members)?)
+}
+
+fn read_welcome(data: &Path) -> Vec<Greeted> {
+    let read = std::fs::read(welcome_path(data)).ok();
+    read.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+}
+
+/// Where this node listens, as others are told. A machine with many interfaces has many; those beyond itself come first.
+pub fn addresses(gossip: &Handle) -> Vec<String> {
+    let mut listening: Vec<_> = gossip.listen_addresses().iter().map(ToString::to_string).collect();
+    listening.sort_by_key(|address| address.starts_with("/ip4/127.") || address.starts_with("/ip6/::1/"));
+    listening.truncate(ADDRESSES_MAX);
+    listening
 }
 
 /// Starts the node's tasks and waits until one of them, or a person, ends the node.
@@ -244,11 +270,12 @@ async fn serve(
         api: api_url.to_owned(),
         socket,
     };
+    // Whoever reads the file may send a signal at once.
+    let (mut interrupt, mut terminate) = signals().map_err(io("signals"))?;
     file.write(&data).map_err(io("node.json"))?;
     info!(api = api_url, "listening");
     started(&file);
 
-    let (mut interrupt, mut terminate) = signals().map_err(io("signals"))?;
     loop {
         tokio::select! {
             () = stopping.cancelled() => break,
@@ -256,9 +283,12 @@ async fn serve(
             _ = terminate.recv() => stopping.cancel(),
             conversation = control.next() => match conversation {
                 Ok(conversation) => {
-                    tokio::spawn(converse(conversation, shared.clone(), api_url.to_owned()));
+                    tokio::spawn(commands::converse(conversation, shared.clone(), api_url.to_owned()));
                 }
-                Err(error) => warn!(%error, "the control socket"),
+                Err(error) => {
+                    warn!(%error, "the control socket");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
             },
             Some(ended) = tasks.join_next() => {
                 let why = ended.map_or_else(|error| error.to_string(), |name| format!("the part '{name}' ended"));
@@ -298,6 +328,9 @@ async fn publish(shared: Arc<Shared>) {
     let mut busy = cpu_time();
     let mut looked = tokio::time::Instant::now();
     loop {
+        if shared.serving.borrow().as_ref().is_some_and(|serving| serving.engine.is_stopped()) {
+            shared.fail("the compute thread has stopped, see the log; restart the node".into());
+        }
         let now = shared.facts();
         if facts.as_ref() != Some(&now) {
             if let Err(error) = shared.gossip.set_facts(now.encode()) {
@@ -337,8 +370,10 @@ async fn readdress(shared: Arc<Shared>) {
         let known = state.borrow_and_update().members.get(&node).cloned();
         if known.is_some_and(|member| member.name != name || member.addresses != addresses) {
             let command = Command::Readdress { node, name, addresses };
-            if let Err(error) = shared.log.propose(command, PROPOSE_DEADLINE).await {
-                warn!(%error, "the log could not be told this node's addresses; trying again");
+            match shared.log.propose(command, PROPOSE_DEADLINE).await {
+                Ok(Outcome::Refused(refusal)) => warn!(%refusal, "the log does not take this node's addresses"),
+                Ok(_) => {}
+                Err(error) => warn!(%error, "the log could not be told this node's addresses; trying again"),
             }
         }
         tokio::select! {
@@ -346,97 +381,4 @@ async fn readdress(shared: Arc<Shared>) {
             () = tokio::time::sleep(Duration::from_secs(5)) => {}
         }
     }
-}
-
-/// One conversation on the control socket.
-async fn converse(mut conversation: Conversation, shared: Arc<Shared>, api_url: String) {
-    let Some(request) = conversation.request().await else {
-        return;
-    };
-    let answer = match request {
-        Request::Status => json(&report::status(&shared, &api_url)),
-        Request::Invite { uses, ttl_s } => invite(&shared, uses, ttl_s).await.and_then(|line| json(&line)),
-        Request::Import { dir, name } => {
-            let (sender, mut progress) = tokio::sync::mpsc::channel(16);
-            let importing = shared.clone();
-            let mut task = tokio::spawn(async move {
-                // A step that finds the channel full is skipped: only the latest matters.
-                let note = move |what: &str, done, total| {
-                    let _ = sender.try_send(Reply::Progress { what: what.to_owned(), done, total });
-                };
-                import(&importing, &dir, name, note).await
-            });
-            while let Some(reply) = progress.recv().await {
-                conversation.say(&reply).await;
-            }
-            (&mut task).await.unwrap_or_else(|error| Err(error.to_string())).and_then(|model| json(&model))
-        }
-        Request::Leave => match leave(&shared).await {
-            Ok(()) => {
-                shared.left.send_replace(true);
-                conversation.say(&Reply::Done(serde_json::Value::Null)).await;
-                return shared.stopping.cancel();
-            }
-            Err(why) => Err(why),
-        },
-        Request::Stop => {
-            conversation.say(&Reply::Done(serde_json::Value::Null)).await;
-            return shared.stopping.cancel();
-        }
-    };
-    conversation.say(&answer.map_or_else(Reply::Failed, Reply::Done)).await;
-}
-
-fn json(value: &impl serde::Serialize) -> Result<serde_json::Value, String> {
-    serde_json::to_value(value).map_err(|error| error.to_string())
-}
-
-async fn propose(shared: &Shared, command: Command) -> Result<(), String> {
-    match shared.log.propose(command, PROPOSE_DEADLINE).await {
-        Ok(Outcome::Refused(refusal)) => Err(format!("{refusal}; {}", refusal.remedy())),
-        Ok(_) => Ok(()),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
-async fn invite(shared: &Shared, uses: u32, ttl_s: u64) -> Result<String, String> {
-    let invite = admit::new_invite(shared.log.mesh_id(), &shared.gossip);
-    let token = crate::admission::invite::token_hash(&invite.token);
-    let expires_at_ms = now_ms().saturating_add(ttl_s.saturating_mul(1000));
-    propose(shared, Command::Invite { token, uses, expires_at_ms }).await?;
-    Ok(invite.to_string())
-}
-
-/// Hands over what this node holds, then leaves. Refused before anything changes where the others could not take it.
-async fn leave(shared: &Shared) -> Result<(), String> {
-    let node = shared.log.node_id();
-    if shared.state().members.keys().all(|member| *member == node) {
-        let data = shared.config.data.display();
-        return Err(format!("this is the last node of the mesh; stop it, and delete {data} to end the mesh for good"));
-    }
-    leader::can_spare(shared, node)?;
-    propose(shared, Command::Leaving { node }).await?;
-    let mut state = shared.log.state();
-    let handed_over = state.wait_for(|state| {
-        let Some(placement) = &state.placement else {
-            return true;
-        };
-        placement.replicas.values().all(|nodes| nodes.iter().any(|(&holder, replica)| holder != node && replica.ready))
-    });
-    // The guard on the state must not be held while the log is asked.
-    let handed_over = tokio::time::timeout(HANDOVER_DEADLINE, handed_over).await.map(drop);
-    match handed_over {
-        Ok(()) => propose(shared, Command::Leave { node }).await?,
-        Err(_) => {
-            return Err(
-                "the others have no room for what this node holds; raise a --memory budget or add a node".into()
-            );
-        }
-    }
-    // A voter that stops before its vote has passed on could take the quorum with it.
-    let deadline = tokio::time::Instant::now() + PROPOSE_DEADLINE;
-    while shared.log.voters().contains(&node) && tokio::time::Instant::now() < deadline {
-        tokio::time::sleep(LOAD_PERIOD).await;
-    }
-    Ok(())
 }

@@ -31,8 +31,8 @@ pub fn apply(state: &mut State, command: &Command) -> Outcome {
         }
         Command::Readdress { node, name, addresses } => readdress(state, *node, name, addresses),
         Command::Invite { token, uses, expires_at_ms } => invite(state, *token, *uses, *expires_at_ms),
-        Command::Leaving { node } => member(state, *node).map(|member| {
-            member.leaving = true;
+        Command::Leaving { node, leaving } => member(state, *node).map(|member| {
+            member.leaving = *leaving;
             Outcome::Done
         }),
         Command::Leave { node } => leave(state, *node),

@@ -54,10 +54,12 @@ pub enum Command {
         /// When it ends, milliseconds since the Unix epoch.
         expires_at_ms: u64,
     },
-    /// A member will leave: nothing new goes to it.
+    /// A member will leave: nothing new goes to it. Or it stays after all.
     Leaving {
         /// Which member.
         node: NodeId,
+        /// Whether it will leave.
+        leaving: bool,
     },
     /// A member is gone, and its replicas with it.
     Leave {

@@ -21,7 +21,7 @@ use coel_node::status::expert_key;
 use coel_store::ExpertId;
 use serde_json::Value;
 
-use crate::support::{continue_tokens, fixture};
+use crate::support::{QUESTION, coel, continue_tokens, fixture, turn};
 
 const REFERENCE: &str = "golden/reference.safetensors";
 
@@ -167,4 +167,42 @@ pub async fn continuations_are_equal(api: &str, alone: &Alone) {
             }
         }
     }
+}
+
+#[tokio::test]
+async fn eval_prints_what_agrees_and_fails_where_anything_differs() {
+    let _turn = turn().await;
+    let model = fixture();
+    let golden = fixture().join(REFERENCE);
+    let eval = |reference: &Path| {
+        let reference = reference.to_str().unwrap().to_owned();
+        let model = model.to_str().unwrap().to_owned();
+        async move { coel(["eval", "--model", &model, "--reference", &reference, "--json"]).await }
+    };
+    let agreed = eval(&golden).await;
+    let report: Value = serde_json::from_str(agreed.printed()).unwrap();
+    assert!(report["max_rel_logit_error"].as_f64().unwrap() <= 1e-3, "{report}");
+    assert_eq!((&report["greedy_equal"], &report["greedy_total"]), (&Value::from(320), &Value::from(320)));
+    assert_eq!((&report["routes_equal"], &report["routes_total"]), (&Value::from(960), &Value::from(960)));
+
+    // The last token of the last continuation, changed.
+    let folder = tempfile::tempdir().unwrap();
+    let changed = folder.path().join("reference.safetensors");
+    let mut bytes = std::fs::read(&golden).unwrap();
+    let header_bytes = 8 + u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..header_bytes]).unwrap();
+    let end = header["greedy"]["data_offsets"][1].as_u64().unwrap() as usize;
+    bytes[header_bytes + end - 8] ^= 1;
+    std::fs::write(&changed, bytes).unwrap();
+    let differs = eval(&changed).await;
+    assert_eq!(differs.code, Some(1), "{differs:#?}");
+    let report: Value = serde_json::from_str(&differs.stdout).unwrap();
+    assert_eq!((&report["greedy_equal"], &report["greedy_total"]), (&Value::from(319), &Value::from(320)));
+}
+
+#[tokio::test]
+async fn generate_answers_without_any_node() {
+    let _turn = turn().await;
+    let answer = coel(["generate", "--model", fixture().to_str().unwrap(), "--chat", QUESTION]).await;
+    assert_eq!(answer.printed(), "The capital of France is Paris.");
 }

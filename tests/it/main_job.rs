@@ -4,23 +4,26 @@
 //! many rows peers had to compute from the routes that the model takes on one machine. Neither asks the nodes.
 
 use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Stdio;
 
 use coel_node::status::Status;
 use coel_testnet::ask;
 use coel_testnet::checks::RSS_SLACK_BYTES;
-use coel_testnet::report::Report;
-use serde_json::Value;
+use coel_testnet::report::{NodeReport, Report};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, BufReader};
 
 use crate::golden::Alone;
-use crate::support::{MODEL, QUESTION, mesh, testnet, turn};
+use crate::support::{MODEL, QUESTION, coel_at, get, guarded, lone_node, mesh, post, program, run, testnet, turn};
 
 #[tokio::test]
 async fn one_command_answers_and_leaves_nothing_behind() {
     let _turn = turn().await;
     let folder = tempfile::Builder::new().prefix("c").tempdir_in("/tmp").unwrap();
-    let mut command = std::process::Command::new(crate::support::program());
+    let mut command = std::process::Command::new(program());
     command.args(["--once", "--json"]).env("TMPDIR", folder.path());
-    let ended = crate::support::run(command).await;
+    let ended = run(command).await;
     let document: Value = serde_json::from_str(ended.printed()).unwrap();
     assert_eq!(document["answer"], "The capital of France is Paris.");
     assert!(document["tokens_per_s"].as_f64().unwrap() > 0.0);
@@ -40,7 +43,7 @@ async fn one_command_answers_and_leaves_nothing_behind() {
         assert!(
             node.rss_bytes > 0 && node.rss_bytes - node.rss_before_bytes <= node.memory_budget_bytes + RSS_SLACK_BYTES
         );
-        assert!(!std::path::Path::new(&format!("/proc/{}", node.pid)).exists(), "{} still runs", node.name);
+        assert!(!Path::new(&format!("/proc/{}", node.pid)).exists(), "{} still runs", node.name);
         assert_eq!((node.applied, &node.state_hash), (report.nodes[0].applied, &report.nodes[0].state_hash));
     }
     let fetched: Vec<_> = report.nodes.iter().map(|node| node.bytes_fetched > 0).collect();
@@ -91,6 +94,7 @@ async fn the_figures_are_those_of_the_routes_and_the_placement() {
         let answer = ask::chat(&node.api().unwrap(), MODEL, QUESTION, |_| ()).await.unwrap();
         assert_eq!(answer.text, report.answer, "{}", node.name());
     }
+    people_can_ask(&mesh.nodes()[1].data(), &report.answer).await;
     crate::golden::continuations_are_equal(&mesh.nodes()[1].api().unwrap(), &alone).await;
     crate::strangers::get_nothing(&mut mesh).await;
     crate::bad_input::http_is_refused(&mesh.nodes()[0].api().unwrap()).await;
@@ -116,9 +120,69 @@ async fn tighter_budgets_hold_every_expert_once_and_the_hot_ones_twice() {
 }
 
 #[tokio::test]
+async fn ctrl_c_and_even_a_kill_leave_no_process() {
+    let _turn = turn().await;
+    let folder = tempfile::Builder::new().prefix("c").tempdir_in("/tmp").unwrap();
+    for signal in [libc::SIGINT, libc::SIGKILL] {
+        let mut command = tokio::process::Command::new(program());
+        command.arg("--json").env("TMPDIR", folder.path()).kill_on_drop(true);
+        let mut testnet = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut lines = BufReader::new(testnet.stdout.take().unwrap()).lines();
+        let document = guarded(lines.next_line()).await.unwrap().expect("no document");
+        let report: Report = serde_json::from_str(&document).unwrap();
+        let runs = |node: &NodeReport| Path::new(&format!("/proc/{}", node.pid)).exists();
+        assert!(report.nodes.iter().all(runs), "it stays up after the answer");
+        assert_eq!(get(&format!("{}/readyz", report.nodes[0].api)).await.0, 200);
+
+        // SAFETY: kill has no memory preconditions, and the process is ours and not reaped yet.
+        unsafe { libc::kill(testnet.id().unwrap().cast_signed(), signal) };
+        let ended = guarded(testnet.wait()).await.unwrap();
+        assert_eq!(ended.code(), (signal == libc::SIGINT).then_some(0), "{ended:?}");
+        if signal == libc::SIGINT {
+            let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().collect();
+            assert!(left.is_empty(), "{left:?}");
+        }
+        // After a kill the kernel ends the nodes, soon but not at once.
+        guarded(async {
+            while report.nodes.iter().any(runs) {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_node_without_a_model_is_alive_and_not_ready() {
+    let _turn = turn().await;
+    let mesh = lone_node().await;
+    let api = mesh.nodes()[0].api().unwrap();
+    assert_eq!(get(&format!("{api}/healthz")).await.0, 200);
+    let (status, body) = get(&format!("{api}/readyz")).await;
+    assert!(status == 503 && body.contains("model import"), "{status} {body}");
+    let body = json!({"model": MODEL, "messages": [{"role": "user", "content": QUESTION}]});
+    let (status, reply) = post(&format!("{api}/v1/chat/completions"), body.to_string()).await;
+    assert!(status == 404 && reply["error"]["code"] == "model_not_found", "{status} {reply}");
+}
+
+#[tokio::test]
 async fn the_testnet_tells_wrong_usage_from_failure() {
     testnet(["--nodes", "0"]).await.refused(2, &["--nodes", "0"]);
     testnet(["--once", "--model", "/nowhere"]).await.refused(1, &["/nowhere"]);
+}
+
+/// A person's commands against a mesh that serves: the same answer, the same figures.
+async fn people_can_ask(data: &Path, answer: &str) {
+    assert_eq!(coel_at(data, ["chat", QUESTION]).await.printed(), answer);
+    let status = coel_at(data, ["status", "--json"]).await;
+    let status: Status = serde_json::from_str(status.printed()).unwrap();
+    assert_eq!((status.nodes.len(), status.coverage, status.replicas_min), (3, 1.0, 2));
+    assert!(status.own.rows_remote > 0 && status.nodes.iter().all(|node| node.voter));
+    assert_eq!(get(&format!("{}/readyz", status.api)).await.0, 200);
+    let (code, metrics) = get(&format!("{}/metrics", status.api)).await;
+    assert!(code == 200 && metrics.trim_end().ends_with("# EOF"), "{metrics}");
+    let remote = metrics.lines().find(|line| !line.starts_with('#') && line.contains("rows_remote"));
+    assert!(remote.is_some_and(|line| line.ends_with(&format!(" {}", status.own.rows_remote))), "{remote:?}");
 }
 
 async fn statuses(mesh: &mut coel_testnet::mesh::Mesh) -> Vec<Status> {
@@ -133,6 +197,6 @@ fn held_by(status: &Status, node: u64) -> BTreeSet<String> {
 }
 
 /// Length of the manifest, a blob like others, named by the model's id.
-fn manifest_bytes(data: &std::path::Path, model: &str) -> u64 {
+fn manifest_bytes(data: &Path, model: &str) -> u64 {
     data.join("blobs").join(&model[..2]).join(model).metadata().unwrap().len()
 }

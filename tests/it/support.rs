@@ -179,6 +179,18 @@ pub async fn post(url: &str, body: impl Into<reqwest::Body>) -> (u16, Value) {
     (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
 }
 
+/// Gets a page: status and text.
+pub async fn get(url: &str) -> (u16, String) {
+    let request = reqwest::Client::builder().no_proxy().build().unwrap().get(url).send();
+    let response = guarded(request).await.unwrap();
+    (response.status().as_u16(), response.text().await.unwrap())
+}
+
+/// Waits for what happens unless something hangs.
+pub async fn guarded<T>(event: impl Future<Output = T>) -> T {
+    tokio::time::timeout(STATE_LIMIT, event).await.expect("it hangs")
+}
+
 /// A copy of the bundled model that may be spoilt.
 pub struct Copy {
     folder: tempfile::TempDir,

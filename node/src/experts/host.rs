@@ -4,17 +4,24 @@ use std::sync::Arc;
 
 use coel_gossip::{Frame, FrameStream, Incoming, PeerId};
 use coel_store::ExpertId;
+use tokio::sync::Semaphore;
 use tracing::{debug, debug_span, warn};
 
 use super::wire::{CallHeader, ReplyHeader, decode_call, encode_reply, pairs};
 use crate::shared::Shared;
 
-/// Serves expert calls until the swarm stops. Calls of one stream are answered in order; the engine's bounded queue is what
-/// holds back too many streams.
+/// Streams served at once, each with at most one call in memory. A home uses a few; more are dropped, and their homes ask a
+/// replica.
+const STREAMS_MAX: usize = 64;
+
+/// Serves expert calls until the swarm stops. Calls of one stream are answered in order.
 pub async fn serve(mut incoming: Incoming, shared: Arc<Shared>) {
+    let places = Arc::new(Semaphore::new(STREAMS_MAX));
     while let Some((peer, stream)) = incoming.next().await {
+        let Ok(place) = places.clone().try_acquire_owned() else { continue };
         let shared = shared.clone();
         tokio::spawn(async move {
+            let _place = place;
             if let Err(error) = answer(peer, stream, &shared).await {
                 debug!(%peer, error, "expert stream ended");
             }

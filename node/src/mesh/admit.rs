@@ -1,6 +1,7 @@
 //! Both ends of the admission handshake: the member that checks the proof, and the node that wants in.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,7 +11,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use super::PROPOSE_DEADLINE;
+use super::{PROPOSE_DEADLINE, members};
 use crate::admission::handshake::{
     ADDRESSES_MAX, Greeted, MESSAGE_BYTES_MAX, Message, NAME_BYTES_MAX, VERSION, find_invite, proof,
 };
@@ -54,13 +55,20 @@ pub struct Admitted {
 /// Serves the handshake until the swarm stops.
 pub async fn serve(mut incoming: Incoming, log: Log, local: PeerId) {
     let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    // One at a time from each: a single stranger must not take every place.
+    let talking = Arc::new(Mutex::new(BTreeSet::new()));
     while let Some((stranger, mut stream)) = incoming.next().await {
         let Ok(place) = places.clone().try_acquire_owned() else {
             continue;
         };
-        let log = log.clone();
+        if !lock(&talking).insert(stranger) {
+            continue;
+        }
+        let (log, talking) = (log.clone(), talking.clone());
         tokio::spawn(async move {
-            match host(&mut stream, stranger, &log, local).await {
+            let outcome = host(&mut stream, stranger, &log, local).await;
+            lock(&talking).remove(&stranger);
+            match outcome {
                 Ok(node) => info!(peer = %stranger, %node, "admitted"),
                 Err(reason) => {
                     warn!(peer = %stranger, reason, "not admitted");
@@ -73,13 +81,16 @@ pub async fn serve(mut incoming: Incoming, log: Log, local: PeerId) {
     }
 }
 
+fn lock(talking: &Mutex<BTreeSet<PeerId>>) -> MutexGuard<'_, BTreeSet<PeerId>> {
+    talking.lock().expect("no panic while held")
+}
+
 async fn host(stream: &mut FrameStream, stranger: PeerId, log: &Log, local: PeerId) -> Result<NodeId, String> {
     let mesh = log.mesh_id();
     match hear(stream, MESSAGE_DEADLINE).await? {
         Message::Hello { version: VERSION, mesh: asked } if asked == mesh => {}
-        Message::Hello { version: VERSION, mesh: asked } => {
-            return Err(format!("the invite is for mesh {asked}, this is mesh {mesh}"));
-        }
+        // Which mesh this is, a stranger is not told.
+        Message::Hello { version: VERSION, .. } => return Err("the invite is for another mesh".into()),
         Message::Hello { version, .. } => {
             return Err(format!("admission version {version}; this node speaks version {VERSION}"));
         }
@@ -169,5 +180,6 @@ async fn hear(stream: &mut FrameStream, deadline: Duration) -> Result<Message, S
 
 /// A new invite of this node, as the log must learn of it before the line is given to anyone.
 pub fn new_invite(mesh: MeshId, gossip: &Handle) -> Invite {
-    Invite { mesh, token: rand::random(), peer: gossip.local_peer_id(), addresses: gossip.listen_addresses() }
+    let addresses = members::parse(&crate::runtime::addresses(gossip));
+    Invite { mesh, token: rand::random(), peer: gossip.local_peer_id(), addresses }
 }

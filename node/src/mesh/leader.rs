@@ -22,14 +22,17 @@ const REPLACE_AFTER: Duration = Duration::from_secs(2);
 /// A voter that is down this long gives its vote to a learner, if there is one.
 const UNSEAT_AFTER: Duration = Duration::from_secs(30);
 
-/// Since when each member has been down, by gossip.
-#[derive(Debug, Default)]
-struct DownSince(BTreeMap<NodeId, Instant>);
+/// A member that is up and has not said what it can hold for this long speaks another version; the others do not wait for it.
+const MUTE_AFTER: Duration = Duration::from_secs(5);
 
-impl DownSince {
-    fn update(&mut self, down: &BTreeSet<NodeId>, now: Instant) {
-        self.0.retain(|node, _| down.contains(node));
-        for &node in down {
+/// Since when something has been so of each member.
+#[derive(Debug, Default)]
+struct Since(BTreeMap<NodeId, Instant>);
+
+impl Since {
+    fn update(&mut self, members: &BTreeSet<NodeId>, now: Instant) {
+        self.0.retain(|node, _| members.contains(node));
+        for &node in members {
             self.0.entry(node).or_insert(now);
         }
     }
@@ -42,11 +45,12 @@ impl DownSince {
 
 /// Does the leader's duties, while this node is the leader, until the node stops.
 pub async fn run(shared: Arc<Shared>) {
-    let mut down_since = DownSince::default();
+    let (mut down_since, mut mute_since) = (Since::default(), Since::default());
     loop {
         tokio::time::sleep(PERIOD).await;
         let now = Instant::now();
         down_since.update(&shared.down(), now);
+        mute_since.update(&mute(&shared), now);
         if shared.log.leader().borrow().as_ref() != Some(&shared.log.node_id()) {
             shared.set_planner(None);
             continue;
@@ -54,8 +58,17 @@ pub async fn run(shared: Arc<Shared>) {
         if let Err(error) = shared.log.reconcile(&down_since.longer_than(UNSEAT_AFTER, now)).await {
             warn!(%error, "the voters could not be brought up to date; trying again");
         }
-        place(&shared, &down_since.longer_than(REPLACE_AFTER, now)).await;
+        let mut gone = down_since.longer_than(REPLACE_AFTER, now);
+        gone.extend(mute_since.longer_than(MUTE_AFTER, now));
+        place(&shared, &gone).await;
     }
+}
+
+/// Members that are up and have not said what they can hold.
+fn mute(shared: &Shared) -> BTreeSet<NodeId> {
+    let facts = shared.facts_of_members(&shared.state());
+    let mute = facts.into_iter().filter(|(_, (liveness, facts))| *liveness == Liveness::Up && facts.is_none());
+    mute.map(|(node, _)| node).collect()
 }
 
 /// Plans anew and proposes the plan where it differs from the placement.
@@ -92,7 +105,8 @@ async fn place(shared: &Shared, gone: &BTreeSet<NodeId>) {
         }
     };
     if let Some(placed) = placed {
-        let leaving = state.members.iter().filter(|(_, member)| member.leaving).map(|(&node, _)| node).collect();
+        let leaving = state.members.iter().filter(|(_, member)| member.leaving).map(|(&node, _)| node);
+        let leaving = leaving.chain(gone.iter().copied()).collect();
         keep_until_replaced(&mut wanted, placed, &leaving);
     }
     let unchanged = experts.keys().all(|expert| {
@@ -171,7 +185,7 @@ mod tests {
 
     #[test]
     fn down_means_down_all_the_time() {
-        let (mut down, start) = (DownSince::default(), Instant::now());
+        let (mut down, start) = (Since::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
         let (one, two) = (NodeId(1), NodeId(2));
         down.update(&BTreeSet::from([one]), at(0));

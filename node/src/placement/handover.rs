@@ -1,4 +1,4 @@
-//! A move is made before the old replica is dropped.
+//! A replica on a node that goes, or has gone, stays in the placement until there is another.
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,8 @@ use coel_store::{NodeId, Placement};
 use super::Plan;
 
 /// Keeps in `plan` what nodes in `leaving` hold, for each expert that has no ready replica elsewhere yet. Planned again once
-/// another one is ready, the expert goes.
+/// another one is ready, the old one goes. So a leaving node serves to the last, and what died with its last holder is still
+/// known by that holder's name.
 pub fn keep_until_replaced(plan: &mut Plan, placed: &Placement, leaving: &BTreeSet<NodeId>) {
     for (expert, held) in &placed.replicas {
         let wanted = plan.replicas.entry(*expert).or_default();

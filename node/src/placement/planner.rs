@@ -55,7 +55,7 @@ pub fn plan(
     current: &BTreeMap<ExpertId, BTreeSet<NodeId>>,
     popularity: &Popularity,
 ) -> Result<Plan, Box<Shortfall>> {
-    let mut table = Table::new(experts, candidates);
+    let mut table = Table::new(experts, candidates, current);
     let ranked = popularity.ranked(experts.keys().copied());
 
     // What is held stays: sole replicas first, then the hot ones, in case a budget shrank.
@@ -105,13 +105,18 @@ struct Table<'a> {
     experts: &'a BTreeMap<ExpertId, u64>,
     room: BTreeMap<NodeId, u64>,
     budget: BTreeMap<NodeId, u64>,
+    current: &'a BTreeMap<ExpertId, BTreeSet<NodeId>>,
     replicas: BTreeMap<ExpertId, BTreeSet<NodeId>>,
 }
 
 impl<'a> Table<'a> {
-    fn new(experts: &'a BTreeMap<ExpertId, u64>, candidates: &[Candidate]) -> Self {
+    fn new(
+        experts: &'a BTreeMap<ExpertId, u64>,
+        candidates: &[Candidate],
+        current: &'a BTreeMap<ExpertId, BTreeSet<NodeId>>,
+    ) -> Self {
         let room: BTreeMap<_, _> = candidates.iter().map(|c| (c.node, c.expert_bytes_max)).collect();
-        Self { experts, budget: room.clone(), room, replicas: BTreeMap::new() }
+        Self { experts, budget: room.clone(), room, current, replicas: BTreeMap::new() }
     }
 
     fn count(&self, expert: ExpertId) -> usize {
@@ -120,6 +125,12 @@ impl<'a> Table<'a> {
 
     fn holds(&self, expert: ExpertId, node: NodeId) -> bool {
         self.replicas.get(&expert).is_some_and(|nodes| nodes.contains(&node))
+    }
+
+    /// Whether `node` is the only one that keeps the expert from before: everybody else would have to fetch it first.
+    fn is_last_that_has_it(&self, expert: ExpertId, node: NodeId) -> bool {
+        let Some(had) = self.current.get(&expert).filter(|had| had.contains(&node)) else { return false };
+        self.replicas[&expert].iter().all(|&other| other == node || !had.contains(&other))
     }
 
     fn may_hold(&self, expert: ExpertId, node: NodeId) -> bool {
@@ -158,6 +169,7 @@ impl<'a> Table<'a> {
         let spares = ranked.iter().rev().filter(|&&other| self.count(other) > 1);
         let spare = spares
             .flat_map(|&other| self.replicas[&other].iter().map(move |&node| (other, node)))
+            .filter(|&(other, node)| !self.is_last_that_has_it(other, node))
             .find(|&(other, node)| self.room[&node] + self.experts[&other] >= bytes);
         spare
             .map(|(other, node)| {
@@ -176,6 +188,7 @@ impl<'a> Table<'a> {
             for &from in &full {
                 let other = self.replicas.iter().map(|(&other, _)| other).find(|&other| {
                     self.holds(other, from)
+                        && !self.is_last_that_has_it(other, from)
                         && self.may_hold(other, to)
                         && self.room[&from] + self.experts[&other] >= bytes
                 });
@@ -309,6 +322,17 @@ mod tests {
                 prop_assert!(used <= candidate.expert_bytes_max);
             }
             prop_assert!(table.replicas.values().all(|nodes| nodes.len() <= REPLICAS_WANTED));
+            // Where what is there fits, nobody loses the last copy that needs no download.
+            let used = |node| -> u64 {
+                current.iter().filter(|(_, nodes)| nodes.contains(&node)).map(|(expert, _)| experts[expert]).sum()
+            };
+            if mesh.iter().all(|candidate| used(candidate.node) <= candidate.expert_bytes_max) {
+                for (expert, had) in &current {
+                    let had: BTreeSet<_> = had.iter().filter(|node| mesh.iter().any(|c| c.node == **node)).collect();
+                    let kept = table.replicas.get(expert).into_iter().flatten().any(|node| had.contains(node));
+                    prop_assert!(had.is_empty() || kept, "{} was moved", expert);
+                }
+            }
         }
     }
 }

@@ -1,8 +1,9 @@
-//! Gets whole blobs from peers: verified chunk by chunk, resumed where an earlier try ended, from the next source when one
-//! fails.
+//! Gets whole blobs: from this node's disk, or from peers, verified chunk by chunk, resumed where an earlier try ended, from the
+//! next source when one fails. A copy that was damaged on disk is replaced.
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,6 +14,7 @@ use tokio::time::timeout;
 use tracing::{debug, instrument, warn};
 
 use super::wire::{CHUNKS_MAX, PROTOCOL, Reply, Request, VERSION, decode, encode};
+use crate::library::run_blocking;
 use crate::metrics::Metrics;
 
 /// Longest wait for one chunk: 1 MiB over the slowest link worth having (about 300 kbit/s).
@@ -24,6 +26,9 @@ pub struct Fetcher {
     gossip: Handle,
     blobs: Arc<Blobs>,
     metrics: Arc<Metrics>,
+    /// Blobs that were found damaged here and have not been replaced yet, with what was wrong: the damaged copy is removed to make
+    /// room for a good one, and the reason must outlive it.
+    damaged: Arc<Mutex<BTreeMap<BlobId, String>>>,
 }
 
 /// Why a blob could not be had. Retryable, unless every source had it wrong.
@@ -32,7 +37,10 @@ pub enum FetchError {
     /// Nobody who was asked could give it.
     #[error("{what} could not be fetched: {}", list_tried(.tried))]
     NoSource { what: String, tried: Vec<(String, Fault)> },
-    /// It could not be kept.
+    /// It lay here, damaged, and nobody could give a good copy.
+    #[error("{what} on this node's disk is unusable ({fault}) and no peer could replace it: {}", list_tried(.tried))]
+    Lost { what: String, fault: String, tried: Vec<(String, Fault)> },
+    /// It could not be kept, or not be read.
     #[error("{what} could not be stored: {source}")]
     Store { what: String, source: BlobError },
 }
@@ -64,11 +72,11 @@ fn list_tried(tried: &[(String, Fault)]) -> String {
 }
 
 impl FetchError {
-    /// Whether somebody sent bytes that do not match: a damaged source, which waiting does not mend.
-    pub fn is_corrupt(&self) -> bool {
+    /// Whether waiting is unlikely to mend it: a source or this node's disk is damaged.
+    pub fn lasts(&self) -> bool {
         match self {
             Self::NoSource { tried, .. } => tried.iter().any(|(_, fault)| matches!(fault, Fault::Corrupt(_))),
-            Self::Store { .. } => false,
+            Self::Lost { .. } | Self::Store { .. } => true,
         }
     }
 }
@@ -85,7 +93,48 @@ pub struct Source {
 impl Fetcher {
     /// A fetcher into `blobs`.
     pub fn new(gossip: Handle, blobs: Arc<Blobs>, metrics: Arc<Metrics>) -> Self {
-        Self { gossip, blobs, metrics }
+        Self { gossip, blobs, metrics, damaged: Arc::default() }
+    }
+
+    /// The blob's verified bytes: from this node's disk, or else from `sources`. `what` names it in errors.
+    ///
+    /// # Errors
+    /// [`FetchError`]; verified chunks are kept for the next try.
+    pub async fn obtain(&self, what: &str, entry: &BlobEntry, sources: &[Source]) -> Result<Vec<u8>, FetchError> {
+        let store = |source| FetchError::Store { what: what.into(), source };
+        if self.blobs.has(&entry.id) {
+            match self.read(entry).await {
+                Ok(bytes) => return Ok(bytes),
+                Err(fault) if !fault.is_damage() => return Err(store(fault)),
+                Err(fault) => {
+                    warn!(what, %fault, "a stored blob is damaged; fetching it anew");
+                    self.damaged().insert(entry.id, fault.to_string());
+                    let (blobs, id) = (self.blobs.clone(), entry.id);
+                    run_blocking(move || blobs.remove(&id)).await.map_err(store)?;
+                }
+            }
+        }
+        match self.fetch(what, entry, sources).await {
+            Ok(()) => {}
+            Err(FetchError::NoSource { what, tried }) => {
+                return Err(match self.damaged().get(&entry.id).cloned() {
+                    Some(fault) => FetchError::Lost { what, fault, tried },
+                    None => FetchError::NoSource { what, tried },
+                });
+            }
+            Err(error) => return Err(error),
+        }
+        self.damaged().remove(&entry.id);
+        self.read(entry).await.map_err(store)
+    }
+
+    async fn read(&self, entry: &BlobEntry) -> Result<Vec<u8>, BlobError> {
+        let (blobs, entry) = (self.blobs.clone(), entry.clone());
+        run_blocking(move || blobs.read_verified(&entry)).await
+    }
+
+    fn damaged(&self) -> MutexGuard<'_, BTreeMap<BlobId, String>> {
+        self.damaged.lock().expect("no panic while held")
     }
 
     /// Gets the blob from the first of `sources` that has all that is missing of it. `what` names it in errors.
@@ -93,7 +142,7 @@ impl Fetcher {
     /// # Errors
     /// [`FetchError`]; verified chunks are kept for the next try.
     #[instrument(skip(self, entry, sources), fields(blob = %entry.id))]
-    pub async fn fetch(&self, what: &str, entry: &BlobEntry, sources: &[Source]) -> Result<(), FetchError> {
+    async fn fetch(&self, what: &str, entry: &BlobEntry, sources: &[Source]) -> Result<(), FetchError> {
         let mut faults = Vec::new();
         for source in sources {
             match self.fetch_from(source.peer, entry).await {
@@ -263,7 +312,7 @@ mod tests {
             what: "expert 3.7".into(),
             tried: vec![("tower".into(), Fault::Corrupt("chunk 0".into())), ("mini".into(), Fault::NotHeld)],
         };
-        assert!(error.is_corrupt());
+        assert!(error.lasts());
         let text = error.to_string();
         for part in ["expert 3.7", "tower sent wrong bytes (chunk 0)", "mini does not hold it"] {
             assert!(text.contains(part), "{text}");

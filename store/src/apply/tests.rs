@@ -109,7 +109,7 @@ fn node_ids_are_not_reused() {
     assert_eq!(apply(&mut state, &Command::Leave { node: NodeId(3) }), Outcome::Done);
     apply(&mut state, &open(8, 1));
     assert_eq!(apply(&mut state, &join_of(3, 8, 0)), Outcome::Joined { node: NodeId(4) });
-    refused(&mut state, Command::Leaving { node: NodeId(3) }, Refusal::NotAMember(NodeId(3)));
+    refused(&mut state, Command::Leaving { node: NodeId(3), leaving: true }, Refusal::NotAMember(NodeId(3)));
 }
 
 #[test]

@@ -27,7 +27,7 @@ async fn a_mesh_grows_and_all_agree() {
     assert_eq!(mesh.voters(), 1, "two members have one voter");
     assert_eq!(mesh.join("b", "c").await, NodeId(3), "a follower forwards");
     assert_eq!(mesh.voters(), 3);
-    let refused = mesh.propose("c", Command::Leaving { node: NodeId(9) }).await;
+    let refused = mesh.propose("c", Command::Leaving { node: NodeId(9), leaving: true }).await;
     assert_eq!(refused, Outcome::Refused(Refusal::NotAMember(NodeId(9))), "refusals come back as such");
     for name in ["a", "b", "c"] {
         assert_eq!(mesh.propose(name, rename(NodeId(1), name)).await, Outcome::Done);

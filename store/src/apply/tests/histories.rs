@@ -26,7 +26,7 @@ fn any_command() -> impl Strategy<Value = Command> {
         }),
         4 => (0u8..8, 0u8..3, 0u64..2_000).prop_map(|(peer, token, now)| join_of(peer, token, now)),
         2 => (0u8..3, 0u32..3).prop_map(|(token, uses)| open(token, uses)),
-        1 => any_node().prop_map(|node| Command::Leaving { node }),
+        1 => (any_node(), any::<bool>()).prop_map(|(node, leaving)| Command::Leaving { node, leaving }),
         2 => any_node().prop_map(|node| Command::Leave { node }),
         1 => (0u8..3, "[ab]").prop_map(|(id, name)| register_of(id, &name)),
         4 => (0u64..4, 0u8..3, assignment).prop_map(|(expect, model, replicas)| Command::Place {
