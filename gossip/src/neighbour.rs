@@ -105,11 +105,13 @@ async fn write(
             }
             Err(error) => tracing::debug!(%peer, %error, "no gossip stream yet"),
         }
-        tokio::select! {
-            () = tokio::time::sleep(pause) => pause = (pause * 2).min(REOPEN_MAX),
-            // Nothing is queued while unlinked but a farewell, which nobody will hear.
-            _ = messages.recv() => return,
+        // What is queued meanwhile is dropped, as what does not fit is: an answer to a member whose own stream is up already,
+        // or a farewell, after which the queue closes.
+        let dropped = async { while messages.recv().await.is_some() {} };
+        if tokio::time::timeout(pause, dropped).await.is_ok() {
+            return;
         }
+        pause = (pause * 2).min(REOPEN_MAX);
     }
 }
 

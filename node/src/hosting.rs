@@ -232,7 +232,8 @@ impl Hosting {
     /// Notes how far the node is. Experts count once they are loaded; files and trunk, few as they are, once they lie here.
     fn count(&self, known: &Known, assigned: &BTreeSet<ExpertId>) {
         let held = self.shared.held.borrow().clone();
-        let (mut all, mut here) = (0, 0);
+        // The manifest is here, or nothing of this would be known.
+        let (mut all, mut here) = (known.manifest_bytes, known.manifest_bytes);
         for blob in known.blobs_for(std::iter::empty()) {
             all += blob.bytes;
             here +=

@@ -145,7 +145,11 @@ pub enum BlobError {
 impl BlobError {
     /// Whether the blob here is no use and a fresh copy would be.
     pub fn is_damage(&self) -> bool {
-        matches!(self, Self::Corrupt { .. } | Self::Truncated { .. } | Self::OtherLength { .. } | Self::Missing { .. })
+        match self {
+            Self::Corrupt { .. } | Self::Truncated { .. } | Self::OtherLength { .. } | Self::Missing { .. } => true,
+            Self::Io { error, .. } => error.kind() == std::io::ErrorKind::NotFound,
+            _ => false,
+        }
     }
 }
 

@@ -102,6 +102,23 @@ async fn load_and_facts_reach_every_member() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn facts_arrive_also_from_whom_we_admit_later_than_it_admits_us() {
+    let (early, late) = (node(TCP).await, node(TCP).await);
+    early.set_facts(Bytes::from_static(b"48 GiB")).expect("small");
+    let mut knocks = late.knocks();
+    early.set_members(members(&[&early, &late]));
+    // After six refusals in a row its stream waits before it is tried again, longer each time. It waits now, and meanwhile ours to
+    // it comes up and asks for what we lack.
+    for _ in 0..12 {
+        let knocked = guarded("a knock", knocks.recv()).await.expect("the node runs");
+        assert_eq!(knocked, early.local_peer_id());
+    }
+    late.set_members(members(&[&early, &late]));
+    let me = early.local_peer_id();
+    until(&late, |peers| peers.get(&me).is_some_and(|peer| peer.facts.as_deref() == Some(b"48 GiB"))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn facts_over_the_limit_are_refused() {
     let a = node(TCP).await;
     assert_eq!(a.set_facts(vec![0; FACTS_BYTES_MAX + 1].into()).expect_err("too large").bytes, FACTS_BYTES_MAX + 1);

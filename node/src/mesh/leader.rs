@@ -23,7 +23,7 @@ const REPLACE_AFTER: Duration = Duration::from_secs(2);
 const UNSEAT_AFTER: Duration = Duration::from_secs(30);
 
 /// A member that is up and has not said what it can hold for this long speaks another version; the others do not wait for it.
-const MUTE_AFTER: Duration = Duration::from_secs(5);
+const MUTE_AFTER: Duration = Duration::from_secs(15);
 
 /// Since when something has been so of each member.
 #[derive(Debug, Default)]

@@ -102,7 +102,8 @@ impl Fetcher {
     /// [`FetchError`]; verified chunks are kept for the next try.
     pub async fn obtain(&self, what: &str, entry: &BlobEntry, sources: &[Source]) -> Result<Vec<u8>, FetchError> {
         let store = |source| FetchError::Store { what: what.into(), source };
-        if self.blobs.has(&entry.id) {
+        // Held by the index, whatever has become of the file.
+        if self.blobs.bytes(&entry.id).is_ok() {
             match self.read(entry).await {
                 Ok(bytes) => return Ok(bytes),
                 Err(fault) if !fault.is_damage() => return Err(store(fault)),

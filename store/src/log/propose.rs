@@ -34,7 +34,10 @@ pub enum ProposeError {
         why: String,
     },
     /// The leader took the command but could not commit it in time. It may still happen.
-    #[error("not agreed within {} ms; it may still happen", waited.as_millis())]
+    #[error(
+        "a majority of the mesh's voters did not agree within {} ms (it may still happen); see with `coel status` who is up",
+        waited.as_millis()
+    )]
     TimedOut {
         /// How long.
         waited: Duration,
