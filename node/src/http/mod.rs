@@ -30,7 +30,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -51,11 +50,6 @@ struct Patience {
 }
 
 const PATIENCE: Patience = Patience { drain: Duration::from_secs(10), farewell: Duration::from_secs(1) };
-
-/// The whole API as a router, for callers that bring their own server. Its streams end with the service's.
-pub fn router(service: Arc<dyn Service>, auth: Auth) -> Router {
-    routes::router(service, auth, CancellationToken::new())
-}
 
 /// Serves the API on `listener` until `shutdown` is done.
 ///
