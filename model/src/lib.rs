@@ -27,6 +27,7 @@ pub mod rope;
 pub mod router;
 pub mod sampling;
 pub mod sequence;
+pub mod slices;
 pub mod tensors;
 pub mod text;
 pub mod tokenizer;
