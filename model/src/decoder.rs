@@ -3,7 +3,7 @@
 //! Owns [`Decoder`]: the KV cache of one token sequence and the point where its computation waits for experts.
 //! [`advance`](Decoder::advance) takes tokens and runs until experts are needed; [`resume`](Decoder::resume) takes
 //! their outputs and goes on, layer by layer, until there are logits. It never knows where an expert is, so latency,
-//! loss and replicas are tested with plain values.
+//! loss and replicas are tested with plain values. A layer without experts is computed without stopping.
 //!
 //! Exactness lives here: a row's expert outputs are weighted and added in ascending expert index, starting from zero,
 //! then the gated shared expert, then the residual. Input is computed in chunks of at most [`CHUNK_ROWS`] rows, whose
@@ -12,10 +12,11 @@
 use burn::tensor::Tensor;
 
 use crate::{
+    config::ModelConfig,
     experts::ExpertCall,
     kernels::{CacheShape, Kernels, Rows, download, math},
     router::{Route, route},
-    trunk::{Layer, Trunk},
+    trunk::{FeedForward, Layer, Projection, Trunk},
 };
 
 /// Most rows computed at once; a longer input is split, which bounds buffers and frames.
@@ -146,13 +147,10 @@ impl<K: Kernels> Decoder<K> {
         if outputs.len() != expected {
             return Err(DecodeError::Outputs { expected, found: outputs.len() });
         }
-        let in_flight = self.in_flight.take().expect("seen above");
-        let hidden = in_flight.finish_layer(core, outputs);
-        let next = in_flight.layer + 1;
-        if next < core.trunk.layers.len() {
-            return Ok(self.begin_layer(core, InFlight { layer: next, residual: hidden, ..in_flight }));
-        }
-        Ok(self.finish_chunk(core, hidden, in_flight))
+        let mut in_flight = self.in_flight.take().expect("seen above");
+        in_flight.residual = in_flight.finish_layer(core, outputs);
+        in_flight.layer += 1;
+        Ok(self.compute(core, in_flight))
     }
 
     fn begin_chunk(&mut self, core: &mut Core<'_, K>, tokens: &[u32], want: Want, logits: Vec<f32>) -> Step {
@@ -172,48 +170,59 @@ impl<K: Kernels> Decoder<K> {
             want,
             logits,
         };
-        self.begin_layer(core, in_flight)
+        self.compute(core, in_flight)
     }
 
-    /// Attention of one layer over `in_flight.residual`, then the call for its experts.
-    fn begin_layer(&mut self, core: &mut Core<'_, K>, mut in_flight: InFlight<K>) -> Step {
+    /// Layer after layer over `in_flight.residual`, until one needs experts or all are done.
+    fn compute(&mut self, core: &mut Core<'_, K>, mut in_flight: InFlight<K>) -> Step {
         let Core { kernels, trunk } = core;
-        let (config, layer) = (&trunk.config, &trunk.layers[in_flight.layer]);
-        let eps = config.rms_norm_eps;
-        let attended = self.attend(kernels, trunk, layer, &in_flight);
-        let residual = in_flight.residual + attended;
-        let normed = kernels.rms_norm(&residual, &layer.post_attention_norm, eps);
-        let mut scores = download(kernels.linear(&normed, &layer.router, None));
-        let routes = scores
-            .chunks_exact_mut(config.num_experts)
-            .map(|scores| route(scores, config.num_experts_per_tok, config.norm_topk_prob))
-            .collect::<Vec<_>>();
-        let call = ExpertCall {
-            layer: in_flight.layer as u16,
-            hidden: config.hidden_size,
-            rows: download(normed.clone()),
-            routes: routes.clone(),
-        };
-        (in_flight.residual, in_flight.normed, in_flight.routes) = (residual, normed, routes);
-        self.in_flight = Some(in_flight);
-        Step::NeedExperts(call)
+        let config = &trunk.config;
+        while let Some(layer) = trunk.layers.get(in_flight.layer) {
+            let attended = self.attend(kernels, trunk, layer, &in_flight);
+            let residual = in_flight.residual + attended;
+            let normed = kernels.rms_norm(&residual, &layer.post_attention_norm, config.rms_norm_eps);
+            match &layer.feed_forward {
+                FeedForward::Dense(block) => {
+                    in_flight.residual = residual + kernels.swiglu(&normed, block);
+                    in_flight.layer += 1;
+                }
+                FeedForward::Sparse { router, .. } => {
+                    let mut scores = download(kernels.linear(&normed, router, None));
+                    let routes = scores
+                        .chunks_exact_mut(config.num_experts)
+                        .map(|scores| route(scores, config.num_experts_per_tok, config.norm_topk_prob))
+                        .collect::<Vec<_>>();
+                    let call = ExpertCall {
+                        layer: in_flight.layer as u16,
+                        hidden: config.hidden_size,
+                        rows: download(normed.clone()),
+                        routes: routes.clone(),
+                    };
+                    (in_flight.residual, in_flight.normed, in_flight.routes) = (residual, normed, routes);
+                    self.in_flight = Some(in_flight);
+                    return Step::NeedExperts(call);
+                }
+            }
+        }
+        self.finish_chunk(core, in_flight)
     }
 
     fn attend(&mut self, kernels: &mut K, trunk: &Trunk<K>, layer: &Layer<K>, in_flight: &InFlight<K>) -> Rows<K> {
-        let x = kernels.rms_norm(&in_flight.residual, &layer.input_norm, trunk.config.rms_norm_eps);
+        let config = &trunk.config;
+        let x = kernels.rms_norm(&in_flight.residual, &layer.input_norm, config.rms_norm_eps);
         let angles = trunk.rope.angles(self.used, x.dims()[0]);
-        let [q, k, v] = [&layer.q, &layer.k, &layer.v].map(|p| kernels.linear(&x, &p.matrix, p.bias.as_ref()));
+        let [q, k, v] = [&layer.q, &layer.k, &layer.v].map(|projection| project(kernels, config, &x, projection));
         let (q, k) = (kernels.rotate(q, &angles), kernels.rotate(k, &angles));
         kernels.append(&mut self.cache, in_flight.layer, self.used, k, v);
         let mixed = kernels.attention(q, &self.cache, in_flight.layer, self.used);
-        kernels.linear(&mixed, &layer.o, None)
+        kernels.linear(&mixed, &layer.o.matrix, layer.o.bias.as_ref())
     }
 
     /// After the last layer: the wanted logits, and the next chunk if there is one.
-    fn finish_chunk(&mut self, core: &mut Core<'_, K>, hidden: Rows<K>, in_flight: InFlight<K>) -> Step {
+    fn finish_chunk(&mut self, core: &mut Core<'_, K>, in_flight: InFlight<K>) -> Step {
+        let InFlight { residual: hidden, rest, want, mut logits, .. } = in_flight;
         let n = hidden.dims()[0];
         self.used += n;
-        let InFlight { rest, want, mut logits, .. } = in_flight;
         let wanted = match want {
             Want::All => Some(hidden),
             Want::Last if rest.is_empty() => Some(hidden.narrow(0, n - 1, 1)),
@@ -235,6 +244,20 @@ impl<K: Kernels> Decoder<K> {
     }
 }
 
+/// Queries, keys or values of the rows `x [n, d]`: projected, normed, clipped. `[n, projection]`.
+fn project<K: Kernels>(kernels: &mut K, config: &ModelConfig, x: &Rows<K>, projection: &Projection<K>) -> Rows<K> {
+    let mut rows = kernels.linear(x, &projection.matrix, projection.bias.as_ref());
+    if let Some(norm) = &projection.norm {
+        let [n, width] = rows.dims();
+        let parts = rows.reshape([n * width / norm.width, norm.width]);
+        rows = kernels.rms_norm(&parts, &norm.weight, config.rms_norm_eps).reshape([n, width]);
+    }
+    match config.clip_qkv {
+        Some(limit) => rows.clamp(-limit, limit),
+        None => rows,
+    }
+}
+
 impl<K: Kernels> InFlight<K> {
     /// `residual + (sum of weighted expert outputs, ascending) + shared expert`, `[n, d]`.
     fn finish_layer(&self, core: &mut Core<'_, K>, outputs: &[f32]) -> Rows<K> {
@@ -250,7 +273,7 @@ impl<K: Kernels> InFlight<K> {
             }
         }
         let mut mixed = kernels.upload(mixed, d);
-        if let Some(shared) = &trunk.layers[self.layer].shared {
+        if let FeedForward::Sparse { shared: Some(shared), .. } = &trunk.layers[self.layer].feed_forward {
             let output = kernels.swiglu(&self.normed, &shared.expert);
             let mut gate = download(kernels.linear(&self.normed, &shared.gate, None));
             gate.iter_mut().for_each(|value| *value = math::sigmoid(*value));

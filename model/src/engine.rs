@@ -301,9 +301,7 @@ impl Engine {
     }
 
     fn check_expert(&self, id: ExpertId) -> Result<(), EngineError> {
-        let config = self.config();
-        let exists = usize::from(id.layer) < config.num_hidden_layers && usize::from(id.index) < config.num_experts;
-        exists.then_some(()).ok_or(EngineError::NoSuchExpert(id))
+        layout::has_expert(self.config(), id).then_some(()).ok_or(EngineError::NoSuchExpert(id))
     }
 
     fn check_call(&self, layer: u16, rows: &[f32], calls: &[(u16, Vec<u32>)]) -> Result<(), EngineError> {

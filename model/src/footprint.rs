@@ -34,7 +34,8 @@ impl Footprint {
         let (q, kv) = (config.q_width() as u64, config.kv_width() as u64);
         let experts_per_row = config.num_experts_per_tok as u64;
         let shared = config.shared_expert_intermediate_size.unwrap_or(0) as u64;
-        let widest = shared.max(config.moe_intermediate_size as u64);
+        let dense = config.intermediate_size.unwrap_or(0) as u64;
+        let widest = shared.max(dense).max(config.moe_intermediate_size as u64);
         let attention = 2 * d + 2 * q + 4 * kv + config.head_dim as u64;
         let experts = (4 + 2 * experts_per_row) * d + 3 * widest + config.num_experts as u64;
         Self {

@@ -1,11 +1,12 @@
 //! Which tensors a model has: their names, shapes and the part they belong to, from the configuration alone.
 //!
 //! Owns the mapping between the checkpoint's names and the decoder's block. Another family is another set of names
-//! here, not another decoder. The invariant: every tensor of a model belongs to exactly one part. It touches no bytes.
+//! here, not another decoder. The invariant: every tensor of a model belongs to exactly one part, and what
+//! [`experts`] lists is what exists. It touches no bytes.
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::ModelConfig;
+use crate::config::{Architecture, ModelConfig, QkNorm};
 
 /// A routed expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -33,25 +34,77 @@ impl TensorSpec {
     }
 }
 
-/// Tensor names of one layer, without shapes.
+/// The last words of gate, up and down in a gated feed-forward block.
+const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+
+/// Tensor names of one layer, without shapes, as the model's family spells them.
 #[derive(Clone, Debug)]
 pub(crate) struct LayerNames {
     prefix: String,
+    architecture: Architecture,
 }
 
 impl LayerNames {
-    pub(crate) fn new(layer: usize) -> Self {
-        Self { prefix: format!("model.layers.{layer}") }
+    pub(crate) fn new(config: &ModelConfig, layer: usize) -> Self {
+        Self { prefix: format!("model.layers.{layer}"), architecture: config.architecture }
     }
 
     pub(crate) fn of(&self, suffix: &str) -> String {
         format!("{}.{suffix}", self.prefix)
+    }
+
+    /// Weight or bias of one of attention's projections (`q_proj`) or norms (`q_norm`).
+    pub(crate) fn attention(&self, what: &str, kind: &str) -> String {
+        self.of(&format!("self_attn.{what}.{kind}"))
+    }
+
+    /// The router's matrix.
+    pub(crate) fn router(&self) -> String {
+        self.of(&format!("{}.gate.weight", self.sparse_block()))
+    }
+
+    fn sparse_block(&self) -> &'static str {
+        match self.architecture {
+            Architecture::Mixtral => "block_sparse_moe",
+            Architecture::Qwen2Moe | Architecture::Qwen3Moe | Architecture::Olmoe => "mlp",
+        }
+    }
+
+    /// gate, up and down of one routed expert, in that order.
+    pub(crate) fn expert(&self, config: &ModelConfig, index: u16) -> [TensorSpec; 3] {
+        let block = format!("{}.experts.{index}", self.sparse_block());
+        let words = match self.architecture {
+            Architecture::Mixtral => ["w1", "w3", "w2"],
+            Architecture::Qwen2Moe | Architecture::Qwen3Moe | Architecture::Olmoe => PROJECTIONS,
+        };
+        self.gated(&block, words, config.hidden_size, config.moe_intermediate_size)
+    }
+
+    /// gate, up and down of the expert every row passes, in that order.
+    pub(crate) fn shared_expert(&self, hidden: usize, width: usize) -> [TensorSpec; 3] {
+        self.gated("mlp.shared_expert", PROJECTIONS, hidden, width)
+    }
+
+    /// gate, up and down of a layer without experts, in that order.
+    pub(crate) fn dense(&self, hidden: usize, width: usize) -> [TensorSpec; 3] {
+        self.gated("mlp", PROJECTIONS, hidden, width)
+    }
+
+    fn gated(&self, block: &str, words: [&str; 3], hidden: usize, width: usize) -> [TensorSpec; 3] {
+        let [gate, up, down] = words.map(|word| self.of(&format!("{block}.{word}.weight")));
+        [
+            TensorSpec::new(gate, &[width, hidden]),
+            TensorSpec::new(up, &[width, hidden]),
+            TensorSpec::new(down, &[hidden, width]),
+        ]
     }
 }
 
 pub(crate) const EMBED: &str = "model.embed_tokens.weight";
 pub(crate) const NORM: &str = "model.norm.weight";
 pub(crate) const HEAD: &str = "lm_head.weight";
+/// Of a layer: what the shared expert's output is scaled by.
+pub(crate) const SHARED_GATE: &str = "mlp.shared_expert_gate.weight";
 
 /// The embedding table, `[vocab_size, hidden_size]`.
 pub fn embeddings(config: &ModelConfig) -> Vec<TensorSpec> {
@@ -69,31 +122,63 @@ pub fn head(config: &ModelConfig) -> Vec<TensorSpec> {
 
 /// Everything of layer `layer` but its routed experts.
 pub fn layer(config: &ModelConfig, layer: usize) -> Vec<TensorSpec> {
-    let names = LayerNames::new(layer);
+    let names = LayerNames::new(config, layer);
     let d = config.hidden_size;
     let mut specs = vec![
         TensorSpec::new(names.of("input_layernorm.weight"), &[d]),
         TensorSpec::new(names.of("post_attention_layernorm.weight"), &[d]),
-        TensorSpec::new(names.of("self_attn.o_proj.weight"), &[d, config.q_width()]),
-        TensorSpec::new(names.of("mlp.gate.weight"), &[config.num_experts, d]),
     ];
-    let projections = [("q_proj", config.q_width()), ("k_proj", config.kv_width()), ("v_proj", config.kv_width())];
-    for (projection, width) in projections {
-        specs.push(TensorSpec::new(names.of(&format!("self_attn.{projection}.weight")), &[width, d]));
-        if config.qkv_bias {
-            specs.push(TensorSpec::new(names.of(&format!("self_attn.{projection}.bias")), &[width]));
+    specs.extend(attention(config, &names));
+    match dense_width(config, layer) {
+        Some(width) => specs.extend(names.dense(d, width)),
+        None => {
+            specs.push(TensorSpec::new(names.router(), &[config.num_experts, d]));
+            if let Some(width) = config.shared_expert_intermediate_size {
+                specs.extend(names.shared_expert(d, width));
+                specs.push(TensorSpec::new(names.of(SHARED_GATE), &[1, d]));
+            }
         }
-    }
-    if let Some(width) = config.shared_expert_intermediate_size {
-        specs.extend(gated(&names.of("mlp.shared_expert"), d, width));
-        specs.push(TensorSpec::new(names.of("mlp.shared_expert_gate.weight"), &[1, d]));
     }
     specs
 }
 
-/// The three matrices of one routed expert.
+/// Projections, their biases and norms.
+fn attention(config: &ModelConfig, names: &LayerNames) -> Vec<TensorSpec> {
+    let (d, q, kv) = (config.hidden_size, config.q_width(), config.kv_width());
+    let mut specs = vec![TensorSpec::new(names.attention("o_proj", "weight"), &[d, q])];
+    if config.o_bias {
+        specs.push(TensorSpec::new(names.attention("o_proj", "bias"), &[d]));
+    }
+    for (projection, width) in [("q_proj", q), ("k_proj", kv), ("v_proj", kv)] {
+        specs.push(TensorSpec::new(names.attention(projection, "weight"), &[width, d]));
+        if config.qkv_bias {
+            specs.push(TensorSpec::new(names.attention(projection, "bias"), &[width]));
+        }
+    }
+    for (norm, width) in [("q_norm", q), ("k_norm", kv)] {
+        if let Some(width) = norm_width(config, width) {
+            specs.push(TensorSpec::new(names.attention(norm, "weight"), &[width]));
+        }
+    }
+    specs
+}
+
+/// The width that queries or keys, `projection` wide in all, are normed over.
+pub(crate) fn norm_width(config: &ModelConfig, projection: usize) -> Option<usize> {
+    config.qk_norm.map(|norm| match norm {
+        QkNorm::Head => config.head_dim,
+        QkNorm::Projection => projection,
+    })
+}
+
+/// The width of the feed-forward block of a layer without experts; `None` for a layer that has them.
+pub(crate) fn dense_width(config: &ModelConfig, layer: usize) -> Option<usize> {
+    config.intermediate_size.filter(|_| !config.is_sparse(layer))
+}
+
+/// The three matrices of one routed expert: gate, up and down, in that order.
 pub fn expert(config: &ModelConfig, id: ExpertId) -> Vec<TensorSpec> {
-    gated(&expert_prefix(id), config.hidden_size, config.moe_intermediate_size).into()
+    LayerNames::new(config, usize::from(id.layer)).expert(config, id.index).into()
 }
 
 /// Every tensor that is not a routed expert's.
@@ -104,19 +189,12 @@ pub fn trunk(config: &ModelConfig) -> Vec<TensorSpec> {
 
 /// All routed experts in ascending order.
 pub fn experts(config: &ModelConfig) -> impl Iterator<Item = ExpertId> + use<> {
-    let (layers, per_layer) = (config.num_hidden_layers as u16, config.num_experts as u16);
-    (0..layers).flat_map(move |layer| (0..per_layer).map(move |index| ExpertId { layer, index }))
+    let per_layer = config.num_experts as u16;
+    let layers: Vec<u16> = config.sparse_layers().map(|layer| layer as u16).collect();
+    layers.into_iter().flat_map(move |layer| (0..per_layer).map(move |index| ExpertId { layer, index }))
 }
 
-pub(crate) fn expert_prefix(id: ExpertId) -> String {
-    LayerNames::new(usize::from(id.layer)).of(&format!("mlp.experts.{}", id.index))
-}
-
-/// gate, up and down of a gated feed-forward block, in that order.
-pub(crate) fn gated(prefix: &str, hidden: usize, width: usize) -> [TensorSpec; 3] {
-    [
-        TensorSpec::new(format!("{prefix}.gate_proj.weight"), &[width, hidden]),
-        TensorSpec::new(format!("{prefix}.up_proj.weight"), &[width, hidden]),
-        TensorSpec::new(format!("{prefix}.down_proj.weight"), &[hidden, width]),
-    ]
+/// Whether the model has this routed expert.
+pub fn has_expert(config: &ModelConfig, id: ExpertId) -> bool {
+    config.is_sparse(usize::from(id.layer)) && usize::from(id.index) < config.num_experts
 }

@@ -1,7 +1,7 @@
 //! How often each expert is chosen on a text: what placement knows before there is traffic.
 //!
 //! Owns the built-in calibration text and [`Popularity`]. The invariant: counts of a layer add up to tokens times
-//! `num_experts_per_tok`. It says what was counted on which text, and draws no conclusion from it.
+//! `num_experts_per_tok`, or there are none because the layer has no experts. It says what was counted on which text, and draws no conclusion from it.
 
 use serde::{Deserialize, Serialize};
 
@@ -25,7 +25,7 @@ pub struct Popularity {
     /// What the text is called.
     pub text: String,
     pub tokens: u64,
-    /// `[num_hidden_layers][num_experts]`
+    /// `[num_hidden_layers][num_experts]`; empty for a layer without experts.
     pub counts: Vec<Vec<u64>>,
 }
 
@@ -34,7 +34,8 @@ pub struct Popularity {
 /// Needs room for one session of at most 512 tokens.
 pub async fn route_popularity(engine: &Engine, text: &str, tokens: &[u32]) -> Result<Popularity, EngineError> {
     let config = engine.config();
-    let mut counts = vec![vec![0; config.num_experts]; config.num_hidden_layers];
+    let experts = |layer| if config.is_sparse(layer) { config.num_experts } else { 0 };
+    let mut counts: Vec<Vec<u64>> = (0..config.num_hidden_layers).map(|layer| vec![0; experts(layer)]).collect();
     let window = WINDOW_TOKENS.min(config.max_position_embeddings);
     let mut session = engine.open_session(window.min(tokens.len())).await?;
     for tokens in tokens.chunks(window) {

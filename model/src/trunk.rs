@@ -14,10 +14,17 @@ use crate::{
     tensors::{LoadError, Tensors},
 };
 
-/// A matrix with its optional bias.
+/// A matrix with its optional bias, and the norm of its output.
 pub(crate) struct Projection<K: Kernels> {
     pub(crate) matrix: K::Matrix,
     pub(crate) bias: Option<K::Vector>,
+    pub(crate) norm: Option<Norm<K>>,
+}
+
+/// A norm of each `width` values of a row by themselves.
+pub(crate) struct Norm<K: Kernels> {
+    pub(crate) weight: K::Vector,
+    pub(crate) width: usize,
 }
 
 /// The expert every row passes, and the gate `[1, d]` its output is scaled by.
@@ -26,15 +33,22 @@ pub(crate) struct SharedExpert<K: Kernels> {
     pub(crate) gate: K::Matrix,
 }
 
+/// What follows attention.
+pub(crate) enum FeedForward<K: Kernels> {
+    /// One block for every row.
+    Dense(Gated<K::Matrix>),
+    /// Routed experts, which are elsewhere, and perhaps a shared one.
+    Sparse { router: K::Matrix, shared: Option<SharedExpert<K>> },
+}
+
 pub(crate) struct Layer<K: Kernels> {
     pub(crate) input_norm: K::Vector,
     pub(crate) post_attention_norm: K::Vector,
     pub(crate) q: Projection<K>,
     pub(crate) k: Projection<K>,
     pub(crate) v: Projection<K>,
-    pub(crate) o: K::Matrix,
-    pub(crate) router: K::Matrix,
-    pub(crate) shared: Option<SharedExpert<K>>,
+    pub(crate) o: Projection<K>,
+    pub(crate) feed_forward: FeedForward<K>,
 }
 
 /// All weights but the routed experts'.
@@ -86,7 +100,7 @@ pub fn load_expert<K: Kernels>(
 ) -> Result<Gated<K::Matrix>, LoadError> {
     refuse_unused(tensors, &layout::expert(config, id))?;
     let source = Source { kernels, tensors };
-    source.gated(&layout::expert_prefix(id), config.hidden_size, config.moe_intermediate_size)
+    source.gated(LayerNames::new(config, usize::from(id.layer)).expert(config, id.index))
 }
 
 fn refuse_unused(tensors: &Tensors, specs: &[TensorSpec]) -> Result<(), LoadError> {
@@ -117,39 +131,52 @@ impl<K: Kernels> Source<'_, K> {
         Ok(self.kernels.vector(values))
     }
 
-    fn gated(&self, prefix: &str, hidden: usize, width: usize) -> Result<Gated<K::Matrix>, LoadError> {
-        let [gate, up, down] = layout::gated(prefix, hidden, width);
+    fn gated(&self, [gate, up, down]: [TensorSpec; 3]) -> Result<Gated<K::Matrix>, LoadError> {
         let load = |spec: TensorSpec| self.matrix(&spec.name, &spec.shape);
         Ok(Gated { gate: load(gate)?, up: load(up)?, down: load(down)? })
     }
 
     fn layer(&self, config: &ModelConfig, layer: usize) -> Result<Layer<K>, LoadError> {
-        let names = LayerNames::new(layer);
-        let d = config.hidden_size;
-        let projection = |name: &str, width: usize| {
-            let matrix = self.matrix(&names.of(&format!("self_attn.{name}.weight")), &[width, d])?;
-            let bias = match config.qkv_bias {
-                true => Some(self.vector(&names.of(&format!("self_attn.{name}.bias")), width)?),
-                false => None,
-            };
-            Ok(Projection { matrix, bias })
+        let names = LayerNames::new(config, layer);
+        let (d, q, kv) = (config.hidden_size, config.q_width(), config.kv_width());
+        let projection = |name: &str, shape: [usize; 2], biased: bool| {
+            let matrix = self.matrix(&names.attention(name, "weight"), &shape)?;
+            let bias = biased.then(|| self.vector(&names.attention(name, "bias"), shape[0])).transpose()?;
+            Ok::<_, LoadError>(Projection { matrix, bias, norm: None })
         };
-        let shared = match config.shared_expert_intermediate_size {
-            Some(width) => Some(SharedExpert {
-                expert: self.gated(&names.of("mlp.shared_expert"), d, width)?,
-                gate: self.matrix(&names.of("mlp.shared_expert_gate.weight"), &[1, d])?,
-            }),
-            None => None,
+        let norm = |name: &str, projection: usize| {
+            let width = layout::norm_width(config, projection);
+            let load = |width| Ok(Norm { weight: self.vector(&names.attention(name, "weight"), width)?, width });
+            width.map(load).transpose()
         };
         Ok(Layer {
             input_norm: self.vector(&names.of("input_layernorm.weight"), d)?,
             post_attention_norm: self.vector(&names.of("post_attention_layernorm.weight"), d)?,
-            q: projection("q_proj", config.q_width())?,
-            k: projection("k_proj", config.kv_width())?,
-            v: projection("v_proj", config.kv_width())?,
-            o: self.matrix(&names.of("self_attn.o_proj.weight"), &[d, config.q_width()])?,
-            router: self.matrix(&names.of("mlp.gate.weight"), &[config.num_experts, d])?,
-            shared,
+            q: Projection { norm: norm("q_norm", q)?, ..projection("q_proj", [q, d], config.qkv_bias)? },
+            k: Projection { norm: norm("k_norm", kv)?, ..projection("k_proj", [kv, d], config.qkv_bias)? },
+            v: projection("v_proj", [kv, d], config.qkv_bias)?,
+            o: projection("o_proj", [d, q], config.o_bias)?,
+            feed_forward: self.feed_forward(config, layer, &names)?,
         })
+    }
+
+    fn feed_forward(
+        &self,
+        config: &ModelConfig,
+        layer: usize,
+        names: &LayerNames,
+    ) -> Result<FeedForward<K>, LoadError> {
+        let d = config.hidden_size;
+        if let Some(width) = layout::dense_width(config, layer) {
+            return Ok(FeedForward::Dense(self.gated(names.dense(d, width))?));
+        }
+        let shared = match config.shared_expert_intermediate_size {
+            Some(width) => Some(SharedExpert {
+                expert: self.gated(names.shared_expert(d, width))?,
+                gate: self.matrix(&names.of(layout::SHARED_GATE), &[1, d])?,
+            }),
+            None => None,
+        };
+        Ok(FeedForward::Sparse { router: self.matrix(&names.router(), &[config.num_experts, d])?, shared })
     }
 }

@@ -51,7 +51,7 @@ impl Budget {
             kv_tokens,
             expert_bytes: experts.iter().map(blob_bytes).max().unwrap_or(0),
             experts: experts.len(),
-            pairs_per_token: (config.num_hidden_layers * config.num_experts_per_tok) as u64,
+            pairs_per_token: (config.sparse_layers().count() * config.num_experts_per_tok) as u64,
         })
     }
 

@@ -9,10 +9,10 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 use coel_model::checkpoint::Checkpoint;
-use coel_model::layout::ExpertId;
+use coel_model::layout::{self, ExpertId};
 use coel_model::parts::{Part, PartKind, TensorRange, parts};
 use serde_json::{Map, json};
 
@@ -55,10 +55,8 @@ pub fn copy(from: &Path, to: &Path, fault: Option<Fault>) -> Result<()> {
 /// The expert that faults strike: the last one, as good as any.
 pub fn victim(dir: &Path) -> Result<ExpertId> {
     let checkpoint = Checkpoint::open(dir).with_context(|| format!("the model in {}", dir.display()))?;
-    let config = checkpoint.config();
-    let (layers, experts) = (config.num_hidden_layers as u16, config.num_experts as u16);
-    ensure!(layers > 0 && experts > 0, "the model in {} has no experts", dir.display());
-    Ok(ExpertId { layer: layers - 1, index: experts - 1 })
+    let last = layout::experts(checkpoint.config()).last();
+    last.with_context(|| format!("the model in {} has no experts", dir.display()))
 }
 
 /// Does the damage to the copy in `dir`.

@@ -28,7 +28,7 @@ pub struct ReferenceReport {
     /// Continued positions with the reference's token; the input's positions do not count.
     pub greedy_equal: usize,
     pub greedy_total: usize,
-    /// (row, layer, position) with the same set of experts; 0 of 0 without `routes`.
+    /// (row, layer with experts, position) with the same set of experts; 0 of 0 without `routes`.
     pub routes_equal: usize,
     pub routes_total: usize,
     pub passed: bool,
@@ -46,18 +46,19 @@ struct Reference {
     logits: Vec<f32>,
     /// `[rows, input + follow]`
     greedy: Vec<u32>,
-    /// `[rows, layers, input, k]`
+    /// `[rows, layers with experts, input, k]`
     routes: Option<Vec<i64>>,
 }
 
 /// Compares with a reference file: `input_ids` [n, t], `logits` [n, t, vocab], `greedy` [n, t + g] and, optionally,
-/// `routes` [n, layers, t, k], sorted. End-of-text is ignored and no special tokens are added.
+/// `routes` [n, layers with experts, t, k], sorted. End-of-text is ignored and no special tokens are added.
 pub fn eval_reference(model: &LocalModel, file: &Path) -> Result<ReferenceReport, EvalError> {
     let reference = Reference::read(model, file)?;
     let config = model.engine.config().clone();
     let vocab = config.vocab_size;
     let mut errors = LogitErrors::default();
     let (mut greedy_equal, mut routes_equal) = (0, 0);
+    let sparse: Vec<usize> = config.sparse_layers().collect();
     let mut session = block_on(model.engine.open_session(reference.input + reference.follow))?;
     for row in 0..reference.rows {
         block_on(session.truncate(0))?;
@@ -66,6 +67,7 @@ pub fn eval_reference(model: &LocalModel, file: &Path) -> Result<ReferenceReport
         for (index, chunk) in tokens.chunks(ROWS_AT_ONCE).enumerate() {
             let first = index * ROWS_AT_ONCE;
             let logits = watch(&mut session, chunk, |layer, position, experts| {
+                let layer = sparse.partition_point(|sparse| *sparse < layer);
                 routes_equal += usize::from(reference.same_route(row, layer, first + position, experts));
             })?;
             let expected = &reference.logits[(row * reference.input + first) * vocab..][..logits.len()];
@@ -76,8 +78,7 @@ pub fn eval_reference(model: &LocalModel, file: &Path) -> Result<ReferenceReport
         greedy_equal += continue_greedily(&mut session, last, &expected[..reference.follow])?;
     }
     let greedy_total = reference.rows * reference.follow;
-    let routes_total =
-        reference.routes.as_ref().map_or(0, |_| reference.rows * config.num_hidden_layers * reference.input);
+    let routes_total = reference.routes.as_ref().map_or(0, |_| reference.rows * sparse.len() * reference.input);
     let max_rel_logit_error = errors.relative();
     let close = max_rel_logit_error <= LOGIT_ERROR_MAX;
     Ok(ReferenceReport {
@@ -177,7 +178,7 @@ impl Reference {
             None => None,
             Some(_) => {
                 let (shape, routes) = tensors.integers("routes")?;
-                let expected = [rows, config.num_hidden_layers, input, config.num_experts_per_tok];
+                let expected = [rows, config.sparse_layers().count(), input, config.num_experts_per_tok];
                 if shape != expected {
                     return Err(wrong("routes", &shape, format!("{expected:?}")));
                 }
@@ -199,7 +200,8 @@ impl Reference {
         Ok(Self { rows, input, follow, input_ids, logits, greedy, routes })
     }
 
-    /// Whether `experts` (ascending) is what the reference chose there; false without `routes`.
+    /// Whether `experts` (ascending) is what the reference chose in the `layer`th layer with experts; false without
+    /// `routes`.
     fn same_route(&self, row: usize, layer: usize, position: usize, experts: &[u16]) -> bool {
         let Some(routes) = &self.routes else { return false };
         let k = experts.len();

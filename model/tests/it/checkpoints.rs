@@ -99,10 +99,10 @@ fn broken_files_are_named() {
     fs::write(&weights, &whole).unwrap();
     fs::write(dir.path().join("config.json"), "{").unwrap();
     check_names(Checkpoint::open(dir.path()).unwrap_err(), &["config.json", "not valid"]);
-    let mixtral = synth::config(json!({"architectures": ["MixtralForCausalLM"]}));
-    fs::write(dir.path().join("config.json"), mixtral.to_string()).unwrap();
+    let stranger = synth::config(json!({"architectures": ["LlamaForCausalLM"]}));
+    fs::write(dir.path().join("config.json"), stranger.to_string()).unwrap();
     let error = Checkpoint::open(dir.path()).unwrap_err();
-    check_names(error, &["config.json", "MixtralForCausalLM", "Qwen2MoeForCausalLM"]);
+    check_names(error, &["config.json", "LlamaForCausalLM", "Qwen2MoeForCausalLM"]);
 }
 
 #[test]

@@ -105,6 +105,31 @@ fn kernel_classes_agree_on_every_shape_of_model() {
     check_classes_agree(json!({"torch_dtype": "float32", "norm_topk_prob": false}), DType::F32);
     check_classes_agree(json!({"qkv_bias": false, "tie_word_embeddings": true}), DType::BF16);
     check_classes_agree(json!({"num_key_value_heads": 6, "num_experts_per_tok": 5}), DType::BF16);
+    let first_dense = json!({"mlp_only_layers": [0], "intermediate_size": 61});
+    check_classes_agree(first_dense, DType::BF16);
+    let last_dense = json!({"num_hidden_layers": 3, "decoder_sparse_step": 2, "intermediate_size": 61});
+    check_classes_agree(last_dense, DType::BF16);
+    let qwen3 = json!({"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": true});
+    check_classes_agree(qwen3, DType::BF16);
+    let mixtral = json!({"architectures": ["MixtralForCausalLM"], "intermediate_size": 61});
+    check_classes_agree(mixtral, DType::BF16);
+    let olmoe = json!({"architectures": ["OlmoeForCausalLM"], "intermediate_size": 61, "clip_qkv": 0.8});
+    check_classes_agree(olmoe, DType::BF16);
+}
+
+#[test]
+fn dense_layers_ask_for_nothing() {
+    let changes = json!({"num_hidden_layers": 5, "decoder_sparse_step": 2, "intermediate_size": 61});
+    let (_dir, checkpoint) = synthetic(changes, DType::BF16);
+    let mut whole = Whole::new(Packed::default(), &checkpoint);
+    let mut decoder = whole.decoder(300);
+    let mut layers = Vec::new();
+    let tokens = tokens(300, 83);
+    let all = whole.advance(&mut decoder, &tokens, Want::All, |call| layers.push((call.layer, call.routes.len())));
+    // Layers 0, 2 and 4 are dense: the last one too, between the chunks.
+    assert_eq!(layers, [(1, 256), (3, 256), (1, 44), (3, 44)]);
+    let pieces = logits_in_pieces(&mut whole, &tokens, &[1, 7, 64]);
+    assert_eq!(bits(&all), bits(&pieces));
 }
 
 #[test]
