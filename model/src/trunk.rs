@@ -7,10 +7,12 @@
 use std::sync::Arc;
 
 use crate::{
+    bytes::{DType, Matrix},
     config::ModelConfig,
     kernels::{Gated, Kernels},
     layout::{self, ExpertId, LayerNames, TensorSpec},
     rope::Rope,
+    slices::Weight,
     tensors::{LoadError, Tensors},
 };
 
@@ -41,7 +43,7 @@ pub(crate) struct Layer<K: Kernels> {
 pub struct Trunk<K: Kernels> {
     pub(crate) config: Arc<ModelConfig>,
     pub(crate) rope: Rope,
-    pub(crate) embed: crate::bytes::Matrix,
+    pub(crate) embed: Weight,
     pub(crate) layers: Vec<Layer<K>>,
     pub(crate) norm: K::Vector,
     pub(crate) head: K::Matrix,
@@ -55,13 +57,13 @@ impl<K: Kernels> Trunk<K> {
         refuse_unused(tensors, &specs)?;
         let source = Source { kernels, tensors };
         let d = config.hidden_size;
-        let embed = tensors.matrix(layout::EMBED, &[config.vocab_size, d])?;
+        let embed = tensors.weight(layout::EMBED, [config.vocab_size, d])?;
         let layers =
             (0..config.num_hidden_layers).map(|layer| source.layer(&config, layer)).collect::<Result<_, _>>()?;
         let norm = source.vector(layout::NORM, d)?;
         let head = match config.tie_word_embeddings {
-            true => kernels.matrix(embed.clone()),
-            false => source.matrix(layout::HEAD, &[config.vocab_size, d])?,
+            true => matrix(kernels, embed.clone()),
+            false => source.matrix(layout::HEAD, [config.vocab_size, d])?,
         };
         let rope = Rope::new(&config);
         Ok(Self { rope, embed, layers, norm, head, bytes: tensors.data_bytes(), config })
@@ -100,14 +102,32 @@ fn refuse_unused(tensors: &Tensors, specs: &[TensorSpec]) -> Result<(), LoadErro
     }
 }
 
+/// Brings a weight to the device.
+fn matrix<K: Kernels>(kernels: &K, weight: Weight) -> K::Matrix {
+    match weight {
+        Weight::Exact(matrix) => kernels.matrix(matrix),
+        // Kernels read exact matrices only: what the slices stand for, as f32.
+        Weight::Sliced(sliced) => {
+            let mut row = vec![0.0; sliced.cols()];
+            let mut bytes = Vec::with_capacity(sliced.rows() * sliced.cols() * 4);
+            for index in 0..sliced.rows() {
+                sliced.widen_row(index, &mut row);
+                bytes.extend(row.iter().flat_map(|value| value.to_le_bytes()));
+            }
+            let matrix = Matrix::new(bytes.into(), DType::F32, sliced.rows(), sliced.cols());
+            kernels.matrix(matrix.expect("all rows were written"))
+        }
+    }
+}
+
 struct Source<'a, K> {
     kernels: &'a K,
     tensors: &'a Tensors,
 }
 
 impl<K: Kernels> Source<'_, K> {
-    fn matrix(&self, name: &str, shape: &[usize]) -> Result<K::Matrix, LoadError> {
-        Ok(self.kernels.matrix(self.tensors.matrix(name, shape)?))
+    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<K::Matrix, LoadError> {
+        Ok(matrix(self.kernels, self.tensors.weight(name, shape)?))
     }
 
     fn vector(&self, name: &str, width: usize) -> Result<K::Vector, LoadError> {
@@ -119,7 +139,7 @@ impl<K: Kernels> Source<'_, K> {
 
     fn gated(&self, prefix: &str, hidden: usize, width: usize) -> Result<Gated<K::Matrix>, LoadError> {
         let [gate, up, down] = layout::gated(prefix, hidden, width);
-        let load = |spec: TensorSpec| self.matrix(&spec.name, &spec.shape);
+        let load = |spec: TensorSpec| self.matrix(&spec.name, [spec.shape[0], spec.shape[1]]);
         Ok(Gated { gate: load(gate)?, up: load(up)?, down: load(down)? })
     }
 
@@ -127,7 +147,7 @@ impl<K: Kernels> Source<'_, K> {
         let names = LayerNames::new(layer);
         let d = config.hidden_size;
         let projection = |name: &str, width: usize| {
-            let matrix = self.matrix(&names.of(&format!("self_attn.{name}.weight")), &[width, d])?;
+            let matrix = self.matrix(&names.of(&format!("self_attn.{name}.weight")), [width, d])?;
             let bias = match config.qkv_bias {
                 true => Some(self.vector(&names.of(&format!("self_attn.{name}.bias")), width)?),
                 false => None,
@@ -137,7 +157,7 @@ impl<K: Kernels> Source<'_, K> {
         let shared = match config.shared_expert_intermediate_size {
             Some(width) => Some(SharedExpert {
                 expert: self.gated(&names.of("mlp.shared_expert"), d, width)?,
-                gate: self.matrix(&names.of("mlp.shared_expert_gate.weight"), &[1, d])?,
+                gate: self.matrix(&names.of("mlp.shared_expert_gate.weight"), [1, d])?,
             }),
             None => None,
         };
@@ -147,8 +167,8 @@ impl<K: Kernels> Source<'_, K> {
             q: projection("q_proj", config.q_width())?,
             k: projection("k_proj", config.kv_width())?,
             v: projection("v_proj", config.kv_width())?,
-            o: self.matrix(&names.of("self_attn.o_proj.weight"), &[d, config.q_width()])?,
-            router: self.matrix(&names.of("mlp.gate.weight"), &[config.num_experts, d])?,
+            o: self.matrix(&names.of("self_attn.o_proj.weight"), [d, config.q_width()])?,
+            router: self.matrix(&names.of("mlp.gate.weight"), [config.num_experts, d])?,
             shared,
         })
     }
