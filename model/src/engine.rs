@@ -7,7 +7,7 @@
 //! An engine knows only its own experts.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64, atomic::Ordering},
     task::{Context, Poll, Wake, Waker},
@@ -17,7 +17,6 @@ use std::{
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    bytes::WeightBytes,
     checkpoint::Checkpoint,
     config::ModelConfig,
     decoder::{CHUNK_ROWS, DecodeError, Step, Want},
@@ -25,6 +24,7 @@ use crate::{
     experts::{Assembly, AssemblyError, ExpertCall},
     footprint::Footprint,
     layout::{self, ExpertId},
+    slices::{Precision, blob::PartBlobs},
     tensors::{LoadError, Tensors},
     worker::{self, Job},
 };
@@ -99,7 +99,8 @@ pub enum EngineError {
 #[derive(Debug, Default)]
 struct Accounts {
     trunk_bytes: u64,
-    experts: BTreeMap<ExpertId, u64>,
+    /// At which precision each expert is held, and its bytes.
+    experts: BTreeMap<ExpertId, (Precision, u64)>,
     kv_tokens_used: usize,
 }
 
@@ -127,8 +128,8 @@ impl Shared {
         lock(&self.accounts).trunk_bytes = bytes;
     }
 
-    pub(crate) fn expert_loaded(&self, id: ExpertId, bytes: u64) {
-        lock(&self.accounts).experts.insert(id, bytes);
+    pub(crate) fn expert_loaded(&self, id: ExpertId, precision: Precision, bytes: u64) {
+        lock(&self.accounts).experts.insert(id, (precision, bytes));
     }
 
     pub(crate) fn expert_dropped(&self, id: ExpertId) {
@@ -191,9 +192,9 @@ impl Engine {
         self.jobs.is_closed()
     }
 
-    /// The experts held.
-    pub fn held(&self) -> BTreeSet<ExpertId> {
-        lock(&self.shared.accounts).experts.keys().copied().collect()
+    /// The experts held, and at which precision.
+    pub fn held(&self) -> BTreeMap<ExpertId, Precision> {
+        lock(&self.shared.accounts).experts.iter().map(|(id, (precision, _))| (*id, *precision)).collect()
     }
 
     /// Bytes accounted for now.
@@ -202,7 +203,7 @@ impl Engine {
         let options = &self.shared.options;
         Ledger {
             trunk_bytes: accounts.trunk_bytes,
-            expert_bytes: accounts.experts.values().sum(),
+            expert_bytes: accounts.experts.values().map(|(_, bytes)| bytes).sum(),
             kv_bytes_reserved: self.footprint.kv_bytes_per_token * options.kv_tokens as u64,
             buffer_bytes: self.footprint.buffer_bytes(options.rows_max.max(CHUNK_ROWS)),
         }
@@ -213,10 +214,10 @@ impl Engine {
         self.shared.options.kv_tokens - lock(&self.shared.accounts).kv_tokens_used
     }
 
-    /// Loads the trunk from its blobs, each a safetensors file. Bytes are used in place on the CPU.
-    pub async fn load_trunk(&self, blobs: Vec<WeightBytes>) -> Result<(), EngineError> {
-        let parts = blobs.into_iter().enumerate();
-        let parts = parts.map(|(index, blob)| Tensors::parse(blob, &format!("trunk part {index}")));
+    /// Loads the trunk from the blobs of its parts: exact, base, or base and refine. Bytes are used in place on the CPU.
+    pub async fn load_trunk(&self, parts: Vec<impl Into<PartBlobs>>) -> Result<(), EngineError> {
+        let parts = parts.into_iter().enumerate();
+        let parts = parts.map(|(index, blobs)| Tensors::parse_part(blobs.into(), &format!("trunk part {index}")));
         self.load_trunk_tensors(Tensors::merge(parts.collect::<Result<Vec<_>, _>>()?)?).await
     }
 
@@ -225,9 +226,9 @@ impl Engine {
         self.ask(|reply| Job::LoadTrunk { tensors, reply }).await
     }
 
-    /// Loads expert `id` from its blob; one already held is replaced.
-    pub async fn load_expert(&self, id: ExpertId, blob: WeightBytes) -> Result<(), EngineError> {
-        let tensors = Tensors::parse(blob, &id.to_string())?;
+    /// Loads expert `id` from its exact blob, its base blob, or base and refine; one already held is replaced.
+    pub async fn load_expert(&self, id: ExpertId, blobs: impl Into<PartBlobs>) -> Result<(), EngineError> {
+        let tensors = Tensors::parse_part(blobs.into(), &id.to_string())?;
         self.load_expert_tensors(id, tensors).await
     }
 

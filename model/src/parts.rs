@@ -50,25 +50,7 @@ pub struct Part {
 impl Part {
     /// A safetensors header: the blob is this, then each tensor's bytes in order.
     pub fn header(&self) -> Vec<u8> {
-        // Written by hand: the bytes are hashed, so their order must not hang on a feature of a JSON library.
-        let mut json = b"{".to_vec();
-        let mut start = 0u64;
-        for (index, tensor) in self.tensors.iter().enumerate() {
-            let comma = if index == 0 { "" } else { "," };
-            let shape = tensor.shape.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
-            let (name, end) = (Value::from(tensor.name.as_str()), start + tensor.bytes);
-            let entry = format!(
-                "{comma}{name}:{{\"dtype\":\"{}\",\"shape\":[{shape}],\"data_offsets\":[{start},{end}]}}",
-                tensor.dtype.name(),
-            );
-            json.extend_from_slice(entry.as_bytes());
-            start = end;
-        }
-        json.push(b'}');
-        json.resize((8 + json.len()).next_multiple_of(ALIGNMENT) - 8, b' ');
-        let mut header = (json.len() as u64).to_le_bytes().to_vec();
-        header.append(&mut json);
-        header
+        frame(None, &self.tensors.iter().map(Entry::of).collect::<Vec<_>>())
     }
 
     /// Bytes of the tensors, without the header.
@@ -83,6 +65,41 @@ impl Part {
             PartKind::Trunk { .. } => None,
         }
     }
+}
+
+/// A tensor as a header describes it.
+pub(crate) struct Entry<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) dtype: &'static str,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: u64,
+}
+
+impl<'a> Entry<'a> {
+    /// The tensor as the checkpoint has it.
+    pub(crate) fn of(tensor: &'a TensorRange) -> Self {
+        let (name, dtype, shape) = (tensor.name.as_str(), tensor.dtype.name(), tensor.shape.clone());
+        Self { name, dtype, shape, bytes: tensor.bytes }
+    }
+}
+
+/// The header of a safetensors file with these tensors one after the other, padded to [`ALIGNMENT`]. `metadata` is a
+/// JSON object.
+// Written by hand: the bytes are hashed, so their order must not hang on a feature of a JSON library.
+pub(crate) fn frame(metadata: Option<&str>, entries: &[Entry<'_>]) -> Vec<u8> {
+    let mut fields: Vec<String> = metadata.map(|metadata| format!("\"__metadata__\":{metadata}")).into_iter().collect();
+    let mut start = 0;
+    for entry in entries {
+        let shape = entry.shape.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+        let (name, dtype, end) = (Value::from(entry.name), entry.dtype, start + entry.bytes);
+        fields.push(format!("{name}:{{\"dtype\":\"{dtype}\",\"shape\":[{shape}],\"data_offsets\":[{start},{end}]}}"));
+        start = end;
+    }
+    let mut json = format!("{{{}}}", fields.join(",")).into_bytes();
+    json.resize((8 + json.len()).next_multiple_of(ALIGNMENT) - 8, b' ');
+    let mut header = (json.len() as u64).to_le_bytes().to_vec();
+    header.append(&mut json);
+    header
 }
 
 /// Cuts a checkpoint into parts: embeddings, one per layer, the head, then every expert in ascending order.

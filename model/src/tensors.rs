@@ -4,19 +4,26 @@
 //! bytes and has exactly the length its shape and type say. One reader serves every source. It does not know which
 //! tensors a model needs; `layout` does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
-use crate::bytes::{DType, Matrix, WeightBytes};
+use crate::{
+    bytes::{DType, Matrix, WeightBytes},
+    slices::{
+        Precision, Sliced, Weight,
+        blob::{FORMAT, FORMAT_KEY, PartBlobs, SLICE_KEY, Slice},
+    },
+};
 
 /// Longest header accepted: far above any checkpoint's, and checked before it is parsed.
 pub const HEADER_BYTES_MAX: usize = 64 << 20;
 
-/// Element types of a tensor: weights, or the integers a reference file holds.
+/// Element types of a tensor: weights, cells of slices, or the integers a reference file holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ElementType {
     Weight(DType),
+    Cells(Slice),
     I64,
 }
 
@@ -24,6 +31,7 @@ impl ElementType {
     const fn size(self) -> usize {
         match self {
             ElementType::Weight(dtype) => dtype.size(),
+            ElementType::Cells(_) => 1,
             ElementType::I64 => 8,
         }
     }
@@ -54,6 +62,12 @@ pub enum LoadError {
     Type { file: String, tensor: String, found: String, accepted: &'static str },
     #[error("{file}: the shard index is malformed: {why}")]
     Index { file: String, why: String },
+    #[error("{file}: its slices have format {found:?}; this coel reads format {FORMAT}: use the version that wrote it")]
+    Format { file: String, found: String },
+    #[error("{file}: the refine slice does not go with {base}: {why}; fetch both of the same model")]
+    Refine { file: String, base: String, why: String },
+    #[error("{file}: {source}")]
+    Slice { file: String, source: crate::slices::blob::SliceError },
 }
 
 /// One tensor: type, shape, and the bytes in place.
@@ -62,10 +76,19 @@ pub struct TensorView {
     pub element: ElementType,
     pub shape: Vec<usize>,
     pub bytes: WeightBytes,
+    /// For the cells of a base slice, those of the refine slice if they are there too.
+    pub refine: Option<WeightBytes>,
     /// Offset of `bytes` in the file or blob it came from.
     pub offset: u64,
     /// Index into [`Tensors::sources`].
     pub source: usize,
+}
+
+impl TensorView {
+    /// Bytes it takes, the refine slice included.
+    pub fn data_bytes(&self) -> u64 {
+        (self.bytes.len() + self.refine.as_ref().map_or(0, WeightBytes::len)) as u64
+    }
 }
 
 /// Tensors by name, from one or several sources.
@@ -100,6 +123,7 @@ impl Tensors {
             }
             Err(error) => return Err(header(error.to_string())),
         };
+        let slice = slice_of(metadata.metadata().as_ref().unwrap_or(&HashMap::new()), source)?;
         let mut entries = BTreeMap::new();
         for (name, info) in metadata.tensors() {
             let element = match info.dtype {
@@ -107,6 +131,10 @@ impl Tensors {
                 Dtype::F16 => ElementType::Weight(DType::F16),
                 Dtype::F32 => ElementType::Weight(DType::F32),
                 Dtype::I64 => ElementType::I64,
+                // Bytes of which nobody says that they are cells are not weights.
+                Dtype::U8 if slice.is_some_and(|slice| is_cells(&info.shape, slice)) => {
+                    ElementType::Cells(slice.expect("seen just now"))
+                }
                 other => {
                     let (found, accepted) = (format!("{other:?}"), "BF16, F16 and F32");
                     return Err(LoadError::Type { file: file(), tensor: name, found, accepted });
@@ -118,11 +146,42 @@ impl Tensors {
                 elements.and_then(|elements| elements.checked_mul(element.size())) == Some(view.len())
             });
             let view = view.ok_or_else(|| header(format!("tensor {name} lies outside the file")))?;
-            let entry =
-                TensorView { element, shape: info.shape.clone(), bytes: view, offset: range.start as u64, source: 0 };
-            entries.insert(name, entry);
+            let (shape, offset) = (info.shape.clone(), range.start as u64);
+            entries.insert(name, TensorView { element, shape, bytes: view, refine: None, offset, source: 0 });
         }
         Ok(Self { sources: vec![file()], entries })
+    }
+
+    /// Reads what a store has of a part, which messages call `source`.
+    pub fn parse_part(blobs: PartBlobs, source: &str) -> Result<Self, LoadError> {
+        let main = Self::parse(blobs.main, source)?;
+        match blobs.refine {
+            Some(refine) => main.with_refine(Self::parse(refine, &format!("{source}, refine slice"))?),
+            None => Ok(main),
+        }
+    }
+
+    /// Joins the cells of a base slice, `self`, with those of its refine slice. Shapes must agree, and every tensor of
+    /// cells must be in both.
+    pub fn with_refine(mut self, refine: Tensors) -> Result<Self, LoadError> {
+        let (base, file) = (self.sources.join(", "), refine.sources.join(", "));
+        let mismatch = |why: String| LoadError::Refine { file: file.clone(), base: base.clone(), why };
+        for (name, fine) in refine.entries {
+            let Some(coarse) = self.entries.get_mut(&name) else {
+                return Err(mismatch(format!("only the refine slice has tensor {name}")));
+            };
+            let pair = (coarse.element, fine.element);
+            let cells = pair == (ElementType::Cells(Slice::Base), ElementType::Cells(Slice::Refine));
+            if !cells || coarse.refine.is_some() || coarse.shape[..2] != fine.shape[..2] {
+                return Err(mismatch(format!("tensor {name} has {:?} and {:?}", coarse.shape, fine.shape)));
+            }
+            coarse.refine = Some(fine.bytes);
+        }
+        let bare = |view: &TensorView| view.element == ElementType::Cells(Slice::Base) && view.refine.is_none();
+        match self.entries.iter().find(|(_, view)| bare(view)) {
+            Some((name, _)) => Err(mismatch(format!("it lacks tensor {name}"))),
+            None => Ok(self),
+        }
     }
 
     /// Joins tensors of several sources; a name in two of them is an error.
@@ -167,7 +226,17 @@ impl Tensors {
 
     /// Bytes of all tensors together.
     pub fn data_bytes(&self) -> u64 {
-        self.entries.values().map(|view| view.bytes.len() as u64).sum()
+        self.entries.values().map(TensorView::data_bytes).sum()
+    }
+
+    /// How exactly the least exact of these tensors is held.
+    pub fn precision(&self) -> Precision {
+        let each = self.entries.values().map(|view| match (view.element, &view.refine) {
+            (ElementType::Cells(_), None) => Precision::Q4,
+            (ElementType::Cells(_), Some(_)) => Precision::Q8,
+            _ => Precision::Exact,
+        });
+        each.min().unwrap_or(Precision::Exact)
     }
 
     /// Keeps only the tensors named.
@@ -190,13 +259,32 @@ impl Tensors {
         Ok(matrix.expect("parse() checked that bytes and shape agree"))
     }
 
+    /// The matrix `name`, `[rows, cols]`, in whichever form it is here.
+    pub(crate) fn weight(&self, name: &str, shape: [usize; 2]) -> Result<Weight, LoadError> {
+        let view = self.entries.get(name).ok_or_else(|| self.missing(name))?;
+        let ElementType::Cells(slice) = view.element else {
+            return Ok(self.matrix(name, &shape)?.into());
+        };
+        let [rows, cols] = shape;
+        let (file, tensor) = (self.sources[view.source].clone(), name.to_owned());
+        if slice == Slice::Refine {
+            return Err(LoadError::Refine { file, base: "anything".into(), why: "its base slice is not here".into() });
+        }
+        let sliced = match view.shape == slice.shape(rows, cols) {
+            true => Sliced::new(rows, cols, view.bytes.clone(), view.refine.clone()),
+            false => None,
+        };
+        let (expected, found) = (slice.shape(rows, cols).to_vec(), view.shape.clone());
+        sliced.map(Weight::Sliced).ok_or(LoadError::Shape { file, tensor, expected, found })
+    }
+
     /// Refuses a tensor of another shape than `shape`, or that is not a weight.
     pub(crate) fn check(&self, name: &str, view: &TensorView, shape: &[usize]) -> Result<DType, LoadError> {
-        let (file, tensor) = (self.sources[view.source].clone(), name.to_owned());
         let ElementType::Weight(dtype) = view.element else {
-            return Err(LoadError::Type { file, tensor, found: "I64".into(), accepted: "BF16, F16 and F32" });
+            return Err(self.wrong_type(name, view, "BF16, F16 and F32"));
         };
         if view.shape != shape {
+            let (file, tensor) = (self.sources[view.source].clone(), name.to_owned());
             let (expected, found) = (shape.to_vec(), view.shape.clone());
             return Err(LoadError::Shape { file, tensor, expected, found });
         }
@@ -235,6 +323,25 @@ impl Tensors {
             found: format!("{:?}", view.element),
             accepted,
         }
+    }
+}
+
+fn is_cells(shape: &[usize], slice: Slice) -> bool {
+    matches!(shape, [_, _, cell] if *cell == slice.cell())
+}
+
+/// Which slice a blob says it is, if it is one, from its metadata.
+fn slice_of(metadata: &HashMap<String, String>, file: &str) -> Result<Option<Slice>, LoadError> {
+    let Some(name) = metadata.get(SLICE_KEY) else {
+        return Ok(None);
+    };
+    let format = metadata.get(FORMAT_KEY).map_or("none", String::as_str);
+    if format != FORMAT {
+        return Err(LoadError::Format { file: file.to_owned(), found: format.to_owned() });
+    }
+    match Slice::ALL.into_iter().find(|slice| slice.name() == name) {
+        Some(slice) => Ok(Some(slice)),
+        None => Err(LoadError::Header { file: file.to_owned(), why: format!("{name:?} is no slice") }),
     }
 }
 

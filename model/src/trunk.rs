@@ -7,10 +7,12 @@
 use std::sync::Arc;
 
 use crate::{
+    bytes::{DType, Matrix},
     config::ModelConfig,
     kernels::{Gated, Kernels},
     layout::{self, ExpertId, LayerNames, TensorSpec},
     rope::Rope,
+    slices::Weight,
     tensors::{LoadError, Tensors},
 };
 
@@ -55,7 +57,7 @@ pub(crate) struct Layer<K: Kernels> {
 pub struct Trunk<K: Kernels> {
     pub(crate) config: Arc<ModelConfig>,
     pub(crate) rope: Rope,
-    pub(crate) embed: crate::bytes::Matrix,
+    pub(crate) embed: Weight,
     pub(crate) layers: Vec<Layer<K>>,
     pub(crate) norm: K::Vector,
     pub(crate) head: K::Matrix,
@@ -69,13 +71,13 @@ impl<K: Kernels> Trunk<K> {
         refuse_unused(tensors, &specs)?;
         let source = Source { kernels, tensors };
         let d = config.hidden_size;
-        let embed = tensors.matrix(layout::EMBED, &[config.vocab_size, d])?;
+        let embed = tensors.weight(layout::EMBED, [config.vocab_size, d])?;
         let layers =
             (0..config.num_hidden_layers).map(|layer| source.layer(&config, layer)).collect::<Result<_, _>>()?;
         let norm = source.vector(layout::NORM, d)?;
         let head = match config.tie_word_embeddings {
-            true => kernels.matrix(embed.clone()),
-            false => source.matrix(layout::HEAD, &[config.vocab_size, d])?,
+            true => matrix(kernels, embed.clone()),
+            false => source.matrix(layout::HEAD, [config.vocab_size, d])?,
         };
         let rope = Rope::new(&config);
         Ok(Self { rope, embed, layers, norm, head, bytes: tensors.data_bytes(), config })
@@ -114,14 +116,32 @@ fn refuse_unused(tensors: &Tensors, specs: &[TensorSpec]) -> Result<(), LoadErro
     }
 }
 
+/// Brings a weight to the device.
+fn matrix<K: Kernels>(kernels: &K, weight: Weight) -> K::Matrix {
+    match weight {
+        Weight::Exact(matrix) => kernels.matrix(matrix),
+        // Kernels read exact matrices only: what the slices stand for, as f32.
+        Weight::Sliced(sliced) => {
+            let mut row = vec![0.0; sliced.cols()];
+            let mut bytes = Vec::with_capacity(sliced.rows() * sliced.cols() * 4);
+            for index in 0..sliced.rows() {
+                sliced.widen_row(index, &mut row);
+                bytes.extend(row.iter().flat_map(|value| value.to_le_bytes()));
+            }
+            let matrix = Matrix::new(bytes.into(), DType::F32, sliced.rows(), sliced.cols());
+            kernels.matrix(matrix.expect("all rows were written"))
+        }
+    }
+}
+
 struct Source<'a, K> {
     kernels: &'a K,
     tensors: &'a Tensors,
 }
 
 impl<K: Kernels> Source<'_, K> {
-    fn matrix(&self, name: &str, shape: &[usize]) -> Result<K::Matrix, LoadError> {
-        Ok(self.kernels.matrix(self.tensors.matrix(name, shape)?))
+    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<K::Matrix, LoadError> {
+        Ok(matrix(self.kernels, self.tensors.weight(name, shape)?))
     }
 
     fn vector(&self, name: &str, width: usize) -> Result<K::Vector, LoadError> {
@@ -132,7 +152,7 @@ impl<K: Kernels> Source<'_, K> {
     }
 
     fn gated(&self, [gate, up, down]: [TensorSpec; 3]) -> Result<Gated<K::Matrix>, LoadError> {
-        let load = |spec: TensorSpec| self.matrix(&spec.name, &spec.shape);
+        let load = |spec: TensorSpec| self.matrix(&spec.name, [spec.shape[0], spec.shape[1]]);
         Ok(Gated { gate: load(gate)?, up: load(up)?, down: load(down)? })
     }
 
@@ -140,7 +160,7 @@ impl<K: Kernels> Source<'_, K> {
         let names = LayerNames::new(config, layer);
         let (d, q, kv) = (config.hidden_size, config.q_width(), config.kv_width());
         let projection = |name: &str, shape: [usize; 2], biased: bool| {
-            let matrix = self.matrix(&names.attention(name, "weight"), &shape)?;
+            let matrix = self.matrix(&names.attention(name, "weight"), shape)?;
             let bias = biased.then(|| self.vector(&names.attention(name, "bias"), shape[0])).transpose()?;
             Ok::<_, LoadError>(Projection { matrix, bias, norm: None })
         };
@@ -173,10 +193,10 @@ impl<K: Kernels> Source<'_, K> {
         let shared = match config.shared_expert_intermediate_size {
             Some(width) => Some(SharedExpert {
                 expert: self.gated(names.shared_expert(d, width))?,
-                gate: self.matrix(&names.of(layout::SHARED_GATE), &[1, d])?,
+                gate: self.matrix(&names.of(layout::SHARED_GATE), [1, d])?,
             }),
             None => None,
         };
-        Ok(FeedForward::Sparse { router: self.matrix(&names.router(), &[config.num_experts, d])?, shared })
+        Ok(FeedForward::Sparse { router: self.matrix(&names.router(), [config.num_experts, d])?, shared })
     }
 }

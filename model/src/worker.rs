@@ -202,7 +202,7 @@ impl<K: Kernels> Worker<K> {
     fn load_expert(&mut self, id: ExpertId, tensors: &Tensors) -> Result<(), EngineError> {
         let expert = load_expert(&self.kernels, &self.shared.config, id, tensors)?;
         self.experts.insert(id, expert);
-        self.shared.expert_loaded(id, tensors.data_bytes());
+        self.shared.expert_loaded(id, tensors.precision(), tensors.data_bytes());
         Ok(())
     }
 

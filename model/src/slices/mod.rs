@@ -12,11 +12,15 @@
 //! offsets. Rows past the matrix's last are zero throughout. So sixteen rows advance together, four columns a lane,
 //! which is what the widest integer dot products of CPUs take, and cells start at multiples of 64 bytes.
 //!
-//! The invariant: a [`Sliced`] has exactly the bytes its shape calls for. Nothing here knows files or devices.
+//! The invariant: a [`Sliced`] has exactly the bytes its shape calls for. [`encode`] makes slices of weights, [`blob`]
+//! puts those of a part into files. Nothing here knows devices. `docs/slices.md` has the format to the bit.
 
 use half::f16;
 
 use crate::bytes::{Matrix, WeightBytes};
+
+pub mod blob;
+pub mod encode;
 
 /// Weights that share a scale and an offset, along the input dimension.
 pub const GROUP: usize = 32;
@@ -50,6 +54,20 @@ impl Precision {
             Precision::Q8 => "q8",
             Precision::Exact => "exact",
         }
+    }
+}
+
+/// A word that names no precision.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is no precision; write q4, q8 or exact")]
+pub struct BadPrecision(String);
+
+impl std::str::FromStr for Precision {
+    type Err = BadPrecision;
+
+    fn from_str(text: &str) -> Result<Self, BadPrecision> {
+        let found = Self::ALL.into_iter().find(|precision| precision.name() == text);
+        found.ok_or_else(|| BadPrecision(text.to_owned()))
     }
 }
 

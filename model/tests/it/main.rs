@@ -5,5 +5,6 @@ mod decoding;
 mod engines;
 mod kernels;
 mod part_blobs;
+mod slices;
 mod synth;
 mod whole;

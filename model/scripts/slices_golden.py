@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""Makes tests/golden-slices: weights chosen to be awkward, and their slices by a third implementation.
+
+Needs numpy. Written from docs/slices.md alone, so that it can contradict the encoders in Rust.
+usage: slices_golden.py [FOLDER]
+"""
+
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+
+GROUP, BLOCK_ROWS = 32, 16
+
+
+def to_bf16(values):
+    """Nearest BF16, ties to even, as uint16."""
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def widen(dtype, raw):
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32)
+
+
+def awkward(rng, rows, cols):
+    """Gaussian weights of many scales, with special groups sown in."""
+    w = (rng.standard_normal((rows, cols)) * 10.0 ** rng.uniform(-9, 3, (rows, 1))).astype(np.float32)
+    s = np.float32(2.0**-10)
+    ties = (np.arange(GROUP, dtype=np.float32) * 7 + 4.5) * s
+    ties[0], ties[-1] = 4 * s, 251 * s  # so that m is 0 and the scale exactly s
+    special = [
+        np.zeros(GROUP, np.float32),
+        np.full(GROUP, -0.0, np.float32),
+        np.where(np.arange(GROUP) % 2 == 0, np.float32(0.0), np.float32(-0.0)),
+        np.full(GROUP, 0.3, np.float32),
+        ties,
+        -ties,
+        np.linspace(-60000, 5000, GROUP, dtype=np.float32),
+        np.linspace(1e-40, 5e-39, GROUP, dtype=np.float32),
+        np.linspace(-3e-6, 4e-6, GROUP, dtype=np.float32),
+        np.linspace(1e-5, 4e-5, GROUP, dtype=np.float32),
+    ]
+    places = [(row, group) for row in range(rows) for group in range(cols // GROUP)]
+    for values, place in zip(special, rng.permutation(len(places))):
+        row, group = places[place]
+        w[row, group * GROUP : (group + 1) * GROUP] = values
+    return w
+
+
+def encode(w):
+    """f32 [rows, cols] to cells [blocks, groups, 320] and [blocks, groups, 256]."""
+    rows, cols = w.shape
+    blocks, groups = -(-rows // BLOCK_ROWS), cols // GROUP
+    w = w.reshape(rows, groups, GROUP) + np.float32(0.0)
+    low, high = w.min(axis=2), w.max(axis=2)
+    s = (high - low) / np.float32(247)
+    m = (low - np.float32(4) * s).astype(np.float16)
+    s = s.astype(np.float16)
+    assert np.isfinite(s).all() and np.isfinite(m).all()
+    wide_s, wide_m = s.astype(np.float32)[..., None], m.astype(np.float32)[..., None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        q = np.rint((w - wide_m) / wide_s)
+    q = np.where(wide_s == 0, np.float32(0), np.clip(q, 0, 255)).astype(np.uint8)
+    base = np.zeros((blocks, groups, 320), np.uint8)
+    refine = np.zeros((blocks, groups, 256), np.uint8)
+    for row in range(rows):
+        block, r = divmod(row, BLOCK_ROWS)
+        for j in range(4):
+            for t in range(4):
+                first, second = q[row, :, 8 * j + t], q[row, :, 8 * j + 4 + t]
+                at = 64 * j + 4 * r + t
+                base[block, :, at] = (first >> 4) | (second & 0xF0)
+                refine[block, :, at] = (first & 15) | ((second & 15) << 4)
+        base[block, :, 256 + 2 * r : 258 + 2 * r] = s[row, :, None].copy().view(np.uint8)
+        base[block, :, 288 + 2 * r : 290 + 2 * r] = m[row, :, None].copy().view(np.uint8)
+    return base, refine
+
+
+def write(path, tensors, metadata=None):
+    """tensors: (name, dtype, shape, bytes), in the order of the file."""
+    fields, start = [], 0
+    if metadata:
+        fields.append('"__metadata__":' + json.dumps(metadata, separators=(",", ":")))
+    for name, dtype, shape, raw in tensors:
+        entry = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + len(raw)]}
+        fields.append(json.dumps(name) + ":" + json.dumps(entry, separators=(",", ":")))
+        start += len(raw)
+    header = ("{" + ",".join(fields) + "}").encode()
+    header += b" " * (-(8 + len(header)) % 64)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"".join(t[3] for t in tensors))
+
+
+def main():
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent / "tests/golden-slices")
+    out.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(20)
+    matrices = [("a.norm.weight", "F32", (7,)), ("a.q_proj.weight", "BF16", (19, 64)), ("a.gate.weight", "BF16", (5, 32)),
+                ("a.up_proj.weight", "F16", (33, 32)), ("a.q_proj.bias", "F16", (19,)), ("a.down_proj.weight", "F32", (16, 96))]
+    exact, base, refine, small = [], [], [], []
+    for name, dtype, shape in matrices:
+        values = awkward(rng, *shape) if len(shape) == 2 else rng.standard_normal(shape).astype(np.float32)
+        raw = {"F32": lambda v: v, "F16": lambda v: v.astype(np.float16), "BF16": to_bf16}[dtype](values)
+        exact.append((name, dtype, shape, raw.tobytes()))
+        if len(shape) != 2 or name.endswith("gate.weight"):
+            small.append(exact[-1])
+            continue
+        coarse, fine = encode(widen(dtype, raw))
+        base.append((name, "U8", coarse.shape, coarse.tobytes()))
+        refine.append((name, "U8", fine.shape, fine.tobytes()))
+    write(out / "exact.safetensors", exact)
+    write(out / "base.safetensors", base + small, {"coel.format": "1", "coel.slice": "base"})
+    write(out / "refine.safetensors", refine, {"coel.format": "1", "coel.slice": "refine"})
+
+
+main()
