@@ -13,7 +13,7 @@ use burn::tensor::Tensor;
 
 use crate::{
     experts::ExpertCall,
-    kernels::{CacheShape, Kernels, Rows, download, math},
+    kernels::{CacheShape, ExpertWork, Kernels, Rows, download, math},
     router::{Route, route},
     trunk::{Layer, Trunk},
 };
@@ -202,7 +202,8 @@ impl<K: Kernels> Decoder<K> {
     fn attend(&mut self, kernels: &mut K, trunk: &Trunk<K>, layer: &Layer<K>, in_flight: &InFlight<K>) -> Rows<K> {
         let x = kernels.rms_norm(&in_flight.residual, &layer.input_norm, trunk.config.rms_norm_eps);
         let angles = trunk.rope.angles(self.used, x.dims()[0]);
-        let [q, k, v] = [&layer.q, &layer.k, &layer.v].map(|p| kernels.linear(&x, &p.matrix, p.bias.as_ref()));
+        let projections = [&layer.q, &layer.k, &layer.v].map(|p| (&p.matrix, p.bias.as_ref()));
+        let [q, k, v] = kernels.linears(&x, &projections).try_into().expect("one output for each matrix");
         let (q, k) = (kernels.rotate(q, &angles), kernels.rotate(k, &angles));
         kernels.append(&mut self.cache, in_flight.layer, self.used, k, v);
         let mixed = kernels.attention(q, &self.cache, in_flight.layer, self.used);
@@ -251,7 +252,8 @@ impl<K: Kernels> InFlight<K> {
         }
         let mut mixed = kernels.upload(mixed, d);
         if let Some(shared) = &trunk.layers[self.layer].shared {
-            let output = kernels.swiglu(&self.normed, &shared.expert);
+            let rows: Vec<u32> = (0..self.routes.len() as u32).collect();
+            let output = kernels.experts(&self.normed, &[ExpertWork { expert: &shared.expert, rows: &rows }]);
             let mut gate = download(kernels.linear(&self.normed, &shared.gate, None));
             gate.iter_mut().for_each(|value| *value = math::sigmoid(*value));
             let gate: Tensor<K::Backend, 2> = kernels.upload(gate, 1);

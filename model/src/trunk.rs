@@ -60,7 +60,7 @@ impl<K: Kernels> Trunk<K> {
             (0..config.num_hidden_layers).map(|layer| source.layer(&config, layer)).collect::<Result<_, _>>()?;
         let norm = source.vector(layout::NORM, d)?;
         let head = match config.tie_word_embeddings {
-            true => kernels.matrix(embed.clone()),
+            true => kernels.matrix(embed.clone().into()),
             false => source.matrix(layout::HEAD, &[config.vocab_size, d])?,
         };
         let rope = Rope::new(&config);
@@ -107,7 +107,7 @@ struct Source<'a, K> {
 
 impl<K: Kernels> Source<'_, K> {
     fn matrix(&self, name: &str, shape: &[usize]) -> Result<K::Matrix, LoadError> {
-        Ok(self.kernels.matrix(self.tensors.matrix(name, shape)?))
+        Ok(self.kernels.matrix(self.tensors.matrix(name, shape)?.into()))
     }
 
     fn vector(&self, name: &str, width: usize) -> Result<K::Vector, LoadError> {
