@@ -8,23 +8,22 @@ use crate::slices::{BASE_CELL, BLOCK_ROWS, GROUP, NIBBLES, REFINE_CELL};
 /// Bytes of a cell that hold four (or, by nibble, eight) columns of its rows.
 const QUAD: usize = 4 * BLOCK_ROWS;
 
-/// A cell, unpacked: the level at `[column / 4][4 * row + column % 4]`, and the constants of each row.
+/// A cell, unpacked.
 struct Cell {
-    levels: [[u8; QUAD]; GROUP / 4],
+    /// By column, then row: rows side by side are what compilers turn into vectors.
+    levels: [[i16; BLOCK_ROWS]; GROUP],
     scale: [f32; BLOCK_ROWS],
     offset: [f32; BLOCK_ROWS],
 }
 
 impl Cell {
     fn unpack(base: &[u8; BASE_CELL], refine: Option<&[u8; REFINE_CELL]>) -> Self {
-        let mut levels = [[0; QUAD]; GROUP / 4];
-        for (pair, levels) in levels.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-            for at in 0..QUAD {
-                let high = base[pair * QUAD + at];
-                let low = refine.map_or(0, |refine| refine[pair * QUAD + at]);
-                levels[0][at] = high << 4 | low & 15;
-                levels[1][at] = high & 0xF0 | low >> 4;
-            }
+        let mut levels = [[0; BLOCK_ROWS]; GROUP];
+        for at in 0..NIBBLES {
+            let (pair, row, column) = (at / QUAD, at % QUAD / 4, at % 4);
+            let (high, low) = (base[at], refine.map_or(0, |refine| refine[at]));
+            levels[8 * pair + column][row] = i16::from(high << 4 | low & 15);
+            levels[8 * pair + 4 + column][row] = i16::from(high & 0xF0 | low >> 4);
         }
         let constants = |first: usize| {
             std::array::from_fn(|row| f16::from_le_bytes([base[first + 2 * row], base[first + 2 * row + 1]]).to_f32())
@@ -43,9 +42,14 @@ impl Cell {
     /// The integer dot product of each row with `x`.
     fn dot(&self, x: &[i8; GROUP]) -> [i32; BLOCK_ROWS] {
         let mut dots = [0; BLOCK_ROWS];
-        for (levels, x) in self.levels.iter().zip(x.as_chunks::<4>().0) {
-            for (dot, levels) in dots.iter_mut().zip(levels.as_chunks::<4>().0) {
-                *dot += levels.iter().zip(x).map(|(level, x)| i32::from(*level) * i32::from(*x)).sum::<i32>();
+        for (levels, x) in self.levels.iter().zip(x) {
+            let mut products = [0i16; BLOCK_ROWS];
+            for (product, level) in products.iter_mut().zip(levels) {
+                // At most 255 * 127, which 16 bits hold.
+                *product = *level * i16::from(*x);
+            }
+            for (dot, product) in dots.iter_mut().zip(products) {
+                *dot += i32::from(product);
             }
         }
         dots
