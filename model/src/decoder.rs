@@ -14,7 +14,7 @@ use burn::tensor::Tensor;
 use crate::{
     config::ModelConfig,
     experts::ExpertCall,
-    kernels::{CacheShape, Kernels, Rows, download, math},
+    kernels::{CacheShape, ExpertWork, Gated, Kernels, Rows, download, math},
     router::{Route, route},
     trunk::{FeedForward, Layer, Projection, Trunk},
 };
@@ -183,7 +183,7 @@ impl<K: Kernels> Decoder<K> {
             let normed = kernels.rms_norm(&residual, &layer.post_attention_norm, config.rms_norm_eps);
             match &layer.feed_forward {
                 FeedForward::Dense(block) => {
-                    in_flight.residual = residual + kernels.swiglu(&normed, block);
+                    in_flight.residual = residual + feed_forward(*kernels, &normed, block);
                     in_flight.layer += 1;
                 }
                 FeedForward::Sparse { router, .. } => {
@@ -211,7 +211,10 @@ impl<K: Kernels> Decoder<K> {
         let config = &trunk.config;
         let x = kernels.rms_norm(&in_flight.residual, &layer.input_norm, config.rms_norm_eps);
         let angles = trunk.rope.angles(self.used, x.dims()[0]);
-        let [q, k, v] = [&layer.q, &layer.k, &layer.v].map(|projection| project(kernels, config, &x, projection));
+        let projections = [&layer.q, &layer.k, &layer.v];
+        let rows = kernels.linears(&x, &projections.map(|p| (&p.matrix, p.bias.as_ref())));
+        let mut rows = projections.into_iter().zip(rows).map(|(p, rows)| finish_projection(kernels, config, p, rows));
+        let [q, k, v] = std::array::from_fn(|_| rows.next().expect("one output for each matrix"));
         let (q, k) = (kernels.rotate(q, &angles), kernels.rotate(k, &angles));
         kernels.append(&mut self.cache, in_flight.layer, self.used, k, v);
         let mixed = kernels.attention(q, &self.cache, in_flight.layer, self.used);
@@ -244,9 +247,13 @@ impl<K: Kernels> Decoder<K> {
     }
 }
 
-/// Queries, keys or values of the rows `x [n, d]`: projected, normed, clipped. `[n, projection]`.
-fn project<K: Kernels>(kernels: &mut K, config: &ModelConfig, x: &Rows<K>, projection: &Projection<K>) -> Rows<K> {
-    let mut rows = kernels.linear(x, &projection.matrix, projection.bias.as_ref());
+/// What follows a projection of queries, keys or values `[n, width]`: norm and clipping, where the family has them.
+fn finish_projection<K: Kernels>(
+    kernels: &mut K,
+    config: &ModelConfig,
+    projection: &Projection<K>,
+    mut rows: Rows<K>,
+) -> Rows<K> {
     if let Some(norm) = &projection.norm {
         let [n, width] = rows.dims();
         let parts = rows.reshape([n * width / norm.width, norm.width]);
@@ -256,6 +263,12 @@ fn project<K: Kernels>(kernels: &mut K, config: &ModelConfig, x: &Rows<K>, proje
         Some(limit) => rows.clamp(-limit, limit),
         None => rows,
     }
+}
+
+/// A gated block over every row.
+fn feed_forward<K: Kernels>(kernels: &mut K, x: &Rows<K>, expert: &Gated<K::Matrix>) -> Rows<K> {
+    let rows: Vec<u32> = (0..x.dims()[0] as u32).collect();
+    kernels.experts(x, &[ExpertWork { expert, rows: &rows }])
 }
 
 impl<K: Kernels> InFlight<K> {
@@ -274,7 +287,7 @@ impl<K: Kernels> InFlight<K> {
         }
         let mut mixed = kernels.upload(mixed, d);
         if let FeedForward::Sparse { shared: Some(shared), .. } = &trunk.layers[self.layer].feed_forward {
-            let output = kernels.swiglu(&self.normed, &shared.expert);
+            let output = feed_forward(*kernels, &self.normed, &shared.expert);
             let mut gate = download(kernels.linear(&self.normed, &shared.gate, None));
             gate.iter_mut().for_each(|value| *value = math::sigmoid(*value));
             let gate: Tensor<K::Backend, 2> = kernels.upload(gate, 1);

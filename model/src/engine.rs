@@ -39,13 +39,15 @@ pub struct EngineOptions {
     pub kv_tokens: usize,
     /// Most rows of one expert call; a larger one is refused.
     pub rows_max: usize,
+    /// Threads that compute, where the device is the CPU; 0 means one for each core this process may use.
+    pub threads: usize,
     /// Run the compute thread below the priority of everything that answers in time.
     pub low_priority: bool,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { kv_tokens: 4096, rows_max: CHUNK_ROWS, low_priority: false }
+        Self { kv_tokens: 4096, rows_max: CHUNK_ROWS, threads: 0, low_priority: false }
     }
 }
 

@@ -7,7 +7,6 @@
 use std::sync::Arc;
 
 use crate::{
-    bytes::{DType, Matrix},
     config::ModelConfig,
     kernels::{Gated, Kernels},
     layout::{self, ExpertId, LayerNames, TensorSpec},
@@ -76,7 +75,7 @@ impl<K: Kernels> Trunk<K> {
             (0..config.num_hidden_layers).map(|layer| source.layer(&config, layer)).collect::<Result<_, _>>()?;
         let norm = source.vector(layout::NORM, d)?;
         let head = match config.tie_word_embeddings {
-            true => matrix(kernels, embed.clone()),
+            true => kernels.matrix(embed.clone()),
             false => source.matrix(layout::HEAD, [config.vocab_size, d])?,
         };
         let rope = Rope::new(&config);
@@ -116,24 +115,6 @@ fn refuse_unused(tensors: &Tensors, specs: &[TensorSpec]) -> Result<(), LoadErro
     }
 }
 
-/// Brings a weight to the device.
-fn matrix<K: Kernels>(kernels: &K, weight: Weight) -> K::Matrix {
-    match weight {
-        Weight::Exact(matrix) => kernels.matrix(matrix),
-        // Kernels read exact matrices only: what the slices stand for, as f32.
-        Weight::Sliced(sliced) => {
-            let mut row = vec![0.0; sliced.cols()];
-            let mut bytes = Vec::with_capacity(sliced.rows() * sliced.cols() * 4);
-            for index in 0..sliced.rows() {
-                sliced.widen_row(index, &mut row);
-                bytes.extend(row.iter().flat_map(|value| value.to_le_bytes()));
-            }
-            let matrix = Matrix::new(bytes.into(), DType::F32, sliced.rows(), sliced.cols());
-            kernels.matrix(matrix.expect("all rows were written"))
-        }
-    }
-}
-
 struct Source<'a, K> {
     kernels: &'a K,
     tensors: &'a Tensors,
@@ -141,7 +122,7 @@ struct Source<'a, K> {
 
 impl<K: Kernels> Source<'_, K> {
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<K::Matrix, LoadError> {
-        Ok(matrix(self.kernels, self.tensors.weight(name, shape)?))
+        Ok(self.kernels.matrix(self.tensors.weight(name, shape)?))
     }
 
     fn vector(&self, name: &str, width: usize) -> Result<K::Vector, LoadError> {

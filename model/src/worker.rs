@@ -18,7 +18,7 @@ use crate::{
     device::Device,
     engine::{EngineError, Shared},
     experts::{Assembly, ExpertCall},
-    kernels::{Gated, Kernels, download, packed::Packed, plain::Plain},
+    kernels::{ExpertWork, Gated, Kernels, download, isa::Isa, packed::Packed, plain::Plain},
     layout::ExpertId,
     tensors::Tensors,
     trunk::{Trunk, load_expert},
@@ -94,7 +94,10 @@ pub(crate) fn start(device: Device, shared: Arc<Shared>, queue: mpsc::Receiver<J
                 let device = burn_cuda::CudaDevice::new(index);
                 run(move || Plain::<burn_cuda::Cuda>::new(device), shared, queue, ready);
             }
-            Device::Cpu | Device::Auto => run(Packed::default, shared, queue, ready),
+            Device::Cpu | Device::Auto => {
+                let threads = shared.options.threads;
+                run(move || Packed::new(Isa::best(), threads), shared, queue, ready);
+            }
         }
     };
     let thread = thread::Builder::new().name(format!("coel-{device}")).spawn(run);
@@ -241,41 +244,29 @@ impl<K: Kernels> Worker<K> {
     }
 
     fn serve(&mut self, call: &ExpertCall) -> Result<Vec<f32>, EngineError> {
-        let mut assembly = Assembly::new(call);
-        for (expert, rows) in call.by_expert() {
-            let outputs = self.run_expert(ExpertId { layer: call.layer, index: expert }, &call.rows, &rows)?;
-            assembly.put(expert, &rows, &outputs)?;
+        let calls: Vec<(u16, Vec<u32>)> = call.by_expert().into_iter().collect();
+        let outputs = self.run_experts(call.layer, &call.rows, &calls)?;
+        let (mut assembly, mut rest) = (Assembly::new(call), outputs.as_slice());
+        for (expert, rows) in &calls {
+            let (own, others) = rest.split_at(rows.len() * call.hidden);
+            assembly.put(*expert, rows, own)?;
+            rest = others;
         }
         Ok(assembly.finish()?)
     }
 
+    /// Each expert over its rows of `rows`, one output row each, in order of the calls.
     fn run_experts(&mut self, layer: u16, rows: &[f32], calls: &[(u16, Vec<u32>)]) -> Result<Vec<f32>, EngineError> {
-        // Known before anything is computed: a stale placement costs its caller no time.
-        let missing = calls.iter().map(|(index, _)| ExpertId { layer, index: *index });
-        if let Some(id) = missing.into_iter().find(|id| !self.experts.contains_key(id)) {
-            return Err(EngineError::NotHeld(id));
+        let mut work = Vec::with_capacity(calls.len());
+        for (index, rows) in calls {
+            // Known before anything is computed: a stale placement costs its caller no time.
+            let id = ExpertId { layer, index: *index };
+            work.push(ExpertWork { expert: self.experts.get(&id).ok_or(EngineError::NotHeld(id))?, rows });
         }
-        let mut outputs = Vec::new();
-        for (index, indices) in calls {
-            outputs.append(&mut self.run_expert(ExpertId { layer, index: *index }, rows, indices)?);
-        }
-        Ok(outputs)
-    }
-
-    /// Expert `id` over the rows `indices` of `rows`, one output row each.
-    fn run_expert(&mut self, id: ExpertId, rows: &[f32], indices: &[u32]) -> Result<Vec<f32>, EngineError> {
-        let expert = self.experts.get(&id).ok_or(EngineError::NotHeld(id))?;
-        if indices.is_empty() {
+        if work.iter().all(|work| work.rows.is_empty()) {
             return Ok(Vec::new());
         }
-        let hidden = self.shared.config.hidden_size;
-        let mut gathered = Vec::with_capacity(indices.len() * hidden);
-        for row in indices {
-            gathered.extend_from_slice(&rows[*row as usize * hidden..][..hidden]);
-        }
-        let input = self.kernels.upload(gathered, hidden);
-        let output = download(self.kernels.swiglu(&input, expert));
-        debug_assert_eq!(output.len(), indices.len() * hidden);
-        Ok(output)
+        let input = self.kernels.upload(rows.to_vec(), self.shared.config.hidden_size);
+        Ok(download(self.kernels.experts(&input, &work)))
     }
 }

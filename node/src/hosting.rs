@@ -174,6 +174,7 @@ impl Hosting {
         let options = EngineOptions {
             kv_tokens: known.kv_tokens(shared.config.kv_tokens),
             rows_max: known.rows_max(),
+            threads: 0,
             low_priority: true,
         };
         let load = |why: String| Setback::Load { what: "the trunk".into(), why };

@@ -1,62 +1,17 @@
 //! The CPU kernels, on plain slices.
 //!
-//! Owns the loops: matrix times rows, attention, norm and gated activation, each written once over
-//! [`Lanes`] and compiled for every instruction set. The invariant is DESIGN's exactness: each output element is one
-//! fixed sequence of operations on its own row, so a row's bits are the same in any batch, block or instruction set.
-//! Weights are read packed; at most a few of their rows are widened at a time. Nothing here knows tensors or layers.
+//! Owns the loops of attention, norm and gated activation, each written once over [`Lanes`] and compiled for every
+//! instruction set. The invariant is DESIGN's exactness: each output element is one fixed sequence of operations on its
+//! own row, so a row's bits are the same in any batch, block or instruction set. Nothing here knows tensors or layers.
 
 // Loops over lanes and tiles index several arrays at once and unroll to registers; iterators would hide both.
 #![allow(clippy::needless_range_loop)]
 
 use super::{
-    isa::{Isa, Level},
-    lanes::{LANES, Lanes, Portable},
+    isa::per_isa,
+    lanes::{LANES, Lanes},
     math,
 };
-use crate::bytes::{DType, Matrix};
-
-#[cfg(target_arch = "x86_64")]
-use super::lanes::{Avx2, Avx512};
-
-/// Rows handled per pass over the weights: few enough that they stay in the second-level cache.
-const ROW_BLOCK: usize = 32;
-
-/// Compiles `$body::<Lanes, R, C>` for every instruction set and calls the one asked for. `R` by `C` is the tile of
-/// accumulators that fits the set's registers; it has no influence on results.
-macro_rules! per_isa {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident) => {
-        $(#[$meta])*
-        $vis fn $name(isa: Isa, $($arg: $ty),*) {
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl")]
-            fn avx512($($arg: $ty),*) {
-                // SAFETY: this function enables what Avx512 needs.
-                unsafe { $body::<Avx512, 4, 4>($($arg),*) }
-            }
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2")]
-            fn avx2($($arg: $ty),*) {
-                // SAFETY: this function enables what Avx2 needs.
-                unsafe { $body::<Avx2, 2, 2>($($arg),*) }
-            }
-            match isa.0 {
-                // SAFETY: portable lanes need nothing.
-                Level::Portable => unsafe { $body::<Portable, 1, 4>($($arg),*) },
-                // SAFETY: an `Isa` exists only for a set this machine has.
-                #[cfg(target_arch = "x86_64")]
-                Level::Avx2 => unsafe { avx2($($arg),*) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                Level::Avx512 => unsafe { avx512($($arg),*) },
-            }
-        }
-    };
-}
-
-per_isa! {
-    /// `out[n, rows] = x[n, cols] * matrix^T (+ bias)`.
-    pub fn linear(x: &[f32], matrix: &Matrix, bias: Option<&[f32]>, out: &mut [f32], scratch: &mut Vec<f32>) = linear_body
-}
 
 per_isa! {
     /// `out = weight * x / sqrt(mean(x^2) + eps)`, row by row; `x` and `out` are `[n, weight.len()]`.
@@ -136,121 +91,6 @@ unsafe fn tile<V: Lanes, const R: usize, const C: usize>(x: &[f32], w: &[f32], l
             }
         }
         out
-    }
-}
-
-/// Dot products of one row with `C` packed BF16 rows: the decode path, which widens in registers.
-#[inline(always)]
-unsafe fn tile_bf16<V: Lanes, const C: usize>(x: &[f32], w: &[u8]) -> [f32; C] {
-    let len = x.len();
-    assert!(w.len() == C * len * 2);
-    // SAFETY: loads of whole lanes stay inside by the assertion; the rest is padded.
-    unsafe {
-        let mut sums = [V::zero(); C];
-        let mut at = 0;
-        while at + LANES <= len {
-            let row = V::load(x.as_ptr().add(at));
-            for c in 0..C {
-                sums[c] = sums[c].add_product(row, V::load_bf16(w.as_ptr().add((c * len + at) * 2)));
-            }
-            at += LANES;
-        }
-        if at < len {
-            let row = load_at::<V>(x, at);
-            for c in 0..C {
-                let mut padded = [0u8; 2 * LANES];
-                let tail = &w[(c * len + at) * 2..(c + 1) * len * 2];
-                padded[..tail.len()].copy_from_slice(tail);
-                sums[c] = sums[c].add_product(row, V::load_bf16(padded.as_ptr()));
-            }
-        }
-        let mut out = [0.0; C];
-        for c in 0..C {
-            out[c] = sums[c].sum();
-        }
-        out
-    }
-}
-
-#[inline(always)]
-unsafe fn linear_body<V: Lanes, const R: usize, const C: usize>(
-    x: &[f32],
-    matrix: &Matrix,
-    bias: Option<&[f32]>,
-    out: &mut [f32],
-    scratch: &mut Vec<f32>,
-) {
-    let (rows_out, len) = (matrix.rows(), matrix.cols());
-    let n = x.len() / len;
-    assert!(x.len() == n * len && out.len() == n * rows_out);
-    assert!(bias.is_none_or(|bias| bias.len() == rows_out));
-    // SAFETY: passed on from the caller.
-    unsafe {
-        if n == 1 && matrix.dtype() == DType::BF16 {
-            one_row_bf16::<V>(x, matrix, out);
-        } else {
-            for (x, out) in x.chunks(ROW_BLOCK * len).zip(out.chunks_mut(ROW_BLOCK * rows_out)) {
-                let whole = rows_out - rows_out % C;
-                for first in (0..whole).step_by(C) {
-                    columns::<V, R, C>(x, matrix, first, out, scratch);
-                }
-                for first in whole..rows_out {
-                    columns::<V, R, 1>(x, matrix, first, out, scratch);
-                }
-            }
-        }
-    }
-    if let Some(bias) = bias {
-        for row in out.chunks_exact_mut(rows_out) {
-            for (value, bias) in row.iter_mut().zip(bias) {
-                *value += bias;
-            }
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn one_row_bf16<V: Lanes>(x: &[f32], matrix: &Matrix, out: &mut [f32]) {
-    const WIDE: usize = 4;
-    let whole = out.len() - out.len() % WIDE;
-    for first in (0..whole).step_by(WIDE) {
-        // SAFETY: passed on from the caller.
-        let sums = unsafe { tile_bf16::<V, WIDE>(x, matrix.rows_bytes(first..first + WIDE)) };
-        out[first..first + WIDE].copy_from_slice(&sums);
-    }
-    for (index, value) in out.iter_mut().enumerate().skip(whole) {
-        // SAFETY: passed on from the caller.
-        *value = unsafe { tile_bf16::<V, 1>(x, matrix.rows_bytes(index..index + 1)) }[0];
-    }
-}
-
-/// Weight rows `first..first + C` against every row of `x`, widened once.
-#[inline(always)]
-unsafe fn columns<V: Lanes, const R: usize, const C: usize>(
-    x: &[f32],
-    matrix: &Matrix,
-    first: usize,
-    out: &mut [f32],
-    scratch: &mut Vec<f32>,
-) {
-    let (rows_out, len) = (matrix.rows(), matrix.cols());
-    scratch.resize(C * len, 0.0);
-    matrix.dtype().widen(matrix.rows_bytes(first..first + C), scratch);
-    let n = x.len() / len;
-    let mut row = 0;
-    while row + R <= n {
-        // SAFETY: passed on from the caller.
-        let sums = unsafe { tile::<V, R, C>(&x[row * len..(row + R) * len], scratch, len) };
-        for (offset, sums) in sums.iter().enumerate() {
-            out[(row + offset) * rows_out + first..][..C].copy_from_slice(sums);
-        }
-        row += R;
-    }
-    while row < n {
-        // SAFETY: passed on from the caller.
-        let sums = unsafe { tile::<V, 1, C>(&x[row * len..(row + 1) * len], scratch, len) };
-        out[row * rows_out + first..][..C].copy_from_slice(&sums[0]);
-        row += 1;
     }
 }
 

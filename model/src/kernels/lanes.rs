@@ -1,12 +1,14 @@
 //! Sixteen f32 lanes: the unit in which every CPU kernel adds.
 //!
 //! Owns the order of floating-point addition. A sum over a vector is kept in 16 partial sums, lane `l` holding the
-//! elements at `16 i + l`, which are then added as a fixed tree (8 + 8, 4 + 4, 2 + 2, 1 + 1). Multiplication and
-//! addition are rounded separately: no instruction fuses them. So the portable, AVX2 and AVX-512 forms of [`Lanes`]
-//! give the same bits, and a result does not depend on how rows are blocked.
+//! elements at `16 i + l`, which are then added as a fixed tree (8 + 8, 4 + 4, 2 + 2, 1 + 1). A product is added to its
+//! partial sum with one rounding, by a fused multiply-add. So the portable, AVX2 and AVX-512 forms of [`Lanes`] give
+//! the same bits, and a result does not depend on how rows are blocked.
 
 // Loops over lanes and tiles index several arrays at once and unroll to registers; iterators would hide both.
 #![allow(clippy::needless_range_loop)]
+
+use half::f16;
 
 /// Sixteen f32 values in registers.
 ///
@@ -20,8 +22,24 @@ pub(super) trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     /// Sixteen packed BF16 values, converted exactly.
     unsafe fn load_bf16(from: *const u8) -> Self;
+    /// Sixteen packed F16 values, converted exactly.
+    unsafe fn load_f16(from: *const u8) -> Self;
+    /// Sixteen packed F32 values.
+    #[inline(always)]
+    unsafe fn load_f32(from: *const u8) -> Self {
+        // SAFETY: passed on from the caller; the pointer needs no alignment.
+        match cfg!(target_endian = "little") {
+            true => unsafe { Self::load(from.cast()) },
+            false => unsafe {
+                let raw = from.cast::<[[u8; 4]; LANES]>().read_unaligned().map(f32::from_le_bytes);
+                Self::load(raw.as_ptr())
+            },
+        }
+    }
     unsafe fn store(self, to: *mut f32);
-    /// `self + x * w`, rounded twice.
+    /// Asks for the cache line at `at`, which need not be readable.
+    unsafe fn fetch(at: *const u8);
+    /// `self + x * w`, rounded once.
     unsafe fn add_product(self, x: Self, w: Self) -> Self;
     /// The fixed tree.
     unsafe fn sum(self) -> f32;
@@ -62,16 +80,26 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self {
+        // SAFETY: readable for 16 elements of 2 bytes, by the trait's contract.
+        let raw = unsafe { from.cast::<[[u8; 2]; LANES]>().read_unaligned() };
+        Portable(raw.map(|raw| f16::from_le_bytes(raw).to_f32()))
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: writable for 16 elements, by the trait's contract.
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
     }
 
     #[inline(always)]
+    unsafe fn fetch(_: *const u8) {}
+
+    #[inline(always)]
     unsafe fn add_product(self, x: Self, w: Self) -> Self {
         let mut out = self.0;
         for lane in 0..LANES {
-            out[lane] += x.0[lane] * w.0[lane];
+            out[lane] = x.0[lane].mul_add(w.0[lane], out[lane]);
         }
         Portable(out)
     }
@@ -146,13 +174,23 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn load_f16(from: *const u8) -> Self {
+            unsafe { Avx512(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
+        }
+
+        #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
             unsafe { _mm512_storeu_ps(to, self.0) }
         }
 
         #[inline(always)]
+        unsafe fn fetch(at: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+
+        #[inline(always)]
         unsafe fn add_product(self, x: Self, w: Self) -> Self {
-            unsafe { Avx512(_mm512_add_ps(self.0, _mm512_mul_ps(x.0, w.0))) }
+            unsafe { Avx512(_mm512_fmadd_ps(x.0, w.0, self.0)) }
         }
 
         #[inline(always)]
@@ -186,6 +224,19 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn load_f16(from: *const u8) -> Self {
+            unsafe {
+                let (low, high) = (_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(16).cast()));
+                Avx2(_mm256_cvtph_ps(low), _mm256_cvtph_ps(high))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn fetch(at: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+
+        #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
             unsafe {
                 _mm256_storeu_ps(to, self.0);
@@ -195,10 +246,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn add_product(self, x: Self, w: Self) -> Self {
-            unsafe {
-                let (low, high) = (_mm256_mul_ps(x.0, w.0), _mm256_mul_ps(x.1, w.1));
-                Avx2(_mm256_add_ps(self.0, low), _mm256_add_ps(self.1, high))
-            }
+            unsafe { Avx2(_mm256_fmadd_ps(x.0, w.0, self.0), _mm256_fmadd_ps(x.1, w.1, self.1)) }
         }
 
         #[inline(always)]

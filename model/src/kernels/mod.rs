@@ -2,7 +2,7 @@
 //!
 //! [`Kernels`] extends a burn [`Backend`] by the operations whose order of additions matters: packed matrix times
 //! rows, norm, rotary embedding, cached attention, gated feed-forward. Two classes exist. [`packed::Packed`] runs on
-//! `Flex` and is plain Rust over packed weights, used in place. [`plain::Plain`] runs on any backend with nothing but
+//! `Flex` and is plain Rust over packed weights, exact or sliced, used in place, on several threads. [`plain::Plain`] runs on any backend with nothing but
 //! burn's own operations, one row at a time, so that no operation's shape depends on the batch: it is what CUDA runs,
 //! and it runs on `Flex` too, where a test compares the classes.
 //!
@@ -11,14 +11,20 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
-use crate::{bytes::Matrix, rope::Angles};
+use crate::{rope::Angles, slices::Weight};
 
+pub mod activations;
 pub mod cpu;
+pub mod exact;
+mod feed_forward;
 pub mod isa;
 mod lanes;
 pub mod math;
 pub mod packed;
 pub mod plain;
+mod product;
+pub mod sliced;
+pub mod threads;
 
 /// Rows of f32, `[n, width]`, on a class's backend.
 pub type Rows<K> = Tensor<<K as Kernels>::Backend, 2>;
@@ -30,6 +36,21 @@ pub struct Gated<M> {
     pub up: M,
     pub down: M,
 }
+
+/// An expert, and the rows of a batch it is to compute.
+#[derive(Debug)]
+pub struct ExpertWork<'a, M> {
+    pub expert: &'a Gated<M>,
+    pub rows: &'a [u32],
+}
+
+impl<M> Clone for ExpertWork<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M> Copy for ExpertWork<'_, M> {}
 
 /// Shape of a session's KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +66,7 @@ pub struct CacheShape {
 /// The operations of a decoder layer on one device. Shapes are checked by the caller, who owns the model.
 pub trait Kernels: Send + 'static {
     type Backend: Backend;
-    /// A packed weight matrix, where this class computes with it.
+    /// A packed weight matrix of any precision, where this class computes with it.
     type Matrix: Send + 'static;
     /// A small f32 vector (norm weight, bias).
     type Vector: Send + 'static;
@@ -56,7 +77,7 @@ pub trait Kernels: Send + 'static {
     fn class(&self) -> String;
 
     /// Brings a packed matrix to the device (in place where that is this memory).
-    fn matrix(&self, matrix: Matrix) -> Self::Matrix;
+    fn matrix(&self, weight: Weight) -> Self::Matrix;
 
     fn vector(&self, values: Vec<f32>) -> Self::Vector;
 
@@ -65,10 +86,18 @@ pub trait Kernels: Send + 'static {
     where
         Self: Sized;
 
+    /// For each matrix, with its bias, `x [n, in] -> [n, out]`.
+    fn linears(&mut self, x: &Rows<Self>, matrices: &[(&Self::Matrix, Option<&Self::Vector>)]) -> Vec<Rows<Self>>
+    where
+        Self: Sized;
+
     /// `x [n, in] -> [n, out]`.
     fn linear(&mut self, x: &Rows<Self>, matrix: &Self::Matrix, bias: Option<&Self::Vector>) -> Rows<Self>
     where
-        Self: Sized;
+        Self: Sized,
+    {
+        self.linears(x, &[(matrix, bias)]).pop().expect("one output for each matrix")
+    }
 
     /// `x [n, d] -> [n, d]`.
     fn rms_norm(&mut self, x: &Rows<Self>, weight: &Self::Vector, eps: f32) -> Rows<Self>
@@ -93,8 +122,9 @@ pub trait Kernels: Send + 'static {
     where
         Self: Sized;
 
-    /// `x [n, d] -> [n, d]` through a gated feed-forward block.
-    fn swiglu(&mut self, x: &Rows<Self>, expert: &Gated<Self::Matrix>) -> Rows<Self>
+    /// Each expert over its rows of `x [n, d]`: `[sum of rows, d]`, in order of work, then rows. There is at least one
+    /// row in all, and each is one of `x`.
+    fn experts(&mut self, x: &Rows<Self>, work: &[ExpertWork<'_, Self::Matrix>]) -> Rows<Self>
     where
         Self: Sized;
 }

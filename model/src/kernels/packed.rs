@@ -1,7 +1,7 @@
 //! The CPU class: `Flex` tensors in and out, packed weights in place, our own loops between.
 //!
 //! Owns [`Packed`] and its cache layout (`[kv_heads, capacity, head_dim]` per layer, so that the keys of a head lie in
-//! a row). The invariant is `cpu`'s; this file only unwraps tensors and allocates outputs.
+//! a row). The invariant is `cpu`'s and `product`'s; this file only unwraps tensors.
 
 use burn::{
     backend::flex::{Flex, FlexDevice, FlexTensor},
@@ -9,38 +9,47 @@ use burn::{
 };
 
 use super::{
-    CacheShape, Gated, Kernels,
+    CacheShape, ExpertWork, Kernels,
+    activations::Quantized,
     cpu::{self, CachedLayer},
     download,
+    feed_forward::{self, experts},
     isa::Isa,
+    product::linears,
+    threads::Pool,
 };
-use crate::{bytes::Matrix, rope::Angles};
+use crate::{rope::Angles, slices::Weight};
 
-/// The CPU kernels at one instruction set.
+/// The CPU kernels at one instruction set, on some threads.
 #[derive(Debug)]
 pub struct Packed {
     isa: Isa,
-    /// Widened weight rows; kept between calls.
-    widened: Vec<f32>,
+    pool: Pool,
+    /// Rows as sliced matrices read them; kept between calls.
+    quantized: Quantized,
+    /// What lies between the halves of experts; kept between calls.
+    hidden: feed_forward::Scratch,
     /// Attention scores of one head; kept between calls.
     scores: Vec<f32>,
 }
 
 impl Packed {
-    pub fn new(isa: Isa) -> Self {
-        Self { isa, widened: Vec::new(), scores: Vec::new() }
+    /// On `threads` threads, the caller's included; 0 means one for each core this process may use.
+    pub fn new(isa: Isa, threads: usize) -> Self {
+        let pool = Pool::new(threads);
+        Self { isa, pool, quantized: Quantized::default(), hidden: Default::default(), scores: Vec::new() }
     }
 
-    fn linear_into(&mut self, x: &[f32], matrix: &Matrix, bias: Option<&[f32]>) -> Vec<f32> {
-        let mut out = vec![0.0; x.len() / matrix.cols() * matrix.rows()];
-        cpu::linear(self.isa, x, matrix, bias, &mut out, &mut self.widened);
-        out
+    /// Threads in use, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
     }
 }
 
+/// The machine's best instruction set, on the caller's thread alone.
 impl Default for Packed {
     fn default() -> Self {
-        Self::new(Isa::best())
+        Self::new(Isa::best(), 1)
     }
 }
 
@@ -83,7 +92,7 @@ fn tensor(values: Vec<f32>, width: usize) -> FlexRows {
 
 impl Kernels for Packed {
     type Backend = Flex;
-    type Matrix = Matrix;
+    type Matrix = Weight;
     type Vector = Vec<f32>;
     type Cache = PackedCache;
 
@@ -91,8 +100,8 @@ impl Kernels for Packed {
         format!("cpu-{}", self.isa.name())
     }
 
-    fn matrix(&self, matrix: Matrix) -> Matrix {
-        matrix
+    fn matrix(&self, weight: Weight) -> Weight {
+        weight
     }
 
     fn vector(&self, values: Vec<f32>) -> Vec<f32> {
@@ -103,9 +112,10 @@ impl Kernels for Packed {
         tensor(values, width)
     }
 
-    fn linear(&mut self, x: &FlexRows, matrix: &Matrix, bias: Option<&Vec<f32>>) -> FlexRows {
-        let out = self.linear_into(storage(x).storage(), matrix, bias.map(Vec::as_slice));
-        tensor(out, matrix.rows())
+    fn linears(&mut self, x: &FlexRows, matrices: &[(&Weight, Option<&Vec<f32>>)]) -> Vec<FlexRows> {
+        let work: Vec<_> = matrices.iter().map(|(weight, bias)| (*weight, bias.map(Vec::as_slice))).collect();
+        let outputs = linears(&mut self.pool, self.isa, &mut self.quantized, storage(x).storage(), &work);
+        outputs.into_iter().zip(matrices).map(|(output, (weight, _))| tensor(output, weight.rows())).collect()
     }
 
     fn rms_norm(&mut self, x: &FlexRows, weight: &Vec<f32>, eps: f32) -> FlexRows {
@@ -160,12 +170,8 @@ impl Kernels for Packed {
         tensor(out, shape.heads * shape.head_dim)
     }
 
-    fn swiglu(&mut self, x: &FlexRows, expert: &Gated<Matrix>) -> FlexRows {
-        let x = storage(x);
-        let mut gate = self.linear_into(x.storage(), &expert.gate, None);
-        let up = self.linear_into(x.storage(), &expert.up, None);
-        cpu::silu_times(self.isa, &mut gate, &up);
-        let out = self.linear_into(&gate, &expert.down, None);
-        tensor(out, expert.down.rows())
+    fn experts(&mut self, x: &FlexRows, work: &[ExpertWork<'_, Weight>]) -> FlexRows {
+        let output = experts(&mut self.pool, self.isa, &mut self.hidden, storage(x).storage(), work);
+        tensor(output, x.dims()[1])
     }
 }

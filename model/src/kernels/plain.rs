@@ -1,20 +1,23 @@
 //! The portable class: burn's own operations on any backend, one row at a time.
 //!
 //! Owns [`Plain`]. Every operation sees shapes that depend on the model and the position only, never on the batch, so
-//! a backend that is deterministic for one shape is exact here. Matrices stay in the checkpoint's type on the device
-//! and are widened block by block while they are used; products are summed by reduction, not by a matrix multiply that
-//! might round to a shorter type. It is honest and slow: kernels of the device's own replace it operation by operation.
+//! a backend that is deterministic for one shape is exact here. Matrices stay packed on the device, exact or sliced, and
+//! are widened block by block while they are used; activations stay f32. Products are summed by reduction, not by a
+//! matrix multiply that might round to a shorter type. It is honest and slow: kernels of the device's own replace it operation by operation.
 
-use burn::tensor::{DType as BurnDType, FloatDType, Tensor, TensorData, activation, backend::Backend};
-
-use super::{CacheShape, Gated, Kernels};
-use crate::{
-    bytes::{DType, Matrix},
-    rope::Angles,
+use burn::tensor::{
+    DType as BurnDType, ElementConversion, FloatDType, Int, Tensor, TensorData, activation, backend::Backend,
 };
 
-/// Output rows of a matrix widened at a time: bounds the scratch memory of one product.
-const BLOCK_ROWS: usize = 4096;
+use super::{CacheShape, ExpertWork, Kernels};
+use crate::{
+    bytes::DType,
+    rope::Angles,
+    slices::{BASE_CELL, BLOCK_ROWS, GROUP, NIBBLES, Sliced, Weight},
+};
+
+/// Output rows of a matrix widened at a time: bounds the scratch memory of one product. Whole blocks of a sliced one.
+const ROWS_WIDENED: usize = 64 * BLOCK_ROWS;
 
 /// Burn's operations on one device of backend `B`.
 #[derive(Debug)]
@@ -29,17 +32,37 @@ impl<B: Backend> Plain<B> {
 
     fn product(&self, x: &Tensor<B, 2>, matrix: &PlainMatrix<B>) -> Tensor<B, 2> {
         let [n, _] = x.dims();
-        let [rows_out, _] = matrix.0.dims();
+        let rows_out = matrix.rows();
         let mut rows = vec![Vec::new(); n];
-        for first in (0..rows_out).step_by(BLOCK_ROWS) {
-            let last = (first + BLOCK_ROWS).min(rows_out);
-            let block = matrix.0.clone().narrow(0, first, last - first).cast(FloatDType::F32);
+        for first in (0..rows_out).step_by(ROWS_WIDENED) {
+            let count = ROWS_WIDENED.min(rows_out - first);
+            let block = matrix.widen(first, count);
             for (row, parts) in rows.iter_mut().enumerate() {
                 let x = x.clone().narrow(0, row, 1);
-                parts.push((block.clone() * x).sum_dim(1).reshape([1, last - first]));
+                parts.push((block.clone() * x).sum_dim(1).reshape([1, count]));
             }
         }
         Tensor::cat(rows.into_iter().map(|parts| Tensor::cat(parts, 1)).collect(), 0)
+    }
+
+    /// The packed bytes `bytes` as a tensor of words.
+    fn words(&self, bytes: Vec<u8>, shape: [usize; 3]) -> Tensor<B, 3, Int> {
+        let data = TensorData::from_bytes_vec(bytes, shape, BurnDType::I32);
+        Tensor::from_data(data, (&self.device, BurnDType::I32))
+    }
+
+    fn sliced(&self, sliced: &Sliced) -> PlainSliced<B> {
+        let shape = [sliced.blocks(), sliced.groups(), NIBBLES / 4];
+        let cells = sliced.base().as_chunks::<BASE_CELL>().0;
+        let part = |range: std::ops::Range<usize>| cells.iter().flat_map(|cell| cell[range.clone()].to_vec()).collect();
+        let constants =
+            TensorData::from_bytes_vec(part(NIBBLES..BASE_CELL), [shape[0], shape[1], 2, BLOCK_ROWS], BurnDType::F16);
+        PlainSliced {
+            rows: sliced.rows(),
+            base: self.words(part(0..NIBBLES), shape),
+            refine: sliced.refine().map(|refine| self.words(refine.to_vec(), shape)),
+            constants: Tensor::from_data(constants, (&self.device, BurnDType::F16)),
+        }
     }
 }
 
@@ -49,9 +72,70 @@ fn each_row<B: Backend>(x: &Tensor<B, 2>, mut f: impl FnMut(usize, Tensor<B, 2>)
     Tensor::cat(rows, 0)
 }
 
-/// A matrix on the device, in the checkpoint's type.
+/// A matrix on the device, packed.
 #[derive(Debug)]
-pub struct PlainMatrix<B: Backend>(Tensor<B, 2>);
+pub enum PlainMatrix<B: Backend> {
+    /// In the checkpoint's type.
+    Exact(Tensor<B, 2>),
+    Sliced(PlainSliced<B>),
+}
+
+impl<B: Backend> PlainMatrix<B> {
+    fn rows(&self) -> usize {
+        match self {
+            PlainMatrix::Exact(matrix) => matrix.dims()[0],
+            PlainMatrix::Sliced(sliced) => sliced.rows,
+        }
+    }
+
+    /// Rows `first..first + count` in f32; `first` begins a block.
+    fn widen(&self, first: usize, count: usize) -> Tensor<B, 2> {
+        match self {
+            PlainMatrix::Exact(matrix) => matrix.clone().narrow(0, first, count).cast(FloatDType::F32),
+            PlainMatrix::Sliced(sliced) => {
+                sliced.widen(first / BLOCK_ROWS, count.div_ceil(BLOCK_ROWS)).narrow(0, 0, count)
+            }
+        }
+    }
+}
+
+/// Slices on the device: the bytes of the cells, nibbles and constants apart.
+#[derive(Debug)]
+pub struct PlainSliced<B: Backend> {
+    rows: usize,
+    /// High nibbles, `[blocks, groups, 64]`: a word is eight columns of a row, as `slices` says.
+    base: Tensor<B, 3, Int>,
+    refine: Option<Tensor<B, 3, Int>>,
+    /// Scales and offsets, `[blocks, groups, 2, 16]`, f16.
+    constants: Tensor<B, 4>,
+}
+
+impl<B: Backend> PlainSliced<B> {
+    /// Blocks `first..first + count` in f32: `[16 * count, cols]`, padding included.
+    fn widen(&self, first: usize, count: usize) -> Tensor<B, 2> {
+        let [_, groups, _] = self.base.dims();
+        let levels = |words: &Tensor<B, 3, Int>| {
+            let words = words.clone().narrow(0, first, count).reshape([count, groups, 4, BLOCK_ROWS, 1]);
+            let nibbles = (0..8).map(|column| {
+                let shift = 8 * (column % 4) + 4 * (column / 4);
+                words.clone().bitwise_right_shift_scalar(shift.elem()).bitwise_and_scalar(15.elem())
+            });
+            let levels = Tensor::cat(nibbles.collect(), 4).permute([0, 3, 1, 2, 4]);
+            levels.reshape([count, BLOCK_ROWS, groups, GROUP]).float().cast(FloatDType::F32)
+        };
+        let high = levels(&self.base) * 16.0;
+        let levels = match &self.refine {
+            Some(refine) => high + levels(refine),
+            None => high + 7.5,
+        };
+        let constants = self.constants.clone().narrow(0, first, count).cast(FloatDType::F32);
+        let [scale, offset] = [0, 1].map(|which| {
+            let rows = constants.clone().narrow(2, which, 1).permute([0, 3, 1, 2]);
+            rows.reshape([count, BLOCK_ROWS, groups, 1])
+        });
+        (levels * scale + offset).reshape([count * BLOCK_ROWS, groups * GROUP])
+    }
+}
 
 /// Keys and values `[kv_heads, capacity, head_dim]` of each layer. A slot is empty only while it is being written.
 #[derive(Debug)]
@@ -78,14 +162,18 @@ impl<B: Backend> Kernels for Plain<B> {
         format!("plain-{}", B::name(&self.device))
     }
 
-    fn matrix(&self, matrix: Matrix) -> PlainMatrix<B> {
+    fn matrix(&self, weight: Weight) -> PlainMatrix<B> {
+        let matrix = match weight {
+            Weight::Exact(matrix) => matrix,
+            Weight::Sliced(sliced) => return PlainMatrix::Sliced(self.sliced(&sliced)),
+        };
         let dtype = match matrix.dtype() {
             DType::BF16 => BurnDType::BF16,
             DType::F16 => BurnDType::F16,
             DType::F32 => BurnDType::F32,
         };
         let data = TensorData::from_bytes_vec(matrix.bytes().to_vec(), [matrix.rows(), matrix.cols()], dtype);
-        PlainMatrix(Tensor::from_data(data, (&self.device, dtype)))
+        PlainMatrix::Exact(Tensor::from_data(data, (&self.device, dtype)))
     }
 
     fn vector(&self, values: Vec<f32>) -> Tensor<B, 2> {
@@ -98,12 +186,19 @@ impl<B: Backend> Kernels for Plain<B> {
         Tensor::from_data(TensorData::new(values, [rows, width]), (&self.device, BurnDType::F32))
     }
 
-    fn linear(&mut self, x: &Tensor<B, 2>, matrix: &PlainMatrix<B>, bias: Option<&Tensor<B, 2>>) -> Tensor<B, 2> {
-        let out = self.product(x, matrix);
-        match bias {
-            Some(bias) => out + bias.clone(),
-            None => out,
-        }
+    fn linears(
+        &mut self,
+        x: &Tensor<B, 2>,
+        matrices: &[(&PlainMatrix<B>, Option<&Tensor<B, 2>>)],
+    ) -> Vec<Tensor<B, 2>> {
+        let output = |(matrix, bias): &(&PlainMatrix<B>, Option<&Tensor<B, 2>>)| {
+            let out = self.product(x, matrix);
+            match bias {
+                Some(bias) => out + (*bias).clone(),
+                None => out,
+            }
+        };
+        matrices.iter().map(output).collect()
     }
 
     fn rms_norm(&mut self, x: &Tensor<B, 2>, weight: &Tensor<B, 2>, eps: f32) -> Tensor<B, 2> {
@@ -156,10 +251,14 @@ impl<B: Backend> Kernels for Plain<B> {
         })
     }
 
-    fn swiglu(&mut self, x: &Tensor<B, 2>, expert: &Gated<PlainMatrix<B>>) -> Tensor<B, 2> {
-        let gate = self.product(x, &expert.gate);
-        let gate = each_row(&gate, |_, row| activation::silu(row));
-        let up = self.product(x, &expert.up);
-        self.product(&(gate * up), &expert.down)
+    fn experts(&mut self, x: &Tensor<B, 2>, work: &[ExpertWork<'_, PlainMatrix<B>>]) -> Tensor<B, 2> {
+        let outputs = work.iter().filter(|work| !work.rows.is_empty()).map(|ExpertWork { expert, rows }| {
+            let x = Tensor::cat(rows.iter().map(|row| x.clone().narrow(0, *row as usize, 1)).collect(), 0);
+            let gate = self.product(&x, &expert.gate);
+            let gate = each_row(&gate, |_, row| activation::silu(row));
+            let up = self.product(&x, &expert.up);
+            self.product(&(gate * up), &expert.down)
+        });
+        Tensor::cat(outputs.collect(), 0)
     }
 }

@@ -4,6 +4,7 @@ mod checkpoints;
 mod decoding;
 mod engines;
 mod kernels;
+mod kernels_sliced;
 mod part_blobs;
 mod slices;
 mod synth;

@@ -6,7 +6,7 @@ use coel_model::{
     checkpoint::Checkpoint,
     decoder::{Core, Decoder, Step, Want},
     experts::{Assembly, ExpertCall},
-    kernels::{Gated, Kernels, download},
+    kernels::{ExpertWork, Gated, Kernels, download},
     layout::{self, ExpertId},
     tensors::Tensors,
     trunk::{Trunk, load_expert},
@@ -55,11 +55,10 @@ impl<K: Kernels> Whole<K> {
 
     pub fn serve(&mut self, call: &ExpertCall) -> Vec<f32> {
         let mut assembly = Assembly::new(call);
+        let input = self.kernels.upload(call.rows.clone(), call.hidden);
         for (index, rows) in call.by_expert() {
-            let gathered = rows.iter().flat_map(|row| call.row(*row).to_vec()).collect();
-            let input = self.kernels.upload(gathered, call.hidden);
             let expert = &self.experts[&ExpertId { layer: call.layer, index }];
-            let output = download(self.kernels.swiglu(&input, expert));
+            let output = download(self.kernels.experts(&input, &[ExpertWork { expert, rows: &rows }]));
             assembly.put(index, &rows, &output).expect("the call's own rows");
         }
         assembly.finish().expect("every slot was served")

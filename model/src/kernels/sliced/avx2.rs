@@ -1,0 +1,118 @@
+//! Sliced matrices by AVX2: half a block at a time, nibbles apart, since `vpmaddubsw` saturates for wider levels.
+//! Eight of its sums stay within 8 * 2 * 15 * 127 = 30480, so the whole group is added in 16 bits.
+
+// Tiles index several arrays at once and unroll to registers; iterators would hide both.
+#![allow(clippy::needless_range_loop)]
+
+use std::arch::x86_64::*;
+
+use super::{Cells, Sums, View, tile_rows};
+use crate::slices::{BASE_CELL, NIBBLES, REFINE_CELL};
+
+/// Rows of the largest tile.
+const TILE: usize = 4;
+/// How far ahead of its use a slice is fetched: further than a page, where hardware prefetchers stop.
+const AHEAD: usize = 4096;
+
+/// # Safety
+/// The machine has the instruction set; `rows` are rows of `x`; slices and `x` have the groups `cells` says.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn block(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &mut [Sums]) {
+    let mut first = 0;
+    while first < rows.len() {
+        let last = first + tile_rows(rows.len() - first, TILE);
+        let (rows, sums) = (&rows[first..last], &mut sums[first..last]);
+        // SAFETY: as this function's caller promises.
+        unsafe {
+            match cells.refine {
+                Some(_) => sized::<true>(cells, x, rows, sums),
+                None => sized::<false>(cells, x, rows, sums),
+            }
+        }
+        first = last;
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn sized<const REFINED: bool>(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &mut [Sums]) {
+    // SAFETY: passed on from the caller; the lengths agree.
+    unsafe {
+        match rows.len() {
+            1 => tile::<1, REFINED>(cells, x, rows, sums),
+            2 => tile::<2, REFINED>(cells, x, rows, sums),
+            3 => tile::<3, REFINED>(cells, x, rows, sums),
+            4 => tile::<4, REFINED>(cells, x, rows, sums),
+            _ => unreachable!("tiles are no larger"),
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn tile<const R: usize, const REFINED: bool>(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &mut [Sums]) {
+    // SAFETY: every read is inside a cell of the block or a group of a row of `x`.
+    unsafe {
+        let stride = x.rows();
+        let (values, scales) = x.as_ptrs();
+        let rows: [usize; R] = std::array::from_fn(|r| *rows.get_unchecked(r) as usize);
+        let mut acc = [[_mm256_setzero_ps(); 2]; R];
+        let mask = _mm256_set1_epi8(15);
+        for group in 0..cells.groups {
+            let base = cells.base.as_ptr().add(group * BASE_CELL);
+            let refine = cells.refine.map_or(base, |refine| refine.as_ptr().add(group * REFINE_CELL));
+            for line in 0..BASE_CELL / 64 {
+                _mm_prefetch::<_MM_HINT_T0>(base.wrapping_add(AHEAD + 64 * line).cast());
+            }
+            if REFINED {
+                for line in 0..REFINE_CELL / 64 {
+                    _mm_prefetch::<_MM_HINT_T0>(refine.wrapping_add(AHEAD + 64 * line).cast());
+                }
+            }
+            for half in 0..2 {
+                let mut upper = [_mm256_setzero_si256(); R];
+                let mut lower = [_mm256_setzero_si256(); R];
+                for pair in 0..4 {
+                    let at = 64 * pair + 32 * half;
+                    let packed = _mm256_loadu_si256(base.add(at).cast());
+                    let first = _mm256_and_si256(mask, packed);
+                    let second = _mm256_and_si256(mask, _mm256_srli_epi16::<4>(packed));
+                    let packed = _mm256_loadu_si256(refine.add(at).cast());
+                    let first_low = _mm256_and_si256(mask, packed);
+                    let second_low = _mm256_and_si256(mask, _mm256_srli_epi16::<4>(packed));
+                    for r in 0..R {
+                        let x = values.add(group * stride + rows[r]).cast::<i32>().add(2 * pair);
+                        let first_x = _mm256_set1_epi32(x.read_unaligned());
+                        let second_x = _mm256_set1_epi32(x.add(1).read_unaligned());
+                        upper[r] = _mm256_add_epi16(upper[r], _mm256_maddubs_epi16(first, first_x));
+                        upper[r] = _mm256_add_epi16(upper[r], _mm256_maddubs_epi16(second, second_x));
+                        if REFINED {
+                            lower[r] = _mm256_add_epi16(lower[r], _mm256_maddubs_epi16(first_low, first_x));
+                            lower[r] = _mm256_add_epi16(lower[r], _mm256_maddubs_epi16(second_low, second_x));
+                        }
+                    }
+                }
+                let constants = base.add(NIBBLES + 16 * half);
+                let scale = _mm256_cvtph_ps(_mm_loadu_si128(constants.cast()));
+                let mut offset = _mm256_cvtph_ps(_mm_loadu_si128(constants.add(32).cast()));
+                if !REFINED {
+                    offset = _mm256_fmadd_ps(scale, _mm256_set1_ps(7.5), offset);
+                }
+                for r in 0..R {
+                    let mut dot = _mm256_madd_epi16(upper[r], _mm256_set1_epi16(16));
+                    if REFINED {
+                        dot = _mm256_add_epi32(dot, _mm256_madd_epi16(lower[r], _mm256_set1_epi16(1)));
+                    }
+                    let activation = scales.add(group * stride + rows[r]);
+                    let step = _mm256_mul_ps(scale, _mm256_set1_ps((*activation).step));
+                    let sum = &mut acc[r][half];
+                    *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), step, *sum);
+                    *sum = _mm256_fmadd_ps(offset, _mm256_set1_ps((*activation).sum), *sum);
+                }
+            }
+        }
+        for r in 0..R {
+            let to = sums.get_unchecked_mut(r).as_mut_ptr();
+            _mm256_storeu_ps(to, acc[r][0]);
+            _mm256_storeu_ps(to.add(8), acc[r][1]);
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! A small pool for regions of a few microseconds.
+//!
+//! Owns [`Pool`]: the caller and some helpers, which run one closure together. What a closure does with the pieces of
+//! its work is its own matter; it takes them one by one ([`Pool::each`] does so from a counter), so a helper that comes
+//! late finds nothing left, and a region ends without it: only helpers that entered are waited for. A helper looks for
+//! the next region for [`SPIN`] and then sleeps, so an idle pool costs nothing.
+//!
+//! The invariant: when [`Pool::run`] returns, or unwinds, no helper is inside the closure. A panic anywhere in it
+//! becomes a panic of the caller. Which worker does which piece is left to chance, so pieces must not depend on it.
+
+use std::{
+    any::Any,
+    cell::UnsafeCell,
+    hint,
+    marker::PhantomData,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    slice,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    thread::{self, JoinHandle, Thread},
+    time::{Duration, Instant},
+};
+
+/// How long a helper looks for the next region before it sleeps: longer than the gaps within a layer, shorter than
+/// anything a second process on the machine would notice.
+const SPIN: Duration = Duration::from_micros(50);
+/// Looks between two readings of the clock.
+const LOOKS: u32 = 32;
+/// Most threads of a pool.
+const THREADS_MAX: usize = 256;
+
+/// Bit of [`Shared::state`]: helpers may enter. Below it the number of helpers inside, above it the region's number.
+const OPEN: u64 = 1 << 16;
+const REGION: u64 = 1 << 17;
+
+type Task<'a> = &'a (dyn Fn(usize) + Sync);
+
+struct Shared {
+    state: AtomicU64,
+    /// The open region's closure. Written while no helper is inside and none may enter, read by those inside.
+    task: UnsafeCell<Option<Task<'static>>>,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    stop: AtomicBool,
+    /// For each helper, whether it sleeps or is about to.
+    asleep: Vec<AtomicBool>,
+}
+
+// SAFETY: `task` is the only part that is not `Sync`; its field says when it is written and read.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; a task may be called from any thread.
+unsafe impl Send for Shared {}
+
+/// The caller and `threads - 1` helpers.
+pub struct Pool {
+    shared: Arc<Shared>,
+    helpers: Vec<(Thread, Option<JoinHandle<()>>)>,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Pool({})", self.threads())
+    }
+}
+
+impl Pool {
+    /// A pool of `threads` workers, the caller included; 0 means one for each core this process may use. Fewer where
+    /// the system refuses more.
+    pub fn new(threads: usize) -> Self {
+        let threads = match threads {
+            0 => thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        };
+        let wanted = threads.min(THREADS_MAX) - 1;
+        let shared = Arc::new(Shared {
+            state: AtomicU64::new(0),
+            task: UnsafeCell::new(None),
+            panic: Mutex::new(None),
+            stop: AtomicBool::new(false),
+            asleep: (0..wanted).map(|_| AtomicBool::new(false)).collect(),
+        });
+        let mut helpers = Vec::with_capacity(wanted);
+        for index in 0..wanted {
+            let shared = shared.clone();
+            let builder = thread::Builder::new().name(format!("coel-helper-{}", index + 1));
+            match builder.spawn(move || shared.help(index)) {
+                Ok(handle) => helpers.push((handle.thread().clone(), Some(handle))),
+                Err(error) => {
+                    tracing::warn!(%error, "computing with {} threads instead of {threads}", index + 1);
+                    break;
+                }
+            }
+        }
+        Self { shared, helpers }
+    }
+
+    /// Workers, the caller included.
+    pub fn threads(&self) -> usize {
+        self.helpers.len() + 1
+    }
+
+    /// Calls `task` with the caller's worker number, 0, and those of all helpers that come before it has returned.
+    pub fn run(&mut self, task: Task<'_>) {
+        if self.helpers.is_empty() {
+            return task(0);
+        }
+        // SAFETY: the last region is closed and nobody is inside; helpers that enter this one are gone before `task`
+        // ends, as its closing below waits for them, whatever happens in between.
+        unsafe { *self.shared.task.get() = Some(std::mem::transmute::<Task<'_>, Task<'static>>(task)) };
+        let state = self.shared.state.load(Ordering::Relaxed);
+        self.shared.state.store((state + REGION) | OPEN, Ordering::SeqCst);
+        for ((thread, _), asleep) in self.helpers.iter().zip(&self.shared.asleep) {
+            if asleep.load(Ordering::SeqCst) {
+                thread.unpark();
+            }
+        }
+        let own = catch_unwind(AssertUnwindSafe(|| task(0)));
+        let mut state = self.shared.state.fetch_and(!OPEN, Ordering::AcqRel) & !OPEN;
+        let mut looks = 0u32;
+        while state & (OPEN - 1) != 0 {
+            looks += 1;
+            match looks.is_multiple_of(LOOKS * LOOKS) {
+                true => thread::yield_now(),
+                false => hint::spin_loop(),
+            }
+            state = self.shared.state.load(Ordering::Acquire);
+        }
+        let others = self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(panic) = own.err().or(others) {
+            resume_unwind(panic);
+        }
+    }
+
+    /// Calls `f(worker, piece)` for every piece of `0..count`, `grain` neighbours at a time.
+    pub fn each(&mut self, count: usize, grain: usize, f: impl Fn(usize, usize) + Sync) {
+        let grain = grain.max(1);
+        if self.helpers.is_empty() || count <= grain {
+            return (0..count).for_each(|piece| f(0, piece));
+        }
+        let next = AtomicUsize::new(0);
+        self.run(&|worker| {
+            loop {
+                let first = next.fetch_add(grain, Ordering::Relaxed);
+                if first >= count {
+                    return;
+                }
+                (first..count.min(first + grain)).for_each(|piece| f(worker, piece));
+            }
+        });
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for (thread, handle) in &mut self.helpers {
+            thread.unpark();
+            let _ = handle.take().map(JoinHandle::join); // helpers catch what panics
+        }
+    }
+}
+
+impl Shared {
+    fn help(&self, index: usize) {
+        let mut seen = 0;
+        while let Some(region) = self.next(index, seen) {
+            seen = region;
+            let mut state = self.state.load(Ordering::Acquire);
+            let entered = loop {
+                if state & OPEN == 0 || state / REGION != region {
+                    break false;
+                }
+                match self.state.compare_exchange_weak(state, state + 1, Ordering::AcqRel, Ordering::Acquire) {
+                    Ok(_) => break true,
+                    Err(found) => state = found,
+                }
+            };
+            if !entered {
+                continue;
+            }
+            // SAFETY: this helper is inside, so the caller waits for it and changes nothing.
+            let task = unsafe { *self.task.get() }.expect("an open region has a task");
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(index + 1))) {
+                self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+            }
+            self.state.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// Waits for a region after `seen` and returns its number; `None` at the end.
+    fn next(&self, index: usize, seen: u64) -> Option<u64> {
+        let asleep = &self.asleep[index];
+        let mut until = Instant::now() + SPIN;
+        loop {
+            for _ in 0..LOOKS {
+                let region = self.state.load(Ordering::Acquire) / REGION;
+                if region != seen {
+                    return Some(region);
+                }
+                hint::spin_loop();
+            }
+            if Instant::now() < until {
+                continue;
+            }
+            // Said before the last look: a caller that opens a region after it sees this and wakes us.
+            asleep.store(true, Ordering::SeqCst);
+            if self.state.load(Ordering::SeqCst) / REGION == seen && !self.stop.load(Ordering::SeqCst) {
+                thread::park();
+            }
+            asleep.store(false, Ordering::SeqCst);
+            if self.stop.load(Ordering::SeqCst) {
+                return None;
+            }
+            until = Instant::now() + SPIN;
+        }
+    }
+}
+
+/// A slice several workers write to, each its own elements.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shares<'a, T> {
+    start: *mut T,
+    len: usize,
+    whole: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: elements are reached through `part` alone, whose callers keep them apart.
+unsafe impl<T: Send> Sync for Shares<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Send for Shares<'_, T> {}
+
+impl<'a, T> Shares<'a, T> {
+    pub(super) fn of(whole: &'a mut [T]) -> Self {
+        Self { start: whole.as_mut_ptr(), len: whole.len(), whole: PhantomData }
+    }
+
+    /// The elements `first..first + len`, which must be inside.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes them while the result is used.
+    pub(super) unsafe fn part(&self, first: usize, len: usize) -> &'a mut [T] {
+        assert!(first <= self.len && len <= self.len - first);
+        // SAFETY: inside the slice, by the assertion, and nobody else's, by the caller's promise.
+        unsafe { slice::from_raw_parts_mut(self.start.add(first), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_piece_is_done_once() {
+        for threads in [1, 2, 5] {
+            let mut pool = Pool::new(threads);
+            assert_eq!(pool.threads(), threads);
+            for round in 0..200 {
+                let done: Vec<AtomicUsize> = (0..round % 37).map(|_| AtomicUsize::new(0)).collect();
+                pool.each(done.len(), 1 + round % 3, |worker, piece| {
+                    assert!(worker < threads);
+                    done[piece].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn sleepers_are_woken() {
+        let mut pool = Pool::new(2);
+        while !pool.shared.asleep[0].load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+        let helped = AtomicBool::new(false);
+        pool.run(&|worker| match worker {
+            // The caller's part lasts until the helper was there.
+            0 => {
+                while !helped.load(Ordering::SeqCst) {
+                    thread::yield_now();
+                }
+            }
+            _ => helped.store(true, Ordering::SeqCst),
+        });
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let mut pool = Pool::new(3);
+        for faulty in 0..3 {
+            let inside = AtomicUsize::new(0);
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(&|worker| {
+                    inside.fetch_add(1, Ordering::SeqCst);
+                    while inside.load(Ordering::SeqCst) < 3 {
+                        thread::yield_now();
+                    }
+                    assert!(worker != faulty, "worker {worker}");
+                });
+            }));
+            let message = result.unwrap_err().downcast::<String>().unwrap();
+            assert_eq!(*message, format!("worker {faulty}"));
+        }
+        let done = AtomicUsize::new(0);
+        pool.each(10, 1, |_, _| {
+            done.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(done.into_inner(), 10);
+    }
+}
