@@ -3,6 +3,7 @@
 mod checkpoints;
 mod decoding;
 mod engines;
+mod folders;
 mod kernels;
 mod part_blobs;
 mod slices;
