@@ -9,7 +9,13 @@ use std::{fmt, fs::File, io, ops::Range, path::Path, sync::Arc};
 
 use half::f16;
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 use serde::{Deserialize, Serialize};
+
+/// A multiple of the page size of every machine coel runs on.
+#[cfg(unix)]
+const PAGE: usize = 1 << 16;
 
 /// Element type of a stored weight. Stored little-endian, as safetensors does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -115,6 +121,22 @@ impl WeightBytes {
 
     pub fn is_empty(&self) -> bool {
         self.range.is_empty()
+    }
+
+    /// Tells the system that this process will not soon read these bytes again. Whole pages of a mapped file are dropped
+    /// from its memory and come back from the file when read; nothing else changes.
+    pub fn release(&self) {
+        #[cfg(unix)]
+        if let Owner::Map(map) = &self.owner {
+            let (start, end) = (self.range.start.next_multiple_of(PAGE), self.range.end / PAGE * PAGE);
+            if start < end {
+                // SAFETY: the mapping is shared with the file and read-only, so dropped pages come back as they were.
+                let advised = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+                if let Err(error) = advised {
+                    tracing::debug!("mapped weights stay in memory: {error}");
+                }
+            }
+        }
     }
 
     /// Whether the bytes lie in a mapped file, so that the system may drop and re-read them.

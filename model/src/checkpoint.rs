@@ -88,8 +88,7 @@ impl Checkpoint {
 
     /// The files other than weights, as (name, path): `config.json` and whatever of the tokenizer's is there.
     pub fn files(&self) -> Vec<(String, PathBuf)> {
-        let present = FILES.iter().map(|name| (name.to_string(), self.dir.join(name)));
-        present.filter(|(_, path)| path.is_file()).collect()
+        files_beside(&self.dir)
     }
 
     /// Each tensor the configuration implies is there in its shape, and nothing else is.
@@ -107,6 +106,12 @@ impl Checkpoint {
         }
         Ok(())
     }
+}
+
+/// The files of `dir` that travel with its weights, as (name, path).
+pub(crate) fn files_beside(dir: &Path) -> Vec<(String, PathBuf)> {
+    let present = FILES.iter().map(|name| (name.to_string(), dir.join(name)));
+    present.filter(|(_, path)| path.is_file()).collect()
 }
 
 /// Reads and validates `config.json` of a folder.

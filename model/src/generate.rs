@@ -1,6 +1,6 @@
 //! Generation on one machine alone, without any node.
 //!
-//! Owns [`LocalModel`]: a checkpoint folder, its text side and an engine that holds all of it, and the loop that drives
+//! Owns [`LocalModel`]: a model folder, its text side and an engine that holds all of it, and the loop that drives
 //! a sequence to its end. It is synchronous: a command line's business, not a server's. Whoever spreads experts over
 //! machines drives the same [`Sequence`] with its own answers to the decoder's calls.
 
@@ -8,11 +8,13 @@ use std::path::Path;
 
 use crate::{
     chat::Message,
-    checkpoint::Checkpoint,
     decoder::Want,
     device::Device,
     engine::{Engine, EngineError, EngineOptions, block_on},
+    folder::ModelFolder,
+    layout,
     sequence::{Emitted, FinishReason, GenerateParams, Sequence, SequenceError, Usage},
+    slices::Precision,
     tensors::LoadError,
     text::{TextError, TextModel},
 };
@@ -48,15 +50,24 @@ pub struct Generation {
 }
 
 impl LocalModel {
-    /// Opens a checkpoint folder and loads all of it, in place where the device computes in this memory. The KV pool
-    /// has room for one full context.
+    /// Opens a checkpoint folder and loads all of it as it is. See [`open_at`](Self::open_at).
     pub fn open(dir: &Path, device: Device) -> Result<Self, LocalError> {
-        let checkpoint = Checkpoint::open(dir)?;
-        let text = TextModel::open(&checkpoint)?;
-        let config = checkpoint.config().clone();
+        Self::open_at(dir, device, Precision::Exact, Precision::Exact)
+    }
+
+    /// Opens a model folder and loads all of it: the trunk at one precision, the experts at another. Weights are used
+    /// in place where the device computes in this memory and the folder has them in that form; those of a checkpoint
+    /// are sliced on the way. The KV pool has room for one full context.
+    pub fn open_at(dir: &Path, device: Device, trunk: Precision, experts: Precision) -> Result<Self, LocalError> {
+        let folder = ModelFolder::open(dir)?;
+        let config = folder.config().clone();
+        let text = TextModel::from_paths(&config, folder.files())?;
         let options = EngineOptions { kv_tokens: config.max_position_embeddings, ..EngineOptions::default() };
-        let engine = Engine::start(device, config, options)?;
-        block_on(engine.load_checkpoint(&checkpoint))?;
+        let engine = Engine::start(device, config.clone(), options)?;
+        block_on(engine.load_trunk_tensors(folder.trunk(trunk)?))?;
+        for id in layout::experts(&config) {
+            block_on(engine.load_expert_tensors(id, folder.expert(id, experts)?))?;
+        }
         Ok(Self { engine, text })
     }
 

@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::{
     bytes::DType,
     checkpoint::Checkpoint,
+    config::ModelConfig,
     layout::{self, ExpertId, TensorSpec},
     tensors::{ElementType, TensorView},
 };
@@ -25,6 +26,16 @@ pub enum PartKind {
         name: String,
     },
     Expert(ExpertId),
+}
+
+impl std::fmt::Display for PartKind {
+    /// `embeddings`, `layer.N`, `head` or `layer.N.expert.M`, as file names have it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            PartKind::Trunk { name } => f.write_str(name),
+            PartKind::Expert(id) => write!(f, "layer.{}.expert.{}", id.layer, id.index),
+        }
+    }
 }
 
 /// One tensor of a part and where its bytes lie.
@@ -102,9 +113,9 @@ pub(crate) fn frame(metadata: Option<&str>, entries: &[Entry<'_>]) -> Vec<u8> {
     header
 }
 
-/// Cuts a checkpoint into parts: embeddings, one per layer, the head, then every expert in ascending order.
-pub fn parts(checkpoint: &Checkpoint) -> Vec<Part> {
-    let config = checkpoint.config();
+/// The parts of a model and the tensors each has: embeddings, one per layer, the head, then every expert in ascending
+/// order.
+pub fn kinds(config: &ModelConfig) -> Vec<(PartKind, Vec<TensorSpec>)> {
     let trunk = |name: String, specs: Vec<TensorSpec>| (PartKind::Trunk { name }, specs);
     let mut kinds = vec![trunk("embeddings".into(), layout::embeddings(config))];
     for layer in 0..config.num_hidden_layers {
@@ -112,11 +123,17 @@ pub fn parts(checkpoint: &Checkpoint) -> Vec<Part> {
     }
     kinds.push(trunk("head".into(), layout::head(config)));
     kinds.extend(layout::experts(config).map(|id| (PartKind::Expert(id), layout::expert(config, id))));
+    kinds
+}
+
+/// Cuts a checkpoint into the parts of [`kinds`].
+pub fn parts(checkpoint: &Checkpoint) -> Vec<Part> {
     let range = |spec: TensorSpec| {
         let view = checkpoint.tensors().get(&spec.name).expect("an open checkpoint is complete");
         tensor_range(spec, view)
     };
-    kinds.into_iter().map(|(kind, specs)| Part { kind, tensors: specs.into_iter().map(range).collect() }).collect()
+    let kinds = kinds(checkpoint.config()).into_iter();
+    kinds.map(|(kind, specs)| Part { kind, tensors: specs.into_iter().map(range).collect() }).collect()
 }
 
 fn tensor_range(spec: TensorSpec, view: &TensorView) -> TensorRange {

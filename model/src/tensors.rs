@@ -12,7 +12,8 @@ use crate::{
     bytes::{DType, Matrix, WeightBytes},
     slices::{
         Precision, Sliced, Weight,
-        blob::{FORMAT, FORMAT_KEY, PartBlobs, SLICE_KEY, Slice},
+        blob::{FORMAT, FORMAT_KEY, PartBlobs, SLICE_KEY, Slice, SliceError, is_sliced},
+        encode::slice_matrix,
     },
 };
 
@@ -66,8 +67,15 @@ pub enum LoadError {
     Format { file: String, found: String },
     #[error("{file}: the refine slice does not go with {base}: {why}; fetch both of the same model")]
     Refine { file: String, base: String, why: String },
+    #[error("{file}: {why}; slice the checkpoint again")]
+    SlicesFile { file: String, why: String },
+    #[error(
+        "{dir} holds slices and not the exact weights; compute with q4 or q8 (--precision q8), or name the checkpoint \
+         that was sliced"
+    )]
+    NoExact { dir: String },
     #[error("{file}: {source}")]
-    Slice { file: String, source: crate::slices::blob::SliceError },
+    Slice { file: String, source: SliceError },
 }
 
 /// One tensor: type, shape, and the bytes in place.
@@ -237,6 +245,30 @@ impl Tensors {
             _ => Precision::Exact,
         });
         each.min().unwrap_or(Precision::Exact)
+    }
+
+    /// These tensors with their matrices sliced in memory, at [`Precision::Exact`] as they are. Tensors that are sliced
+    /// already stay so. Mapped matrices are released once they were read.
+    pub fn sliced(mut self, precision: Precision) -> Result<Self, LoadError> {
+        if precision == Precision::Exact {
+            return Ok(self);
+        }
+        for (name, view) in &mut self.entries {
+            let (ElementType::Weight(dtype), true) = (view.element, is_sliced(name, &view.shape)) else {
+                continue;
+            };
+            let (rows, cols) = (view.shape[0], view.shape[1]);
+            let failed = |source| LoadError::Slice { file: self.sources[view.source].clone(), source };
+            let matrix = Matrix::new(view.bytes.clone(), dtype, rows, cols).expect("parse() checked the length");
+            let sliced = slice_matrix(&matrix, precision)
+                .ok_or_else(|| failed(SliceError::Columns { tensor: name.clone(), cols }))?
+                .map_err(|fault| failed(SliceError::at(name, 0, fault)))?;
+            view.bytes.release();
+            view.element = ElementType::Cells(Slice::Base);
+            view.shape = Slice::Base.shape(rows, cols).into();
+            (view.bytes, view.refine) = sliced.into_slices();
+        }
+        Ok(self)
     }
 
     /// Keeps only the tensors named.

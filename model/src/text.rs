@@ -4,7 +4,7 @@
 //! folder or, by name, from a peer; the invariant is that every token the tokenizer gives is one the model has, and
 //! that all end-of-text tokens any of the files names are known. It holds no weights.
 
-use std::{collections::BTreeMap, fs, sync::Arc};
+use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc};
 
 use serde_json::Value;
 
@@ -40,12 +40,17 @@ pub struct TextModel {
 impl TextModel {
     /// Reads the files of an open checkpoint.
     pub fn open(checkpoint: &Checkpoint) -> Result<Self, TextError> {
+        Self::from_paths(checkpoint.config(), checkpoint.files())
+    }
+
+    /// Reads the files [`Checkpoint::files`] lists, by name and path.
+    pub fn from_paths(config: &ModelConfig, paths: Vec<(String, PathBuf)>) -> Result<Self, TextError> {
         let mut files = BTreeMap::new();
-        for (name, path) in checkpoint.files() {
+        for (name, path) in paths {
             let bytes = fs::read(&path).map_err(|source| TextError::Io { file: path.display().to_string(), source })?;
             files.insert(name, bytes);
         }
-        Self::from_files(checkpoint.config(), &files)
+        Self::from_files(config, &files)
     }
 
     /// From the contents of the files [`Checkpoint::files`] lists, by name.

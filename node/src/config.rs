@@ -17,7 +17,7 @@ pub const FILE_NAME: &str = "coel.toml";
 /// Share of the machine's memory that a node takes where nothing is said.
 const MEMORY_SHARE: f64 = 0.75;
 /// KV cache of a node in tokens where nothing is said: enough for a few chats, small beside the experts.
-const KV_TOKENS: usize = 4096;
+pub const KV_TOKENS: usize = 4096;
 
 /// `--data DIR`, which every command takes that runs or talks to a node.
 #[derive(Debug, Clone, Args)]

@@ -128,6 +128,11 @@ impl Sliced {
         self.refine.as_ref().map(WeightBytes::as_slice)
     }
 
+    /// The base and the refine slice.
+    pub fn into_slices(self) -> (WeightBytes, Option<WeightBytes>) {
+        (self.base, self.refine)
+    }
+
     pub fn precision(&self) -> Precision {
         if self.refine.is_some() { Precision::Q8 } else { Precision::Q4 }
     }

@@ -3,6 +3,7 @@
 mod checkpoints;
 mod decoding;
 mod engines;
+mod folders;
 mod kernels;
 mod kernels_sliced;
 mod part_blobs;

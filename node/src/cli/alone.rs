@@ -1,49 +1,44 @@
-//! Commands that need no node: one machine, one checkpoint directory.
+//! Commands that compute and need no node: one machine, one model directory.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
-use coel_model::checkpoint::Checkpoint;
+use clap::Args;
 use coel_model::device::Device;
 use coel_model::eval::{WINDOW_TOKENS, eval_qa, eval_reference, eval_text};
-use coel_model::footprint::Footprint;
 use coel_model::generate::LocalModel;
-use coel_model::parts::parts;
 use coel_model::sampling::SamplingParams;
 use coel_model::sequence::GenerateParams;
+use coel_model::slices::Precision;
 use serde::Serialize;
 
 use super::{Failure, Output, print};
-use crate::size::Size;
-
-/// Which weights to compute with.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-enum Precision {
-    /// As in the checkpoint.
-    #[default]
-    Exact,
-}
 
 /// A model on this machine.
 #[derive(Debug, Args)]
 struct Local {
-    /// Checkpoint directory: config.json, *.safetensors, tokenizer.json.
+    /// Model directory: a checkpoint, or slices that `coel model slice` made of one.
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     /// `auto`, `cpu` or `cuda:N`.
     #[arg(long, env = "COEL_DEVICE", default_value = "auto")]
     device: String,
-    /// Which weights to compute with.
-    #[arg(long, value_enum, default_value_t)]
+    /// How exactly experts are held: `q4`, `q8`, or `exact` as in the checkpoint.
+    #[arg(long, value_name = "PRECISION", default_value_t = Precision::Exact)]
     precision: Precision,
+    /// The same for everything but experts [default: as --precision].
+    #[arg(long, value_name = "PRECISION")]
+    trunk: Option<Precision>,
 }
 
 impl Local {
+    fn trunk(&self) -> Precision {
+        self.trunk.unwrap_or(self.precision)
+    }
+
     fn open(&self) -> Result<LocalModel, Failure> {
-        let Precision::Exact = self.precision;
         let device: Device = self.device.parse().map_err(|error| Failure::usage(format!("--device: {error}")))?;
-        Ok(LocalModel::open(&self.model, device)?)
+        Ok(LocalModel::open_at(&self.model, device, self.trunk(), self.precision)?)
     }
 }
 
@@ -127,6 +122,8 @@ impl Generate {
                 "prompt_tokens": answer.usage.prompt_tokens,
                 "completion_tokens": answer.usage.completion_tokens,
                 "kernel_class": model.engine.class(),
+                "precision": self.local.precision.name(),
+                "trunk": self.local.trunk().name(),
             }));
         }
         writeln!(std::io::stdout())?;
@@ -193,74 +190,4 @@ fn verdict(report: &impl Serialize, passed: bool, output: Output, otherwise: &st
         }
     }
     if passed { Ok(()) } else { Err(Failure { message: otherwise.to_owned(), code: 1 }) }
-}
-
-/// What `coel model inspect` prints.
-#[derive(Debug, Serialize)]
-struct Inspection {
-    architecture: &'static str,
-    vocab_size: usize,
-    hidden_size: usize,
-    num_hidden_layers: usize,
-    sparse_layers: usize,
-    num_experts: usize,
-    num_experts_per_tok: usize,
-    moe_intermediate_size: usize,
-    max_position_embeddings: usize,
-    dtype: String,
-    trunk_bytes: u64,
-    expert_bytes: u64,
-    experts_bytes: u64,
-    kv_bytes_per_token: u64,
-}
-
-/// `coel model inspect`.
-pub fn inspect(dir: &Path, output: Output) -> Result<(), Failure> {
-    let checkpoint = Checkpoint::open(dir)?;
-    let config = checkpoint.config();
-    let footprint = Footprint::of(config, config.dtype);
-    let experts = parts(&checkpoint).into_iter().filter(|part| part.expert().is_some());
-    let inspection = Inspection {
-        architecture: config.architecture.name(),
-        vocab_size: config.vocab_size,
-        hidden_size: config.hidden_size,
-        num_hidden_layers: config.num_hidden_layers,
-        sparse_layers: config.sparse_layers().count(),
-        num_experts: config.num_experts,
-        num_experts_per_tok: config.num_experts_per_tok,
-        moe_intermediate_size: config.moe_intermediate_size,
-        max_position_embeddings: config.max_position_embeddings,
-        dtype: config.dtype.to_string(),
-        trunk_bytes: footprint.trunk_bytes,
-        expert_bytes: footprint.expert_bytes,
-        experts_bytes: experts.map(|part| part.data_bytes()).sum(),
-        kv_bytes_per_token: footprint.kv_bytes_per_token,
-    };
-    if output.json {
-        return print::json(&inspection);
-    }
-    let i = &inspection;
-    writeln!(std::io::stdout(), "architecture  {} ({})", i.architecture, i.dtype)?;
-    writeln!(
-        std::io::stdout(),
-        "experts       {} layers of {}, {} per token, {} each, {} together",
-        i.sparse_layers,
-        i.num_experts,
-        i.num_experts_per_tok,
-        Size(i.expert_bytes),
-        Size(i.experts_bytes)
-    )?;
-    writeln!(std::io::stdout(), "trunk         {}", Size(i.trunk_bytes))?;
-    writeln!(
-        std::io::stdout(),
-        "KV cache      {} per token, context {}",
-        Size(i.kv_bytes_per_token),
-        i.max_position_embeddings
-    )?;
-    writeln!(
-        std::io::stdout(),
-        "a node needs  {} for the trunk, its KV cache, its buffers, and its experts",
-        Size(i.trunk_bytes)
-    )?;
-    Ok(())
 }

@@ -3,6 +3,7 @@
 mod alone;
 mod chat;
 mod client;
+mod folders;
 mod print;
 
 use std::ffi::OsString;
@@ -120,13 +121,12 @@ enum Model {
         #[command(flatten)]
         output: Output,
     },
-    /// What is in a checkpoint directory, and what a node needs for it.
-    Inspect {
-        /// The directory.
-        dir: PathBuf,
-        #[command(flatten)]
-        output: Output,
-    },
+    /// What is in a model directory, in bytes per slice, and what of it fits a node.
+    Inspect(folders::Inspect),
+    /// Make slices of a checkpoint directory, at 4 and 8 bits a weight. Goes on where it was stopped.
+    Slice(folders::Slice),
+    /// Make a checkpoint of random weights, for measuring.
+    Synth(folders::Synth),
 }
 
 /// `--json`, for commands that print data.
@@ -197,7 +197,9 @@ fn execute(cli: Cli) -> Result<(), Failure> {
         }
         Command::Model(Model::Import { dir, data, name, output }) => block_on(client::import(dir, data, name, output)),
         Command::Model(Model::Ls { data, output }) => block_on(client::models(data, output)),
-        Command::Model(Model::Inspect { dir, output }) => alone::inspect(&dir, output),
+        Command::Model(Model::Inspect(inspect)) => inspect.run(),
+        Command::Model(Model::Slice(slice)) => slice.run(),
+        Command::Model(Model::Synth(synth)) => synth.run(),
         Command::Generate(generate) => generate.run(),
         Command::Eval(eval) => eval.run(),
     }

@@ -1,0 +1,225 @@
+//! Slices of a whole model into a folder, part by part, resumably.
+//!
+//! Owns [`slice_checkpoint`] and [`write_slices`]. A file is written under a temporary name, synced and renamed, and
+//! `slices.json` comes last: so a folder is complete or is not a model yet, whatever happens in between, and what is
+//! finished is not written again. `slicing.json` says meanwhile what is being sliced; a folder that was begun from
+//! something else is refused. The invariant: memory does not grow with the model; weights are read from their files in
+//! blocks and never mapped.
+
+use std::{
+    fs::{self, File},
+    io::{self, BufWriter, Write},
+    path::{Path, PathBuf},
+    time::UNIX_EPOCH,
+};
+
+use serde_json::{Value, json};
+
+use crate::{
+    checkpoint::Checkpoint,
+    parts::{Part, parts},
+    sliced::{PartFiles, SLICES, SliceFile, SlicesFile},
+    slices::blob::{FORMAT, ReadAt, Slice, SliceError, part_bytes, write_part},
+    tensors::LoadError,
+};
+
+/// What is being sliced; there until the folder is complete.
+const MARKER: &str = "slicing.json";
+/// Bytes gathered before a file is written to.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// Why a model was not sliced, or not to the end.
+#[derive(Debug, thiserror::Error)]
+pub enum SlicingError {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error("{part}: {source}")]
+    Slice { part: String, source: SliceError },
+    #[error("{file}: {source}")]
+    Io { file: String, source: io::Error },
+    #[error(
+        "the disk is full: {file} could not be written ({done} of {total} parts are finished); make room and run the \
+         same command again, it goes on from there"
+    )]
+    Full { file: String, done: usize, total: usize },
+    #[error("{dir} holds a model already; name a folder that does not exist yet")]
+    Occupied { dir: String },
+    #[error("{dir} was begun from something else (see {MARKER} there); name another folder, or remove this one")]
+    Other { dir: String },
+}
+
+/// What is sliced: its parts, where their bytes are, and the files that go with them.
+pub struct Material<'a, S: ?Sized> {
+    pub parts: &'a [Part],
+    pub source: &'a S,
+    /// Files other than weights: name and contents.
+    pub files: Vec<(String, Vec<u8>)>,
+    /// Tells this material from any other; a folder begun with another origin is not gone on with.
+    pub origin: Value,
+}
+
+/// Slices the checkpoint `dir` into the folder `out`. `progress` gets bytes of weights done, and of how many.
+///
+/// # Errors
+/// [`SlicingError`]; after one, the same call goes on where it stopped.
+pub fn slice_checkpoint(dir: &Path, out: &Path, progress: impl FnMut(u64, u64)) -> Result<(), SlicingError> {
+    // Open maps the weights, but only their headers are read through the mapping.
+    let checkpoint = Checkpoint::open(dir)?;
+    let (mut weights, mut origin) = (Vec::new(), Vec::new());
+    for path in checkpoint.weight_files() {
+        let file = File::open(path).map_err(named(path))?;
+        let metadata = file.metadata().map_err(named(path))?;
+        let changed = metadata.modified().map_err(named(path))?.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let path = fs::canonicalize(path).map_err(named(path))?;
+        origin.push(json!({"file": path, "bytes": metadata.len(), "modified_ns": changed.as_nanos().to_string()}));
+        weights.push(file);
+    }
+    let read = |(name, path): (String, PathBuf)| Ok((name, fs::read(&path).map_err(named(&path))?));
+    let files = checkpoint.files().into_iter().map(read).collect::<Result<_, SlicingError>>()?;
+    let parts = parts(&checkpoint);
+    let material = Material { parts: &parts, source: weights.as_slice(), files, origin: origin.into() };
+    write_slices(&material, out, progress)
+}
+
+/// Slices `material` into the folder `out`, which is made if it is not there. See [`slice_checkpoint`].
+pub fn write_slices<S: ReadAt + ?Sized>(
+    material: &Material<'_, S>,
+    out: &Path,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<(), SlicingError> {
+    let dir = || out.display().to_string();
+    fs::create_dir_all(out).map_err(named(out))?;
+    let marker = out.join(MARKER);
+    match fs::read(&marker) {
+        Ok(begun) if serde_json::from_slice::<Value>(&begun).ok() != Some(material.origin.clone()) => {
+            return Err(SlicingError::Other { dir: dir() });
+        }
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if out.join(SLICES).exists() || out.join("config.json").exists() {
+                return Err(SlicingError::Occupied { dir: dir() });
+            }
+            write_file(out, MARKER, |file| file.write_all(material.origin.to_string().as_bytes()))
+                .map_err(|error| failed(&marker, error, 0, material.parts.len()))?;
+        }
+        Err(source) => return Err(named(&marker)(source)),
+    }
+    let sizes = material.parts.iter().map(|part| Ok(PartFiles::new(&part.kind, in_part(part, part_bytes(part))?)));
+    let listed = sizes.collect::<Result<Vec<_>, SlicingError>>()?;
+    let (mut done, total) = (0, material.parts.iter().map(Part::data_bytes).sum());
+    for (index, (part, files)) in material.parts.iter().zip(&listed).enumerate() {
+        progress(done, total);
+        if !(finished(out, &files.base) && finished(out, &files.refine)) {
+            write_pair(out, part, files, material.source, index, material.parts.len())?;
+        }
+        done += part.data_bytes();
+    }
+    progress(total, total);
+    let at_end = |file: &Path, error| failed(file, error, material.parts.len(), material.parts.len());
+    for (name, contents) in &material.files {
+        write_file(out, name, |file| file.write_all(contents)).map_err(|error| at_end(&out.join(name), error))?;
+    }
+    let slices = SlicesFile { format: FORMAT.to_owned(), parts: listed };
+    let slices = serde_json::to_vec_pretty(&slices).expect("strings and numbers");
+    write_file(out, SLICES, |file| file.write_all(&slices)).map_err(|error| at_end(&out.join(SLICES), error))?;
+    fs::remove_file(&marker).map_err(named(&marker))
+}
+
+fn named(path: &Path) -> impl FnOnce(io::Error) -> SlicingError {
+    let file = path.display().to_string();
+    move |source| SlicingError::Io { file, source }
+}
+
+fn in_part<T>(part: &Part, result: Result<T, SliceError>) -> Result<T, SlicingError> {
+    result.map_err(|source| SlicingError::Slice { part: part.kind.to_string(), source })
+}
+
+fn failed(path: &Path, source: io::Error, done: usize, total: usize) -> SlicingError {
+    let file = path.display().to_string();
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => SlicingError::Full { file, done, total },
+        _ => SlicingError::Io { file, source },
+    }
+}
+
+fn finished(out: &Path, slice: &SliceFile) -> bool {
+    fs::metadata(out.join(&slice.file)).is_ok_and(|found| found.is_file() && found.len() == slice.bytes)
+}
+
+/// A file that vanishes unless it is kept.
+struct Temporary {
+    path: PathBuf,
+    file: Option<BufWriter<File>>,
+}
+
+impl Temporary {
+    fn new(dir: &Path, name: &str) -> io::Result<Self> {
+        let path = dir.join(format!("{name}.partial"));
+        let file = File::create(&path)?;
+        Ok(Self { path, file: Some(BufWriter::with_capacity(BUFFER_BYTES, file)) })
+    }
+
+    fn writer(&mut self) -> &mut BufWriter<File> {
+        self.file.as_mut().expect("open until it is kept")
+    }
+
+    /// Puts it under its name, once all of it is on disk.
+    fn keep(mut self, name: &Path) -> io::Result<()> {
+        self.writer().flush()?;
+        self.writer().get_ref().sync_all()?;
+        fs::rename(&self.path, name)?;
+        self.file = None;
+        match name.parent() {
+            Some(dir) => File::open(dir)?.sync_all(),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        if let Some(file) = self.file.take() {
+            // What is buffered goes nowhere: the file goes too. Should that fail, the next run overwrites it.
+            drop(file.into_parts());
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// A small file, whole or not at all.
+pub(crate) fn write_file(
+    dir: &Path,
+    name: &str,
+    write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut temporary = Temporary::new(dir, name)?;
+    write(temporary.writer())?;
+    temporary.keep(&dir.join(name))
+}
+
+fn write_pair(
+    out: &Path,
+    part: &Part,
+    files: &PartFiles,
+    source: &(impl ReadAt + ?Sized),
+    done: usize,
+    total: usize,
+) -> Result<(), SlicingError> {
+    let paths = [out.join(&files.base.file), out.join(&files.refine.file)];
+    let [base_path, refine_path] = &paths;
+    let open = |slice: &SliceFile, path: &Path| {
+        Temporary::new(out, &slice.file).map_err(|error| failed(path, error, done, total))
+    };
+    let (mut base, mut refine) = (open(&files.base, base_path)?, open(&files.refine, refine_path)?);
+    match write_part(part, source, base.writer(), refine.writer()) {
+        Err(SliceError::Write { slice, source }) => {
+            let path = if slice == Slice::Base { base_path } else { refine_path };
+            return Err(failed(path, source, done, total));
+        }
+        other => in_part(part, other)?,
+    }
+    for (file, path) in [(base, base_path), (refine, refine_path)] {
+        file.keep(path).map_err(|error| failed(path, error, done, total))?;
+    }
+    Ok(())
+}
