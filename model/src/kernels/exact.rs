@@ -97,6 +97,8 @@ unsafe fn typed<V: Lanes, E: Element, const R: usize, const C: usize>(
     sums: &mut [Sums],
 ) {
     let row_bytes = len * E::BYTES;
+    // One or two rows wait for memory, which is fastest read one weight row after the other.
+    let one_by_one = rows.len() <= 2;
     let mut first = 0;
     while first < rows.len() {
         let last = first + tile_rows(rows.len() - first, R);
@@ -106,7 +108,7 @@ unsafe fn typed<V: Lanes, E: Element, const R: usize, const C: usize>(
             let weights = &weights[column * row_bytes..];
             // SAFETY: passed on from the caller; a tile is no larger than what is left.
             unsafe {
-                if weights.len() >= C * row_bytes {
+                if !one_by_one && weights.len() >= C * row_bytes {
                     sized::<V, E, R, C>(weights, len, x, rows, column, sums);
                     column += C;
                 } else {
@@ -165,10 +167,7 @@ unsafe fn tile<V: Lanes, E: Element, const R: usize, const C: usize>(
         while at + LANES <= len {
             let mut weights = [V::zero(); C];
             for c in 0..C {
-                let from = w.add(c * row_bytes + at * E::BYTES);
-                // The next tile's weights, at the same place in their rows.
-                V::fetch(from.wrapping_add(C * row_bytes));
-                weights[c] = E::load(from);
+                weights[c] = E::load(w.add(c * row_bytes + at * E::BYTES));
             }
             for r in 0..R {
                 let row = V::load(x[r].add(at));

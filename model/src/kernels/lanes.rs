@@ -37,8 +37,6 @@ pub(super) trait Lanes: Copy {
         }
     }
     unsafe fn store(self, to: *mut f32);
-    /// Asks for the cache line at `at`, which need not be readable.
-    unsafe fn fetch(at: *const u8);
     /// `self + x * w`, rounded once.
     unsafe fn add_product(self, x: Self, w: Self) -> Self;
     /// The fixed tree.
@@ -91,9 +89,6 @@ impl Lanes for Portable {
         // SAFETY: writable for 16 elements, by the trait's contract.
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
     }
-
-    #[inline(always)]
-    unsafe fn fetch(_: *const u8) {}
 
     #[inline(always)]
     unsafe fn add_product(self, x: Self, w: Self) -> Self {
@@ -184,11 +179,6 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn fetch(at: *const u8) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
-        }
-
-        #[inline(always)]
         unsafe fn add_product(self, x: Self, w: Self) -> Self {
             unsafe { Avx512(_mm512_fmadd_ps(x.0, w.0, self.0)) }
         }
@@ -229,11 +219,6 @@ mod x86 {
                 let (low, high) = (_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(16).cast()));
                 Avx2(_mm256_cvtph_ps(low), _mm256_cvtph_ps(high))
             }
-        }
-
-        #[inline(always)]
-        unsafe fn fetch(at: *const u8) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
 
         #[inline(always)]

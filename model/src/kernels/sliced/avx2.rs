@@ -11,8 +11,6 @@ use crate::slices::{BASE_CELL, NIBBLES, REFINE_CELL};
 
 /// Rows of the largest tile.
 const TILE: usize = 4;
-/// How far ahead of its use a slice is fetched: further than a page, where hardware prefetchers stop.
-const AHEAD: usize = 4096;
 
 /// # Safety
 /// The machine has the instruction set; `rows` are rows of `x`; slices and `x` have the groups `cells` says.
@@ -59,14 +57,6 @@ unsafe fn tile<const R: usize, const REFINED: bool>(cells: Cells<'_>, x: View<'_
         for group in 0..cells.groups {
             let base = cells.base.as_ptr().add(group * BASE_CELL);
             let refine = cells.refine.map_or(base, |refine| refine.as_ptr().add(group * REFINE_CELL));
-            for line in 0..BASE_CELL / 64 {
-                _mm_prefetch::<_MM_HINT_T0>(base.wrapping_add(AHEAD + 64 * line).cast());
-            }
-            if REFINED {
-                for line in 0..REFINE_CELL / 64 {
-                    _mm_prefetch::<_MM_HINT_T0>(refine.wrapping_add(AHEAD + 64 * line).cast());
-                }
-            }
             for half in 0..2 {
                 let mut upper = [_mm256_setzero_si256(); R];
                 let mut lower = [_mm256_setzero_si256(); R];
