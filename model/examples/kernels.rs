@@ -34,7 +34,8 @@ struct Options {
 
 impl Options {
     fn parse() -> Result<Self, String> {
-        let mut options = Self { threads: 0, rounds: 40, memory_mb: 1024, rows: vec![1, 2, 4, 8, 16, 64, 256], isa: None };
+        let mut options =
+            Self { threads: 0, rounds: 40, memory_mb: 1024, rows: vec![1, 2, 4, 8, 16, 64, 256], isa: None };
         let mut arguments = std::env::args().skip(1);
         while let Some(flag) = arguments.next() {
             let value = arguments.next().ok_or_else(|| format!("{flag} needs a value"))?;
