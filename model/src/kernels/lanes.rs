@@ -37,6 +37,8 @@ pub(super) trait Lanes: Copy {
         }
     }
     unsafe fn store(self, to: *mut f32);
+    /// Asks for the cache line at `at`, which need not be readable.
+    fn fetch(at: *const u8);
     /// `self + x * w`, rounded once.
     unsafe fn add_product(self, x: Self, w: Self) -> Self;
     /// The fixed tree.
@@ -89,6 +91,9 @@ impl Lanes for Portable {
         // SAFETY: writable for 16 elements, by the trait's contract.
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
     }
+
+    #[inline(always)]
+    fn fetch(_: *const u8) {}
 
     #[inline(always)]
     unsafe fn add_product(self, x: Self, w: Self) -> Self {
@@ -179,6 +184,11 @@ mod x86 {
         }
 
         #[inline(always)]
+        fn fetch(at: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+
+        #[inline(always)]
         unsafe fn add_product(self, x: Self, w: Self) -> Self {
             unsafe { Avx512(_mm512_fmadd_ps(x.0, w.0, self.0)) }
         }
@@ -227,6 +237,11 @@ mod x86 {
                 _mm256_storeu_ps(to, self.0);
                 _mm256_storeu_ps(to.add(8), self.1);
             }
+        }
+
+        #[inline(always)]
+        fn fetch(at: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
 
         #[inline(always)]
