@@ -38,7 +38,7 @@ pub(super) trait Lanes: Copy {
     }
     unsafe fn store(self, to: *mut f32);
     /// Asks for the cache line at `at`, which need not be readable.
-    unsafe fn fetch(at: *const u8);
+    fn fetch(at: *const u8);
     /// `self + x * w`, rounded once.
     unsafe fn add_product(self, x: Self, w: Self) -> Self;
     /// The fixed tree.
@@ -93,7 +93,7 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    unsafe fn fetch(_: *const u8) {}
+    fn fetch(_: *const u8) {}
 
     #[inline(always)]
     unsafe fn add_product(self, x: Self, w: Self) -> Self {
@@ -184,7 +184,7 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn fetch(at: *const u8) {
+        fn fetch(at: *const u8) {
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
 
@@ -232,16 +232,16 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn fetch(at: *const u8) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
-        }
-
-        #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
             unsafe {
                 _mm256_storeu_ps(to, self.0);
                 _mm256_storeu_ps(to.add(8), self.1);
             }
+        }
+
+        #[inline(always)]
+        fn fetch(at: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
 
         #[inline(always)]

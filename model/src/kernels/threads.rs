@@ -1,8 +1,8 @@
 //! A small pool for regions of a few microseconds.
 //!
 //! Owns [`Pool`]: the caller and some helpers, which run one closure together. What a closure does with the pieces of
-//! its work is its own matter; it takes them one by one ([`Pool::each`] does so from a counter), so a helper that comes
-//! late finds nothing left, and a region ends without it: only helpers that entered are waited for. A helper looks for
+//! its work is its own matter; workers take them from one another until none is left ([`Pool::each`]), so a helper that
+//! comes late finds nothing, and a region ends without it: only helpers that entered are waited for. A helper looks for
 //! the next region for [`SPIN`] and then sleeps, so an idle pool costs nothing.
 //!
 //! The invariant: when [`Pool::run`] returns, or unwinds, no helper is inside the closure. A panic anywhere in it
@@ -13,11 +13,12 @@ use std::{
     cell::UnsafeCell,
     hint,
     marker::PhantomData,
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     slice,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle, Thread},
     time::{Duration, Instant},
@@ -56,6 +57,8 @@ unsafe impl Send for Shared {}
 pub struct Pool {
     shared: Arc<Shared>,
     helpers: Vec<(Thread, Option<JoinHandle<()>>)>,
+    /// One for each worker.
+    runs: Arc<[Run]>,
 }
 
 impl std::fmt::Debug for Pool {
@@ -92,7 +95,8 @@ impl Pool {
                 }
             }
         }
-        Self { shared, helpers }
+        let runs = (0..=helpers.len()).map(|_| Run::default()).collect();
+        Self { shared, helpers, runs }
     }
 
     /// Workers, the caller included.
@@ -133,21 +137,81 @@ impl Pool {
     }
 
     /// Calls `f(worker, piece)` for every piece of `0..count`, `grain` neighbours at a time.
+    ///
+    /// Each worker begins with a run of neighbours of its own, as memory is fastest read in long runs, and goes on with
+    /// the second half of what another has left.
     pub fn each(&mut self, count: usize, grain: usize, f: impl Fn(usize, usize) + Sync) {
         let grain = grain.max(1);
         if self.helpers.is_empty() || count <= grain {
             return (0..count).for_each(|piece| f(0, piece));
         }
-        let next = AtomicUsize::new(0);
+        let (runs, workers) = (self.runs.clone(), self.threads());
+        for (worker, run) in runs.iter().enumerate() {
+            run.put(worker * count / workers..(worker + 1) * count / workers);
+        }
         self.run(&|worker| {
+            let own = &runs[worker];
             loop {
-                let first = next.fetch_add(grain, Ordering::Relaxed);
-                if first >= count {
-                    return;
+                while let Some(pieces) = own.take(grain) {
+                    pieces.for_each(|piece| f(worker, piece));
                 }
-                (first..count.min(first + grain)).for_each(|piece| f(worker, piece));
+                let others = (1..workers).map(|next| &runs[(worker + next) % workers]);
+                match others.flat_map(Run::halve).next() {
+                    Some(pieces) => own.put(pieces),
+                    None => return,
+                }
             }
         });
+    }
+}
+
+/// Pieces one worker has before it, alone on a cache line. Pieces never come back to a run they have left, except as
+/// the very same run, so a compare-and-swap says all there is to say.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Run(AtomicU64);
+
+impl Run {
+    fn of(pieces: Range<usize>) -> u64 {
+        assert!(pieces.end <= u32::MAX as usize);
+        (pieces.start as u64) << 32 | pieces.end as u64
+    }
+
+    /// Gives an empty run something to do.
+    fn put(&self, pieces: Range<usize>) {
+        self.0.store(Self::of(pieces), Ordering::Relaxed);
+    }
+
+    /// Replaces the pieces by `f(pieces).0` and returns `f(pieces).1`, unless there are none.
+    fn split(&self, f: impl Fn(Range<usize>) -> (Range<usize>, Range<usize>)) -> Option<Range<usize>> {
+        let mut now = self.0.load(Ordering::Relaxed);
+        loop {
+            let pieces = (now >> 32) as usize..(now & u64::from(u32::MAX)) as usize;
+            if pieces.is_empty() {
+                return None;
+            }
+            let (left, taken) = f(pieces);
+            match self.0.compare_exchange_weak(now, Self::of(left), Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(taken),
+                Err(found) => now = found,
+            }
+        }
+    }
+
+    /// The first `grain` pieces.
+    fn take(&self, grain: usize) -> Option<Range<usize>> {
+        self.split(|pieces| {
+            let cut = pieces.end.min(pieces.start + grain);
+            (cut..pieces.end, pieces.start..cut)
+        })
+    }
+
+    /// The second half of the pieces, for another worker.
+    fn halve(&self) -> Option<Range<usize>> {
+        self.split(|pieces| {
+            let cut = pieces.start + pieces.len() / 2;
+            (pieces.start..cut, cut..pieces.end)
+        })
     }
 }
 
@@ -248,6 +312,8 @@ impl<'a, T> Shares<'a, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
 
     #[test]

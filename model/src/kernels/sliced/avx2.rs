@@ -6,13 +6,13 @@
 
 use std::arch::x86_64::*;
 
-use super::{Cells, Sums, View, tile_rows};
+use super::{Cells, Sums, View, fetch_ahead, tile_rows};
 use crate::slices::{BASE_CELL, NIBBLES, REFINE_CELL};
 
 /// Rows of the largest tile.
 const TILE: usize = 4;
-/// How far ahead of its use a slice is fetched: further than a page, where hardware prefetchers stop.
-const AHEAD: usize = 4096;
+/// The smallest tile that asks for cells ahead.
+const TILES_AHEAD: usize = 3;
 
 /// # Safety
 /// The machine has the instruction set; `rows` are rows of `x`; slices and `x` have the groups `cells` says.
@@ -59,12 +59,10 @@ unsafe fn tile<const R: usize, const REFINED: bool>(cells: Cells<'_>, x: View<'_
         for group in 0..cells.groups {
             let base = cells.base.as_ptr().add(group * BASE_CELL);
             let refine = cells.refine.map_or(base, |refine| refine.as_ptr().add(group * REFINE_CELL));
-            for line in 0..BASE_CELL / 64 {
-                _mm_prefetch::<_MM_HINT_T0>(base.wrapping_add(AHEAD + 64 * line).cast());
-            }
-            if REFINED {
-                for line in 0..REFINE_CELL / 64 {
-                    _mm_prefetch::<_MM_HINT_T0>(refine.wrapping_add(AHEAD + 64 * line).cast());
+            if R >= TILES_AHEAD {
+                fetch_ahead::<BASE_CELL>(base);
+                if REFINED {
+                    fetch_ahead::<REFINE_CELL>(refine);
                 }
             }
             for half in 0..2 {

@@ -30,6 +30,11 @@ mod avx2;
 mod avx512;
 mod portable;
 
+/// Cells between the one in use and the one asked for from memory, by tiles that compute so long on a cell that the
+/// hardware's own prefetching falls behind.
+#[cfg(target_arch = "x86_64")]
+const CELLS_AHEAD: usize = 6;
+
 /// The outputs of a block for one row of a batch.
 pub type Sums = [f32; BLOCK_ROWS];
 
@@ -71,4 +76,15 @@ pub fn block(isa: Isa, matrix: &Sliced, block: usize, x: View<'_>, rows: &[u32],
 #[inline(always)]
 pub(super) fn tile_rows(left: usize, most: usize) -> usize {
     left.div_ceil(left.div_ceil(most))
+}
+
+/// Asks for the cell of `CELL` bytes that is used [`CELLS_AHEAD`] after `cell`; it may be past the end of everything.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn fetch_ahead<const CELL: usize>(cell: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    for line in 0..CELL / 64 {
+        // SAFETY: a hint, which reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(cell.wrapping_add(CELLS_AHEAD * CELL + 64 * line).cast()) };
+    }
 }
