@@ -8,7 +8,7 @@ mod perplexity;
 mod qa;
 mod reference;
 
-pub use perplexity::{TextReport, WINDOW_TOKENS, eval_text};
+pub use perplexity::{Closeness, TextReport, WINDOW_TOKENS, eval_text, eval_text_against};
 pub use qa::{ANSWER_TOKENS_MAX, QaReport, REFERENCE_SHARE_MIN, eval_qa};
 pub use reference::{LOGIT_ERROR_MAX, ReferenceReport, eval_reference};
 

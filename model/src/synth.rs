@@ -52,6 +52,9 @@ pub enum SynthError {
     Slicing(#[from] SlicingError),
 }
 
+/// Files other than weights: name and contents.
+type Files = Vec<(String, Vec<u8>)>;
+
 /// What is to be made.
 #[derive(Clone, Debug)]
 pub struct Recipe {
@@ -60,7 +63,7 @@ pub struct Recipe {
     json: Value,
     config: ModelConfig,
     /// Files other than weights and `config.json`.
-    files: Vec<(String, Vec<u8>)>,
+    files: Files,
 }
 
 impl Recipe {
@@ -159,7 +162,7 @@ impl Recipe {
     }
 
     /// Everything but weights, `config.json` last.
-    fn text_files(&self) -> Vec<(String, Vec<u8>)> {
+    fn text_files(&self) -> Files {
         let mut files = self.files.clone();
         let text = format!(
             "# Random weights\n\nThe shape of `{}` with {} layers and Gaussian weights of seed {}: for measuring speed \
@@ -224,7 +227,7 @@ fn pretty(value: &Value) -> Vec<u8> {
     text
 }
 
-fn read_shape(like: &str) -> Result<(Value, Vec<(String, Vec<u8>)>), SynthError> {
+fn read_shape(like: &str) -> Result<(Value, Files), SynthError> {
     let dir = Path::new(like);
     let path = dir.join("config.json");
     let named = |path: &Path, source| SynthError::Io { file: path.display().to_string(), source };
@@ -255,7 +258,7 @@ fn set_layers(json: &mut Value, layers: usize) {
 }
 
 /// The bundled tokenizer, in words that older readers know too.
-fn bundled_files() -> Vec<(String, Vec<u8>)> {
+fn bundled_files() -> Files {
     let config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
         "model_max_length": 8192, "chat_template": include_str!("../fixture/chat_template.jinja"),

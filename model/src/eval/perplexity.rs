@@ -1,4 +1,5 @@
-//! Perplexity of a text: how surprised the model is by each next token.
+//! Perplexity of a text: how surprised the model is by each next token, and how far its predictions are from those of
+//! the same model held exactly.
 
 use std::{fs, path::Path};
 
@@ -23,13 +24,49 @@ pub struct TextReport {
     pub window: usize,
     /// exp of the mean negative log-likelihood.
     pub perplexity: f64,
-    /// Whether the perplexity is a finite number.
+    /// Beside the exact model, if there was one.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub closeness: Option<Closeness>,
+    /// Whether every figure is a finite number.
     pub passed: bool,
+}
+
+/// How close predictions are to the exact model's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Closeness {
+    /// Mean Kullback-Leibler divergence from the exact model's distribution to this one's, in nats.
+    pub kl_divergence: f64,
+    /// Share of positions with the same likeliest token.
+    pub same_top: f64,
 }
 
 /// Cuts the tokens of a whole file into consecutive windows without overlap. The first token of each window is not
 /// predicted; a last window of one token contributes nothing.
 pub fn eval_text(model: &LocalModel, file: &Path, window: usize) -> Result<TextReport, EvalError> {
+    measure(model, None, file, window)
+}
+
+/// The same, and how close each prediction is to that of `exact`: the same model, held otherwise.
+pub fn eval_text_against(
+    model: &LocalModel,
+    exact: &LocalModel,
+    file: &Path,
+    window: usize,
+) -> Result<TextReport, EvalError> {
+    let [vocab, other] = [model, exact].map(|model| model.engine.config().vocab_size);
+    if vocab != other {
+        let why = format!("the models' vocabularies have {vocab} and {other} tokens: they are not the same model");
+        return Err(EvalError::Input { file: file.display().to_string(), why });
+    }
+    measure(model, Some(exact), file, window)
+}
+
+fn measure(
+    model: &LocalModel,
+    exact: Option<&LocalModel>,
+    file: &Path,
+    window: usize,
+) -> Result<TextReport, EvalError> {
     let name = || file.display().to_string();
     let text = fs::read_to_string(file).map_err(|source| EvalError::Io { file: name(), source })?;
     let tokens = model.text.tokenizer.encode(&text, false).map_err(TextError::from)?;
@@ -37,28 +74,80 @@ pub fn eval_text(model: &LocalModel, file: &Path, window: usize) -> Result<TextR
         let why = format!("{} tokens in windows of {window}: nothing to predict", tokens.len());
         return Err(EvalError::Input { file: name(), why });
     }
-    let mut session = block_on(model.engine.open_session(window.min(tokens.len())))?;
+    let open = |model: &LocalModel| block_on(model.engine.open_session(window.min(tokens.len())));
+    let mut session = open(model)?;
+    let mut exact = exact.map(open).transpose()?;
     let (mut surprise, mut predicted) = (0.0f64, 0usize);
+    let mut closeness = exact.as_ref().map(|_| Closeness::default());
     for window in tokens.chunks(window).filter(|window| window.len() > 1) {
-        block_on(session.truncate(0))?;
+        for session in std::iter::once(&mut session).chain(&mut exact) {
+            block_on(session.truncate(0))?;
+        }
         let inputs = &window[..window.len() - 1];
         let mut targets = window[1..].iter();
         for inputs in inputs.chunks(ROWS_AT_ONCE) {
             let logits = block_on(session.complete(inputs, Want::All))?;
-            let rows = logits.chunks_exact(logits.len() / inputs.len());
-            for (row, target) in rows.zip(&mut targets) {
+            let vocab = logits.len() / inputs.len();
+            for (row, target) in logits.chunks_exact(vocab).zip(&mut targets) {
                 surprise -= log_probability(row, *target);
+            }
+            if let Some((session, closeness)) = exact.as_mut().zip(closeness.as_mut()) {
+                let exact = block_on(session.complete(inputs, Want::All))?;
+                for (exact, row) in exact.chunks_exact(vocab).zip(logits.chunks_exact(vocab)) {
+                    closeness.kl_divergence += divergence(exact, row);
+                    closeness.same_top += f64::from(top(exact) == top(row));
+                }
             }
         }
         predicted += inputs.len();
     }
+    if let Some(closeness) = &mut closeness {
+        closeness.kl_divergence /= predicted as f64;
+        closeness.same_top /= predicted as f64;
+    }
     let perplexity = (surprise / predicted as f64).exp();
-    Ok(TextReport { tokens: tokens.len(), predicted, window, perplexity, passed: perplexity.is_finite() })
+    let passed = perplexity.is_finite() && closeness.is_none_or(|closeness| closeness.kl_divergence.is_finite());
+    Ok(TextReport { tokens: tokens.len(), predicted, window, perplexity, closeness, passed })
 }
 
 /// Natural logarithm of the probability `logits` `[vocab]` give to `token`.
 fn log_probability(logits: &[f32], token: u32) -> f64 {
+    f64::from(logits[token as usize]) - log_total(logits)
+}
+
+/// What to take off a logit `[vocab]` to get the logarithm of its probability.
+fn log_total(logits: &[f32]) -> f64 {
     let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let sum: f64 = logits.iter().map(|logit| (f64::from(*logit) - max).exp()).sum();
-    f64::from(logits[token as usize]) - max - sum.ln()
+    max + sum.ln()
+}
+
+/// Kullback-Leibler divergence of the distribution `logits` from `exact`, both `[vocab]`.
+fn divergence(exact: &[f32], logits: &[f32]) -> f64 {
+    let (p_total, q_total) = (log_total(exact), log_total(logits));
+    let each = exact.iter().zip(logits).map(|(p, q)| {
+        let (p, q) = (f64::from(*p) - p_total, f64::from(*q) - q_total);
+        p.exp() * (p - q)
+    });
+    each.sum()
+}
+
+/// The likeliest token, the first of equals.
+fn top(logits: &[f32]) -> usize {
+    (0..logits.len()).rev().max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divergence_is_that_of_the_distributions() {
+        // Probabilities 1/2, 1/4, 1/4 against 1/4, 1/2, 1/4: 1/2 ln 2 - 1/4 ln 2.
+        let logits = |p: [f32; 3]| p.map(|p| p.ln() + 5.0);
+        let (p, q) = (logits([0.5, 0.25, 0.25]), logits([0.25, 0.5, 0.25]));
+        assert!((divergence(&p, &q) - 0.25 * 2f64.ln()).abs() < 1e-6);
+        assert_eq!(divergence(&p, &p), 0.0);
+        assert_eq!((top(&p), top(&q), top(&[1.0, 3.0, 3.0])), (0, 1, 1));
+    }
 }

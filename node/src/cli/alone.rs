@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use coel_model::device::Device;
-use coel_model::eval::{WINDOW_TOKENS, eval_qa, eval_reference, eval_text};
+use coel_model::eval::{WINDOW_TOKENS, eval_qa, eval_reference, eval_text, eval_text_against};
 use coel_model::generate::LocalModel;
 use coel_model::sampling::SamplingParams;
 use coel_model::sequence::GenerateParams;
@@ -36,9 +36,12 @@ impl Local {
         self.trunk.unwrap_or(self.precision)
     }
 
+    fn device(&self) -> Result<Device, Failure> {
+        self.device.parse().map_err(|error| Failure::usage(format!("--device: {error}")))
+    }
+
     fn open(&self) -> Result<LocalModel, Failure> {
-        let device: Device = self.device.parse().map_err(|error| Failure::usage(format!("--device: {error}")))?;
-        Ok(LocalModel::open_at(&self.model, device, self.trunk(), self.precision)?)
+        Ok(LocalModel::open_at(&self.model, self.device()?, self.trunk(), self.precision)?)
     }
 }
 
@@ -137,17 +140,20 @@ pub struct Eval {
     #[command(flatten)]
     local: Local,
     #[command(flatten)]
-    against: Against,
+    measure: Measure,
     /// Tokens per window of --text.
     #[arg(long, value_name = "N", default_value_t = WINDOW_TOKENS, requires = "text")]
     window: usize,
+    /// The same model exact: with --text, also prints how far predictions are from its own.
+    #[arg(long, value_name = "DIR", requires = "text")]
+    against: Option<PathBuf>,
     #[command(flatten)]
     output: Output,
 }
 
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
-struct Against {
+struct Measure {
     /// Safetensors file with input_ids, logits, greedy and, if it has them, routes, made by another implementation.
     #[arg(long, value_name = "FILE")]
     reference: Option<PathBuf>,
@@ -163,13 +169,19 @@ impl Eval {
     /// Prints the figures, also when they fail.
     pub fn run(self) -> Result<(), Failure> {
         let model = self.local.open()?;
-        match (&self.against.reference, &self.against.text, &self.against.qa) {
+        match (&self.measure.reference, &self.measure.text, &self.measure.qa) {
             (Some(file), ..) => {
                 let report = eval_reference(&model, file)?;
                 verdict(&report, report.passed, self.output, "the model differs from the reference")
             }
             (_, Some(file), _) => {
-                let report = eval_text(&model, file, self.window)?;
+                let report = match &self.against {
+                    Some(exact) => {
+                        let exact = LocalModel::open(exact, self.local.device()?)?;
+                        eval_text_against(&model, &exact, file, self.window)?
+                    }
+                    None => eval_text(&model, file, self.window)?,
+                };
                 verdict(&report, report.passed, self.output, "the perplexity is not a number")
             }
             (_, _, Some(file)) => {
