@@ -2,17 +2,19 @@
 //!
 //! Owns [`Scheduler`]. Sessions hand in requests (rows to be computed), [`Scheduler::next`] forms the next flight of
 //! them, and whoever flies it says how it ended. A flight reads every weight once for all of its rows, so it takes
-//! whoever is ready: requests of few rows (sessions that decode) first, then pieces of long ones (prompts). Four rules:
+//! whoever is ready: requests of few rows (sessions that decode) first, then pieces of long ones (prompts). Five rules:
 //!
 //! - Beside sessions that decode, prompts get so many rows and no more, so that a long prompt slows tokens down by a
 //!   bounded factor and never stops them; and some rows are kept for prompts however many sessions decode.
+//! - Where flights overlap, because some wait for others' work, prompts leave a few rows free, so that whoever decodes
+//!   need not wait for a flight full of prompts.
 //! - Prompts share their rows evenly: a short one need not wait for the end of a long one.
 //! - A session that has just been answered is expected back with its next token: the next flight waits for it, but
 //!   only for a fraction of what the last flight took. So concurrent requests fall into step, and a lone one waits for
 //!   nobody.
 //! - Within each kind the order is first come, first served, and what was served queues again at the end.
 //!
-//! Invariants: a session is in at most one flight; the parts of a flight never exceed [`Limits::rows`]; a request that
+//! Invariants: a session is in at most one flight; the rows of all flights never exceed [`Limits::rows`]; a request that
 //! is not cancelled is flown until its rows are done or its flight of one has failed. It knows no tokens and no pages.
 
 use std::{
@@ -40,10 +42,12 @@ pub struct Ticket(pub u64);
 /// How large flights may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Most rows of a flight.
+    /// Most rows of all flights together.
     pub rows: usize,
     /// Most rows of prompts in a flight that also decodes.
     pub prompt_rows_beside: usize,
+    /// Of `rows`, those that prompts never take: 0 where flights do not overlap.
+    pub decode_rows_kept: usize,
 }
 
 /// The next rows of a request, as many as fly at once.
@@ -74,37 +78,44 @@ struct Request {
     alone: bool,
 }
 
+#[derive(Clone, Copy, Debug)]
+struct Flying {
+    part: Part,
+    request: Request,
+    cancelled: bool,
+}
+
 /// Requests that wait, fly, or are about to come.
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
     /// In the order in which they are served.
     waiting: Vec<Request>,
-    flying: Vec<Request>,
-    /// Of those that fly, the ones that nobody wants any more.
-    cancelled: BTreeSet<Ticket>,
+    flying: Vec<Flying>,
     /// Sessions expected back, and until when.
     expected: BTreeMap<SessionId, Instant>,
 }
 
 impl Limits {
-    /// Shares a flight out among `ready`, which are in the order of service.
-    fn fill(&self, ready: &[Request]) -> Vec<Part> {
+    /// Shares a flight of at most `room` rows out among `ready`, which are in the order of service.
+    fn fill(&self, room: usize, ready: &[Request]) -> Vec<Part> {
         let (few, long): (Vec<&Request>, Vec<&Request>) = ready.iter().partition(|request| request.rows <= FEW_ROWS);
-        let kept = if long.is_empty() { 0 } else { SHARE_MIN.min(self.prompt_rows_beside).min(self.rows / 2) };
+        let prompt_room = if long.is_empty() { 0 } else { room.saturating_sub(self.decode_rows_kept) };
+        let beside = prompt_room.min(self.prompt_rows_beside);
         let mut parts = Vec::new();
-        let mut room = self.rows - kept;
+        let mut left = room - SHARE_MIN.min(beside).min(room / 2);
         for request in few {
             // In order: whoever does not fit is first next time. A flight of nothing but a small limit takes a piece.
-            let rows = if parts.is_empty() { request.rows.min(room) } else { request.rows };
-            if rows > room {
+            let rows = if parts.is_empty() { request.rows.min(left) } else { request.rows };
+            if rows == 0 || rows > left {
                 break;
             }
             parts.push(Part { ticket: request.ticket, rows });
-            room -= rows;
+            left -= rows;
         }
-        let room = if parts.is_empty() { self.rows } else { (room + kept).min(self.prompt_rows_beside) };
-        parts.extend(share(room, &long));
+        let taken: usize = parts.iter().map(|part| part.rows).sum();
+        let prompts = if parts.is_empty() { prompt_room } else { beside.min(room - taken) };
+        parts.extend(share(prompts, &long));
         parts
     }
 }
@@ -125,8 +136,19 @@ fn share(mut room: usize, long: &[&Request]) -> Vec<Part> {
 
 impl Scheduler {
     pub fn new(limits: Limits) -> Self {
-        assert!(limits.rows > 0 && limits.prompt_rows_beside > 0, "a flight needs rows");
-        Self { limits, waiting: Vec::new(), flying: Vec::new(), cancelled: BTreeSet::new(), expected: BTreeMap::new() }
+        let Limits { rows, prompt_rows_beside, decode_rows_kept } = limits;
+        assert!(rows > decode_rows_kept && prompt_rows_beside > 0, "a flight needs rows");
+        Self { limits, waiting: Vec::new(), flying: Vec::new(), expected: BTreeMap::new() }
+    }
+
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// From now on flights overlap: prompts leave `rows` rows free.
+    pub fn keep_decode_rows(&mut self, rows: usize) {
+        assert!(self.limits.rows > rows, "prompts need rows too");
+        self.limits.decode_rows_kept = rows;
     }
 
     /// Requests that are in no flight.
@@ -144,9 +166,8 @@ impl Scheduler {
     /// Nobody wants the request any more. If it flies its session stays busy until the flight has ended.
     pub fn cancel(&mut self, ticket: Ticket) {
         self.waiting.retain(|request| request.ticket != ticket);
-        if self.flying.iter().any(|request| request.ticket == ticket) {
-            self.cancelled.insert(ticket);
-        }
+        let flying = self.flying.iter_mut().filter(|flying| flying.part.ticket == ticket);
+        flying.for_each(|flying| flying.cancelled = true);
     }
 
     /// The session will not come again.
@@ -157,7 +178,9 @@ impl Scheduler {
     /// Forms the next flight, or says how long to wait for a better one.
     pub fn next(&mut self, now: Instant) -> Decision {
         self.expected.retain(|_, until| *until > now);
-        let busy: BTreeSet<SessionId> = self.flying.iter().map(|request| request.session).collect();
+        let busy: BTreeSet<SessionId> = self.flying.iter().map(|flying| flying.request.session).collect();
+        let aloft: usize = self.flying.iter().map(|flying| flying.part.rows).sum();
+        let room = self.limits.rows - aloft;
         let mut ready = self.waiting.clone();
         ready.retain(|request| !busy.contains(&request.session));
         if ready.is_empty() {
@@ -165,14 +188,18 @@ impl Scheduler {
         }
         let alone = ready.iter().find(|request| request.alone);
         let parts = match (alone, self.expected.values().max()) {
-            (Some(request), _) => vec![Part { ticket: request.ticket, rows: request.rows.min(self.limits.rows) }],
+            (Some(request), _) => self.limits.fill(room, &[*request]),
             (None, Some(until)) => return Decision::WaitUntil(*until),
-            (None, None) => self.limits.fill(&ready),
+            (None, None) => self.limits.fill(room, &ready),
         };
-        let boards = |request: &Request| parts.iter().any(|part| part.ticket == request.ticket);
-        let (boarding, staying) = std::mem::take(&mut self.waiting).into_iter().partition(boards);
-        self.waiting = staying;
-        self.flying.extend::<Vec<Request>>(boarding);
+        if parts.is_empty() {
+            return Decision::Idle;
+        }
+        for part in &parts {
+            let place = self.waiting.iter().position(|request| request.ticket == part.ticket).expect("it waits");
+            let request = self.waiting.remove(place);
+            self.flying.push(Flying { part: *part, request, cancelled: false });
+        }
         Decision::Run(parts)
     }
 
@@ -206,9 +233,9 @@ impl Scheduler {
     /// Takes the requests of a flight out of it, without those that were cancelled.
     fn disembark(&mut self, parts: &[Part]) -> Vec<(Part, Request)> {
         let each = parts.iter().filter_map(|part| {
-            let place = self.flying.iter().position(|request| request.ticket == part.ticket).expect("it flies");
-            let request = self.flying.remove(place);
-            (!self.cancelled.remove(&part.ticket)).then_some((*part, request))
+            let place = self.flying.iter().position(|flying| flying.part.ticket == part.ticket).expect("it flies");
+            let flying = self.flying.remove(place);
+            (!flying.cancelled).then_some((flying.part, flying.request))
         });
         each.collect()
     }

@@ -37,14 +37,14 @@ pub fn eval_text(model: &LocalModel, file: &Path, window: usize) -> Result<TextR
         let why = format!("{} tokens in windows of {window}: nothing to predict", tokens.len());
         return Err(EvalError::Input { file: name(), why });
     }
-    let mut session = block_on(model.engine.open_session(window.min(tokens.len())))?;
+    let mut session = model.engine.open_session(window.min(tokens.len()))?;
     let (mut surprise, mut predicted) = (0.0f64, 0usize);
     for window in tokens.chunks(window).filter(|window| window.len() > 1) {
-        block_on(session.truncate(0))?;
+        session.truncate(0)?;
         let inputs = &window[..window.len() - 1];
         let mut targets = window[1..].iter();
         for inputs in inputs.chunks(ROWS_AT_ONCE) {
-            let logits = block_on(session.complete(inputs, Want::All))?;
+            let logits = block_on(session.advance(inputs, Want::All))?.logits;
             let rows = logits.chunks_exact(logits.len() / inputs.len());
             for (row, target) in rows.zip(&mut targets) {
                 surprise -= log_probability(row, *target);

@@ -6,7 +6,7 @@ use proptest::{collection::vec, prelude::*};
 
 use super::*;
 
-const LIMITS: Limits = Limits { rows: 256, prompt_rows_beside: 64 };
+const LIMITS: Limits = Limits { rows: 256, prompt_rows_beside: 64, decode_rows_kept: 0 };
 const MS: Duration = Duration::from_millis(1);
 
 /// A scheduler with a clock and numbered sessions; the ticket of a session's `n`-th request is `100 n + session`.
@@ -150,7 +150,7 @@ fn prompts_alone_fill_the_flight_and_share_it() {
 
 #[test]
 fn many_that_decode_leave_rows_for_prompts_and_take_turns() {
-    let mut sim = sim_with(Limits { rows: 40, prompt_rows_beside: 30 });
+    let mut sim = sim_with(Limits { rows: 40, prompt_rows_beside: 30, ..LIMITS });
     (1..=50).for_each(|session| _ = sim.ask(session, 1));
     sim.ask(60, 100);
     let (parts, shown) = sim.fly();
@@ -220,9 +220,35 @@ fn flights_that_overlap_take_different_sessions() {
     assert_eq!(sim.land(&third, MS), [2]);
 }
 
+#[test]
+fn a_flight_of_prompts_leaves_rows_for_those_that_decode_meanwhile() {
+    let mut sim = sim();
+    sim.scheduler.keep_decode_rows(32);
+    sim.ask(1, 500);
+    sim.ask(2, 500);
+    let (prompts, shown) = sim.fly();
+    assert_eq!(shown, [(1, 112), (2, 112)]);
+    sim.ask(3, 300);
+    assert_eq!(sim.scheduler.next(sim.now), Decision::Idle, "the rest is not for prompts");
+    (11..=50).for_each(|session| _ = sim.ask(session, 1));
+    let (tokens, shown) = sim.fly();
+    assert_eq!(shown, (11..=42).map(|session| (session, 1)).collect::<Vec<_>>());
+    assert_eq!(sim.scheduler.next(sim.now), Decision::Idle, "all rows are aloft");
+    sim.land(&prompts, MS);
+    let (_, shown) = sim.fly();
+    assert_eq!(shown[..8], (43..=50).map(|session| (session, 1)).collect::<Vec<_>>());
+    assert_eq!(shown[8..], [(3, 21), (1, 21), (2, 22)]);
+    sim.land(&tokens, MS);
+}
+
 /// Sessions with prompts of any length decode a few tokens each; flights may fail.
 fn workload() -> impl Strategy<Value = (Limits, Vec<(usize, usize)>, Vec<bool>)> {
-    let limits = (1usize..300, 1usize..100).prop_map(|(rows, prompt_rows_beside)| Limits { rows, prompt_rows_beside });
+    let limits = (1usize..300, 1usize..100, 0usize..40);
+    let limits = limits.prop_map(|(rows, prompt_rows_beside, decode_rows_kept)| Limits {
+        rows: rows + decode_rows_kept,
+        prompt_rows_beside,
+        decode_rows_kept,
+    });
     (limits, vec((1usize..600, 1usize..12), 1..40), vec(prop::bool::weighted(0.2), 1..30))
 }
 
