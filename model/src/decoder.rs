@@ -1,20 +1,24 @@
-//! The decoder of one session, sans I/O.
+//! The decoder, sans I/O: a batch of rows of several sessions on its way through the layers.
 //!
-//! Owns [`Decoder`]: the KV cache of one token sequence and the point where its computation waits for experts.
-//! [`advance`](Decoder::advance) takes tokens and runs until experts are needed; [`resume`](Decoder::resume) takes
-//! their outputs and goes on, layer by layer, until there are logits. It never knows where an expert is, so latency,
-//! loss and replicas are tested with plain values. A layer without experts is computed without stopping.
+//! Owns [`Flight`]: [`begin`](Flight::begin) takes pieces of sessions (tokens, and the pages their keys and values lie
+//! on) and runs until experts are needed; [`run_held`](Flight::run_held) computes those that are given to it,
+//! [`resume`](Flight::resume) takes the outputs of all and goes on, layer by layer, until there are logits. A layer
+//! without experts is computed without stopping. Every weight is read once for all rows. A flight never knows where an
+//! expert is, so latency, loss and replicas are tested with plain values; which rows fly together is the scheduler's
+//! business.
 //!
 //! Exactness lives here: a row's expert outputs are weighted and added in ascending expert index, starting from zero,
-//! then the gated shared expert, then the residual. Input is computed in chunks of at most [`CHUNK_ROWS`] rows, whose
-//! boundaries change no bit. Misuse is an error that leaves the decoder as it was.
+//! then the gated shared expert, then the residual. No row's bits depend on the others aboard. A flight of at most
+//! [`CHUNK_ROWS`] rows bounds buffers and frames. Misuse is an error that leaves everything as it was, and a flight that
+//! is dropped has changed nothing but positions behind the `past` of its pieces.
 
 use burn::tensor::Tensor;
 
 use crate::{
     config::ModelConfig,
-    experts::ExpertCall,
-    kernels::{CacheShape, ExpertWork, Gated, Kernels, Rows, download, math},
+    experts::{ExpertCall, by_expert},
+    kernels::{CacheShape, ExpertWork, Gated, Kernels, Rows, Span, download, math},
+    rope::Angles,
     router::{Route, route},
     trunk::{FeedForward, Layer, Projection, Trunk},
 };
@@ -22,31 +26,98 @@ use crate::{
 /// Most rows computed at once; a longer input is split, which bounds buffers and frames.
 pub const CHUNK_ROWS: usize = 256;
 
-/// A kernel class with the trunk it computes: what a decoder borrows while it runs.
+/// The keys and values of all sessions of a device.
+pub struct KvCache<K: Kernels> {
+    shape: CacheShape,
+    memory: K::Cache,
+}
+
+impl<K: Kernels> KvCache<K> {
+    /// An empty cache of `pages` pages, all reserved now.
+    pub fn new(kernels: &K, config: &ModelConfig, pages: usize, page_tokens: usize) -> Self {
+        let shape = CacheShape {
+            layers: config.num_hidden_layers,
+            pages,
+            page_tokens,
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+        };
+        Self { shape, memory: kernels.cache(shape) }
+    }
+}
+
+/// A kernel class with the trunk it computes and its cache: what a flight borrows while it runs.
 pub struct Core<'a, K: Kernels> {
     pub kernels: &'a mut K,
     pub trunk: &'a Trunk<K>,
+    pub cache: &'a mut KvCache<K>,
 }
 
-/// Which rows of the input logits are wanted of.
+/// Which rows of an input logits are wanted of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Want {
+    /// None: the input goes on later.
+    Nothing,
     /// The last: `[vocab]`.
     Last,
     /// All: `[n, vocab]`. The caller bounds n; the result takes 4 * n * vocab bytes.
     All,
 }
 
-/// What the decoder needs or has.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Step {
-    /// Outputs of these experts, for [`Decoder::resume`].
-    NeedExperts(ExpertCall),
-    /// Logits of the input, as wanted.
-    Logits(Vec<f32>),
+/// Tokens of one session in a flight, at the positions `past..`. No two pieces of a flight, nor of flights that overlap,
+/// may share a page.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    pub tokens: Vec<u32>,
+    /// Tokens of the session whose keys and values are stored already.
+    pub past: usize,
+    /// Its pages, in the order of positions.
+    pub pages: Vec<u32>,
+    pub want: Want,
 }
 
-/// Misuse of a decoder. Nothing was changed.
+/// Outputs of the experts of a layer, as they come.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outputs {
+    /// `[rows of output, d]`
+    values: Vec<f32>,
+    /// Of each slot, its row in `values`; [`MISSING`] until there is one.
+    places: Vec<u32>,
+    /// Where the shared expert's rows begin, if they are among them.
+    shared: Option<u32>,
+}
+
+const MISSING: u32 = u32::MAX;
+
+impl Outputs {
+    /// Outputs of all slots, `[slots, d]`.
+    pub fn whole(values: Vec<f32>, d: usize) -> Self {
+        let places = (0..(values.len() / d) as u32).collect();
+        Self { values, places, shared: None }
+    }
+
+    /// Adds `values [slots.len(), d]`.
+    pub fn add(&mut self, slots: &[u32], values: &[f32]) {
+        let d = values.len() / slots.len().max(1);
+        let first = (self.values.len() / d.max(1)) as u32;
+        self.values.extend_from_slice(values);
+        for (slot, place) in slots.iter().zip(first..) {
+            self.places[*slot as usize] = place;
+        }
+    }
+}
+
+/// What a flight needs or has.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// The outputs of the experts of [`Flight::routes`].
+    NeedExperts,
+    /// The flight has ended: for each piece its logits, as wanted.
+    Logits(Vec<Vec<f32>>),
+}
+
+/// Misuse. Nothing was changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
     #[error("no tokens to advance by")]
@@ -55,195 +126,230 @@ pub enum DecodeError {
     Token { token: u32, vocab: usize },
     #[error("{wanted} more tokens do not fit: {used} of the {capacity} reserved are in use")]
     CacheFull { used: usize, wanted: usize, capacity: usize },
-    #[error("experts of layer {layer} are still awaited")]
-    Pending { layer: usize },
+    #[error("{rows} rows at once, at most {CHUNK_ROWS} are computed together")]
+    Rows { rows: usize },
+    #[error("page {page} is none of the {pages} there are")]
+    Page { page: u32, pages: usize },
     #[error("no experts are awaited")]
     NotPending,
-    #[error("{found} expert output values given, {expected} needed")]
+    #[error("{found} expert outputs given, {expected} needed")]
     Outputs { expected: usize, found: usize },
     #[error("cannot go back to {wanted} tokens: only {used} are in use")]
     Truncate { wanted: usize, used: usize },
 }
 
-/// One chunk on its way through the layers.
-struct InFlight<K: Kernels> {
+/// Whether a session of `capacity` tokens, `used` of which are in use, can be advanced by `tokens`.
+pub fn check_tokens(config: &ModelConfig, used: usize, capacity: usize, tokens: &[u32]) -> Result<(), DecodeError> {
+    let (wanted, vocab) = (tokens.len(), config.vocab_size);
+    if tokens.is_empty() {
+        return Err(DecodeError::Empty);
+    }
+    if wanted > capacity.saturating_sub(used) {
+        return Err(DecodeError::CacheFull { used, wanted, capacity });
+    }
+    match tokens.iter().find(|token| **token as usize >= vocab) {
+        Some(token) => Err(DecodeError::Token { token: *token, vocab }),
+        None => Ok(()),
+    }
+}
+
+/// Rows on their way through the layers.
+pub struct Flight<K: Kernels> {
+    pieces: Vec<Piece>,
+    /// Of each row's position.
+    angles: Angles,
     layer: usize,
     /// After attention: what the layer's output is added to, `[n, d]`.
     residual: Rows<K>,
     /// The same, normed: what experts see, `[n, d]`.
     normed: Rows<K>,
+    /// Empty once the flight has ended.
     routes: Vec<Vec<Route>>,
-    /// Input after this chunk.
-    rest: Vec<u32>,
-    want: Want,
-    /// Logits of earlier chunks, if all are wanted.
-    logits: Vec<f32>,
 }
 
-/// One session's cache and state.
-pub struct Decoder<K: Kernels> {
-    cache: K::Cache,
-    capacity: usize,
-    used: usize,
-    in_flight: Option<InFlight<K>>,
-}
-
-impl<K: Kernels> Decoder<K> {
-    /// A session with room for `capacity` tokens, all reserved now.
-    pub fn new(kernels: &K, trunk: &Trunk<K>, capacity: usize) -> Self {
-        let config = trunk.config();
-        let shape = CacheShape {
-            layers: config.num_hidden_layers,
-            capacity,
-            heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-        };
-        Self { cache: kernels.cache(shape), capacity, used: 0, in_flight: None }
-    }
-
-    /// Tokens whose keys and values are stored.
-    pub fn used(&self) -> usize {
-        self.used
-    }
-
-    pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    /// Forgets all but the first `used` tokens, and any awaited experts.
-    pub fn truncate(&mut self, used: usize) -> Result<(), DecodeError> {
-        if used > self.used {
-            return Err(DecodeError::Truncate { wanted: used, used: self.used });
-        }
-        (self.used, self.in_flight) = (used, None);
-        Ok(())
-    }
-
-    /// Appends `tokens` and computes until experts are needed.
-    pub fn advance(&mut self, core: &mut Core<'_, K>, tokens: &[u32], want: Want) -> Result<Step, DecodeError> {
-        let vocab = core.trunk.config.vocab_size;
-        if let Some(in_flight) = &self.in_flight {
-            return Err(DecodeError::Pending { layer: in_flight.layer });
-        }
-        if tokens.is_empty() {
-            return Err(DecodeError::Empty);
-        }
-        if tokens.len() > self.capacity - self.used {
-            let (used, wanted, capacity) = (self.used, tokens.len(), self.capacity);
-            return Err(DecodeError::CacheFull { used, wanted, capacity });
-        }
-        if let Some(token) = tokens.iter().find(|token| **token as usize >= vocab) {
-            return Err(DecodeError::Token { token: *token, vocab });
-        }
-        Ok(self.begin_chunk(core, tokens, want, Vec::new()))
-    }
-
-    /// Takes the outputs of the awaited experts, `[slots, d]` in route order, and computes on.
-    pub fn resume(&mut self, core: &mut Core<'_, K>, outputs: &[f32]) -> Result<Step, DecodeError> {
-        let in_flight = self.in_flight.as_ref().ok_or(DecodeError::NotPending)?;
-        let slots: usize = in_flight.routes.iter().map(Vec::len).sum();
-        let expected = slots * core.trunk.config.hidden_size;
-        if outputs.len() != expected {
-            return Err(DecodeError::Outputs { expected, found: outputs.len() });
-        }
-        let mut in_flight = self.in_flight.take().expect("seen above");
-        in_flight.residual = in_flight.finish_layer(core, outputs);
-        in_flight.layer += 1;
-        Ok(self.compute(core, in_flight))
-    }
-
-    fn begin_chunk(&mut self, core: &mut Core<'_, K>, tokens: &[u32], want: Want, logits: Vec<f32>) -> Step {
-        let (chunk, rest) = tokens.split_at(tokens.len().min(CHUNK_ROWS));
+impl<K: Kernels> Flight<K> {
+    /// Takes off with `pieces` and computes until experts are needed.
+    pub fn begin(core: &mut Core<'_, K>, pieces: Vec<Piece>) -> Result<(Self, Step), DecodeError> {
+        check(core, &pieces)?;
         let d = core.trunk.config.hidden_size;
-        let mut rows = vec![0.0; chunk.len() * d];
-        for (token, row) in chunk.iter().zip(rows.chunks_exact_mut(d)) {
+        let tokens = pieces.iter().flat_map(|piece| &piece.tokens);
+        let mut rows = vec![0.0; tokens.clone().count() * d];
+        for (token, row) in tokens.zip(rows.chunks_exact_mut(d)) {
             core.trunk.embed.widen_row(*token as usize, row);
         }
+        let positions = pieces.iter().flat_map(|piece| piece.past..piece.past + piece.tokens.len());
+        let angles = core.trunk.rope.angles(positions);
         let hidden = core.kernels.upload(rows, d);
-        let in_flight = InFlight {
-            layer: 0,
-            residual: hidden.clone(),
-            normed: hidden,
-            routes: Vec::new(),
-            rest: rest.to_vec(),
-            want,
-            logits,
-        };
-        self.compute(core, in_flight)
+        let mut flight =
+            Self { pieces, angles, layer: 0, residual: hidden.clone(), normed: hidden, routes: Vec::new() };
+        let step = flight.compute(core);
+        Ok((flight, step))
     }
 
-    /// Layer after layer over `in_flight.residual`, until one needs experts or all are done.
-    fn compute(&mut self, core: &mut Core<'_, K>, mut in_flight: InFlight<K>) -> Step {
-        let Core { kernels, trunk } = core;
+    /// The layer whose experts are awaited.
+    pub fn layer(&self) -> u16 {
+        self.layer as u16
+    }
+
+    /// For each row the experts it awaits, ascending; nothing once the flight has ended.
+    pub fn routes(&self) -> &[Vec<Route>] {
+        &self.routes
+    }
+
+    /// The pieces aboard, whose rows follow one another.
+    pub fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
+    /// All that is awaited, as plain values.
+    pub fn call(&self) -> ExpertCall {
+        let rows = download(self.normed.clone());
+        ExpertCall { layer: self.layer(), hidden: self.normed.dims()[1], rows, routes: self.routes.clone() }
+    }
+
+    /// Computes those of the awaited experts that `held` has, and the shared one with them.
+    pub fn run_held<'e>(&self, core: &mut Core<'_, K>, held: impl Fn(u16) -> Option<&'e Gated<K::Matrix>>) -> Outputs {
+        let pairs = by_expert(&self.routes);
+        let held: Vec<_> = pairs.iter().filter_map(|(index, pairs)| Some((held(*index)?, pairs))).collect();
+        let rows: Vec<Vec<u32>> = held.iter().map(|(_, pairs)| pairs.iter().map(|pair| pair.row).collect()).collect();
+        let all: Vec<u32> = (0..self.routes.len() as u32).collect();
+        let shared = match core.trunk.layers.get(self.layer).map(|layer| &layer.feed_forward) {
+            Some(FeedForward::Sparse { shared, .. }) => shared.as_ref().map(|shared| &shared.expert),
+            _ => None,
+        };
+        let work = held.iter().zip(&rows).map(|((expert, _), rows)| ExpertWork { expert: *expert, rows });
+        let work: Vec<_> = work.chain(shared.map(|expert| ExpertWork { expert, rows: &all })).collect();
+        let mut places = vec![MISSING; self.routes.iter().map(Vec::len).sum()];
+        let mut place = 0;
+        for pair in held.iter().flat_map(|(_, pairs)| *pairs) {
+            places[pair.slot as usize] = place;
+            place += 1;
+        }
+        let values = match work.is_empty() {
+            true => Vec::new(),
+            false => download(core.kernels.experts(&self.normed, &work)),
+        };
+        Outputs { values, places, shared: shared.map(|_| place) }
+    }
+
+    /// Takes the outputs of all awaited experts and computes on.
+    pub fn resume(&mut self, core: &mut Core<'_, K>, outputs: Outputs) -> Result<Step, DecodeError> {
+        if self.routes.is_empty() {
+            return Err(DecodeError::NotPending);
+        }
+        let (expected, d) = (self.routes.iter().map(Vec::len).sum(), core.trunk.config.hidden_size);
+        let rows = outputs.values.len() / d;
+        let found = outputs.places.iter().filter(|place| (**place as usize) < rows).count();
+        if found != expected || outputs.places.len() != expected || outputs.values.len() != rows * d {
+            return Err(DecodeError::Outputs { expected, found });
+        }
+        self.residual = self.finish_layer(core, outputs);
+        self.layer += 1;
+        Ok(self.compute(core))
+    }
+
+    /// Layer after layer over `residual`, until one needs experts or all are done.
+    fn compute(&mut self, core: &mut Core<'_, K>) -> Step {
+        let trunk = core.trunk;
         let config = &trunk.config;
-        while let Some(layer) = trunk.layers.get(in_flight.layer) {
-            let attended = self.attend(kernels, trunk, layer, &in_flight);
-            let residual = in_flight.residual + attended;
-            let normed = kernels.rms_norm(&residual, &layer.post_attention_norm, config.rms_norm_eps);
+        while let Some(layer) = trunk.layers.get(self.layer) {
+            let residual = self.residual.clone() + self.attend(core, layer);
+            self.normed = core.kernels.rms_norm(&residual, &layer.post_attention_norm, config.rms_norm_eps);
             match &layer.feed_forward {
                 FeedForward::Dense(block) => {
-                    in_flight.residual = residual + feed_forward(*kernels, &normed, block);
-                    in_flight.layer += 1;
+                    self.residual = residual + every_row(core.kernels, &self.normed, block);
+                    self.layer += 1;
                 }
                 FeedForward::Sparse { router, .. } => {
-                    let mut scores = download(kernels.linear(&normed, router, None));
+                    self.residual = residual;
+                    let mut scores = download(core.kernels.linear(&self.normed, router, None));
                     let routes = scores
                         .chunks_exact_mut(config.num_experts)
-                        .map(|scores| route(scores, config.num_experts_per_tok, config.norm_topk_prob))
-                        .collect::<Vec<_>>();
-                    let call = ExpertCall {
-                        layer: in_flight.layer as u16,
-                        hidden: config.hidden_size,
-                        rows: download(normed.clone()),
-                        routes: routes.clone(),
-                    };
-                    (in_flight.residual, in_flight.normed, in_flight.routes) = (residual, normed, routes);
-                    self.in_flight = Some(in_flight);
-                    return Step::NeedExperts(call);
+                        .map(|scores| route(scores, config.num_experts_per_tok, config.norm_topk_prob));
+                    self.routes = routes.collect();
+                    return Step::NeedExperts;
                 }
             }
         }
-        self.finish_chunk(core, in_flight)
+        self.routes.clear();
+        Step::Logits(self.logits(core))
     }
 
-    fn attend(&mut self, kernels: &mut K, trunk: &Trunk<K>, layer: &Layer<K>, in_flight: &InFlight<K>) -> Rows<K> {
+    fn attend(&self, core: &mut Core<'_, K>, layer: &Layer<K>) -> Rows<K> {
+        let Core { kernels, trunk, cache } = core;
         let config = &trunk.config;
-        let x = kernels.rms_norm(&in_flight.residual, &layer.input_norm, config.rms_norm_eps);
-        let angles = trunk.rope.angles(self.used, x.dims()[0]);
+        let x = kernels.rms_norm(&self.residual, &layer.input_norm, config.rms_norm_eps);
         let projections = [&layer.q, &layer.k, &layer.v];
         let rows = kernels.linears(&x, &projections.map(|p| (&p.matrix, p.bias.as_ref())));
-        let mut rows = projections.into_iter().zip(rows).map(|(p, rows)| finish_projection(kernels, config, p, rows));
+        let mut rows = projections.into_iter().zip(rows).map(|(p, rows)| finish_projection(*kernels, config, p, rows));
         let [q, k, v] = std::array::from_fn(|_| rows.next().expect("one output for each matrix"));
-        let (q, k) = (kernels.rotate(q, &angles), kernels.rotate(k, &angles));
-        kernels.append(&mut self.cache, in_flight.layer, self.used, k, v);
-        let mixed = kernels.attention(q, &self.cache, in_flight.layer, self.used);
+        let (q, k) = (kernels.rotate(q, &self.angles), kernels.rotate(k, &self.angles));
+        let spans: Vec<Span<'_>> = self.pieces.iter().map(Piece::span).collect();
+        kernels.append(&mut cache.memory, self.layer, &spans, k, v);
+        let mixed = kernels.attention(q, &cache.memory, self.layer, &spans);
         kernels.linear(&mixed, &layer.o.matrix, layer.o.bias.as_ref())
     }
 
-    /// After the last layer: the wanted logits, and the next chunk if there is one.
-    fn finish_chunk(&mut self, core: &mut Core<'_, K>, in_flight: InFlight<K>) -> Step {
-        let InFlight { residual: hidden, rest, want, mut logits, .. } = in_flight;
-        let n = hidden.dims()[0];
-        self.used += n;
-        let wanted = match want {
-            Want::All => Some(hidden),
-            Want::Last if rest.is_empty() => Some(hidden.narrow(0, n - 1, 1)),
-            Want::Last => None,
-        };
-        if let Some(hidden) = wanted {
-            let Core { kernels, trunk } = core;
-            let normed = kernels.rms_norm(&hidden, &trunk.norm, trunk.config.rms_norm_eps);
-            let values = download(kernels.linear(&normed, &trunk.head, None));
-            match logits.is_empty() {
-                true => logits = values,
-                false => logits.extend_from_slice(&values),
+    /// `residual + (sum of weighted expert outputs, ascending) + shared expert`, `[n, d]`.
+    fn finish_layer(&self, core: &mut Core<'_, K>, outputs: Outputs) -> Rows<K> {
+        let Core { kernels, trunk, .. } = core;
+        let d = trunk.config.hidden_size;
+        let Outputs { values, places, shared: shared_rows } = outputs;
+        let mut mixed = vec![0.0; self.routes.len() * d];
+        let mut places = places.iter();
+        for (routes, mixed) in self.routes.iter().zip(mixed.chunks_exact_mut(d)) {
+            for (route, place) in routes.iter().zip(&mut places) {
+                for (mixed, value) in mixed.iter_mut().zip(&values[*place as usize * d..]) {
+                    *mixed += route.weight * value;
+                }
             }
         }
-        match rest.is_empty() {
-            true => Step::Logits(logits),
-            false => self.begin_chunk(core, &rest, want, logits),
+        if let FeedForward::Sparse { shared: Some(shared), .. } = &trunk.layers[self.layer].feed_forward {
+            let alone = shared_rows.is_none().then(|| download(every_row(*kernels, &self.normed, &shared.expert)));
+            let output = match &alone {
+                Some(output) => output,
+                None => &values[shared_rows.unwrap_or(0) as usize * d..],
+            };
+            let gate = download(kernels.linear(&self.normed, &shared.gate, None));
+            for ((mixed, output), gate) in mixed.chunks_exact_mut(d).zip(output.chunks_exact(d)).zip(gate) {
+                let gate = math::sigmoid(gate);
+                for (mixed, value) in mixed.iter_mut().zip(output) {
+                    *mixed += value * gate;
+                }
+            }
         }
+        self.residual.clone() + kernels.upload(mixed, d)
+    }
+
+    /// After the last layer: the wanted logits of each piece.
+    fn logits(&self, core: &mut Core<'_, K>) -> Vec<Vec<f32>> {
+        let Core { kernels, trunk, .. } = core;
+        let mut first = 0;
+        let wanted = self.pieces.iter().map(|piece| {
+            let rows = piece.tokens.len();
+            first += rows;
+            match piece.want {
+                Want::Nothing => (first, 0),
+                Want::Last => (first - 1, 1),
+                Want::All => (first - rows, rows),
+            }
+        });
+        let wanted: Vec<(usize, usize)> = wanted.collect();
+        let rows: Vec<_> = wanted.iter().filter(|(_, count)| *count > 0).collect();
+        if rows.is_empty() {
+            return vec![Vec::new(); wanted.len()];
+        }
+        let rows = rows.into_iter().map(|(first, count)| self.residual.clone().narrow(0, *first, *count));
+        let hidden = Tensor::cat(rows.collect(), 0);
+        let normed = kernels.rms_norm(&hidden, &trunk.norm, trunk.config.rms_norm_eps);
+        let values = download(kernels.linear(&normed, &trunk.head, None));
+        let mut values = values.as_slice();
+        let split = wanted.iter().map(|(_, count)| {
+            let (mine, rest) = values.split_at(count * trunk.config.vocab_size);
+            values = rest;
+            mine.to_vec()
+        });
+        split.collect()
     }
 }
 
@@ -265,34 +371,33 @@ fn finish_projection<K: Kernels>(
     }
 }
 
-/// A gated block over every row.
-fn feed_forward<K: Kernels>(kernels: &mut K, x: &Rows<K>, expert: &Gated<K::Matrix>) -> Rows<K> {
+/// A gated block over every row of `x`.
+fn every_row<K: Kernels>(kernels: &mut K, x: &Rows<K>, block: &Gated<K::Matrix>) -> Rows<K> {
     let rows: Vec<u32> = (0..x.dims()[0] as u32).collect();
-    kernels.experts(x, &[ExpertWork { expert, rows: &rows }])
+    kernels.experts(x, &[ExpertWork { expert: block, rows: &rows }])
 }
 
-impl<K: Kernels> InFlight<K> {
-    /// `residual + (sum of weighted expert outputs, ascending) + shared expert`, `[n, d]`.
-    fn finish_layer(&self, core: &mut Core<'_, K>, outputs: &[f32]) -> Rows<K> {
-        let Core { kernels, trunk } = core;
-        let d = trunk.config.hidden_size;
-        let mut mixed = vec![0.0; self.routes.len() * d];
-        let mut outputs = outputs.chunks_exact(d);
-        for (routes, mixed) in self.routes.iter().zip(mixed.chunks_exact_mut(d)) {
-            for (route, output) in routes.iter().zip(&mut outputs) {
-                for (mixed, value) in mixed.iter_mut().zip(output) {
-                    *mixed += route.weight * value;
-                }
-            }
-        }
-        let mut mixed = kernels.upload(mixed, d);
-        if let FeedForward::Sparse { shared: Some(shared), .. } = &trunk.layers[self.layer].feed_forward {
-            let output = feed_forward(*kernels, &self.normed, &shared.expert);
-            let mut gate = download(kernels.linear(&self.normed, &shared.gate, None));
-            gate.iter_mut().for_each(|value| *value = math::sigmoid(*value));
-            let gate: Tensor<K::Backend, 2> = kernels.upload(gate, 1);
-            mixed = mixed + output * gate;
-        }
-        self.residual.clone() + mixed
+impl Piece {
+    fn span(&self) -> Span<'_> {
+        Span { rows: self.tokens.len(), past: self.past, pages: &self.pages }
     }
+}
+
+fn check<K: Kernels>(core: &Core<'_, K>, pieces: &[Piece]) -> Result<(), DecodeError> {
+    let shape = core.cache.shape;
+    let rows = pieces.iter().map(|piece| piece.tokens.len()).sum();
+    if rows == 0 {
+        return Err(DecodeError::Empty);
+    }
+    if rows > CHUNK_ROWS {
+        return Err(DecodeError::Rows { rows });
+    }
+    for piece in pieces {
+        let capacity = piece.pages.len() * shape.page_tokens;
+        check_tokens(&core.trunk.config, piece.past, capacity, &piece.tokens)?;
+        if let Some(page) = piece.pages.iter().find(|page| **page as usize >= shape.pages) {
+            return Err(DecodeError::Page { page: *page, pages: shape.pages });
+        }
+    }
+    Ok(())
 }

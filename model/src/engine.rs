@@ -1,42 +1,49 @@
 //! A device and the thread that owns it, behind a handle.
 //!
-//! Owns [`Engine`] (cloneable) and [`Session`], and the accounting both share: what is held, what is reserved. All
-//! tensors belong to one compute thread (`worker`); jobs reach it through a bounded channel and answers come back
-//! through a oneshot, so async callers await and never compute, and sync callers use [`block_on`]. The invariant: the
-//! tokens reserved by open sessions never exceed the pool, and the [`Ledger`] is known before anything is allocated.
-//! An engine knows only its own experts.
+//! Owns [`Engine`] (cloneable) and the accounting that handles and thread share: what is held, which pages are whose, how
+//! much is done. All tensors belong to one compute thread (`worker`); jobs reach it through a bounded channel and
+//! answers come back through a oneshot, so async callers await and never compute, and sync callers use [`block_on`]. The
+//! invariant: the pages of open sessions never exceed the pool, and the [`Ledger`] is known before anything is
+//! allocated. An engine knows only its own experts, and perhaps a source of others.
 
 use std::{
     collections::BTreeMap,
-    pin::pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64, atomic::Ordering},
-    task::{Context, Poll, Wake, Waker},
-    thread::{self, Thread},
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use tokio::sync::{mpsc, oneshot};
 
+pub use crate::block::block_on;
 use crate::{
     checkpoint::Checkpoint,
     config::ModelConfig,
-    decoder::{CHUNK_ROWS, DecodeError, Step, Want},
+    decoder::{CHUNK_ROWS, DecodeError},
     device::{Device, DeviceError},
-    experts::{Assembly, AssemblyError, ExpertCall},
     footprint::Footprint,
     layout::{self, ExpertId},
+    pages::{PAGE_TOKENS, PageTable, Pages, Short},
+    scheduler::SessionId,
+    session::{Lease, Session},
     slices::{Precision, blob::PartBlobs},
+    source::{ExpertSource, SourceError},
     tensors::{LoadError, Tensors},
     worker::{self, Job},
 };
 
 /// Jobs that may wait for the compute thread. Each may hold a chunk of rows, so the number bounds memory too.
-const JOBS_MAX: usize = 16;
+pub(crate) const JOBS_MAX: usize = 16;
 
 /// How an engine is set up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineOptions {
-    /// Tokens of KV cache all sessions together may reserve.
+    /// Tokens of KV cache all sessions together may reserve; rounded up to whole pages.
     pub kv_tokens: usize,
+    /// Tokens of a page. It changes no result.
+    pub page_tokens: usize,
     /// Most rows of one expert call; a larger one is refused.
     pub rows_max: usize,
     /// Threads that compute, where the device is the CPU; 0 means one for each core this process may use.
@@ -47,7 +54,7 @@ pub struct EngineOptions {
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { kv_tokens: 4096, rows_max: CHUNK_ROWS, threads: 0, low_priority: false }
+        Self { kv_tokens: 4096, page_tokens: PAGE_TOKENS, rows_max: CHUNK_ROWS, threads: 0, low_priority: false }
     }
 }
 
@@ -77,7 +84,7 @@ pub enum EngineError {
     #[error(transparent)]
     Decode(#[from] DecodeError),
     #[error(transparent)]
-    Assembly(#[from] AssemblyError),
+    Source(#[from] SourceError),
     #[error("{0} is not held here")]
     NotHeld(ExpertId),
     #[error("{0} does not exist in this model")]
@@ -98,22 +105,60 @@ pub enum EngineError {
     Stopped,
 }
 
+/// What an engine has done, and how full it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Activity {
+    /// Flights begun: batches that went through the layers together.
+    pub flights: u64,
+    /// Parts of them, each of one session.
+    pub parts: u64,
+    /// Rows of them.
+    pub rows: u64,
+    /// Requests of sessions that are in no flight.
+    pub waiting: u64,
+    pub pages_used: usize,
+    pub pages: usize,
+}
+
+/// The part of it that the compute thread counts.
 #[derive(Debug, Default)]
+pub(crate) struct Counters {
+    flights: AtomicU64,
+    parts: AtomicU64,
+    rows: AtomicU64,
+    waiting: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn took_off(&self, parts: usize, rows: usize) {
+        self.flights.fetch_add(1, Ordering::Relaxed);
+        self.parts.fetch_add(parts as u64, Ordering::Relaxed);
+        self.rows.fetch_add(rows as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn waiting(&self, requests: usize) {
+        self.waiting.store(requests as u64, Ordering::Relaxed);
+    }
+}
+
+#[derive(Debug)]
 struct Accounts {
-    trunk_bytes: u64,
+    /// Once the trunk is loaded.
+    trunk_bytes: Option<u64>,
     /// At which precision each expert is held, and its bytes.
     experts: BTreeMap<ExpertId, (Precision, u64)>,
-    kv_tokens_used: usize,
+    pages: Pages,
 }
 
 /// What handles and the compute thread share besides the channel.
-#[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) config: Arc<ModelConfig>,
     pub(crate) options: EngineOptions,
+    pub(crate) activity: Counters,
     accounts: Mutex<Accounts>,
-    /// Sessions that were dropped and still have a cache.
-    closed: Mutex<Vec<u64>>,
+    /// Sessions that were dropped.
+    closed: Mutex<Vec<SessionId>>,
+    source: Mutex<Option<Arc<dyn ExpertSource>>>,
 }
 
 /// Nothing under these locks can panic half-way, so a poisoned one is still whole.
@@ -122,12 +167,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    pub(crate) fn take_closed(&self) -> Vec<u64> {
+    pub(crate) fn new(config: Arc<ModelConfig>, options: EngineOptions) -> Self {
+        let pages = Pages::for_tokens(options.kv_tokens, options.page_tokens);
+        let accounts = Mutex::new(Accounts { trunk_bytes: None, experts: BTreeMap::new(), pages });
+        let activity = Counters::default();
+        Self { config, options, activity, accounts, closed: Mutex::default(), source: Mutex::default() }
+    }
+
+    pub(crate) fn take_closed(&self) -> Vec<SessionId> {
         std::mem::take(&mut lock(&self.closed))
     }
 
     pub(crate) fn trunk_loaded(&self, bytes: u64) {
-        lock(&self.accounts).trunk_bytes = bytes;
+        lock(&self.accounts).trunk_bytes = Some(bytes);
     }
 
     pub(crate) fn expert_loaded(&self, id: ExpertId, precision: Precision, bytes: u64) {
@@ -136,6 +188,26 @@ impl Shared {
 
     pub(crate) fn expert_dropped(&self, id: ExpertId) {
         lock(&self.accounts).experts.remove(&id);
+    }
+
+    /// Pages, and tokens of each.
+    pub(crate) fn pool_size(&self) -> (usize, usize) {
+        let pages = &lock(&self.accounts).pages;
+        (pages.total(), pages.page_tokens())
+    }
+
+    pub(crate) fn pages_back(&self, table: PageTable) {
+        lock(&self.accounts).pages.give_back(table);
+    }
+
+    pub(crate) fn source(&self) -> Option<Arc<dyn ExpertSource>> {
+        lock(&self.source).clone()
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("options", &self.options).finish_non_exhaustive()
     }
 }
 
@@ -154,8 +226,7 @@ impl Engine {
     /// Starts the compute thread of `device` and waits for its first computation (on a GPU this may take seconds).
     /// [`Device::Auto`] falls back to the CPU.
     pub fn start(device: Device, config: Arc<ModelConfig>, options: EngineOptions) -> Result<Self, EngineError> {
-        let footprint = Arc::new(Footprint::of(&config, config.dtype));
-        let shared = Arc::new(Shared { config, options, accounts: Mutex::default(), closed: Mutex::default() });
+        let shared = Arc::new(Shared::new(config, options));
         let (jobs, queue) = mpsc::channel(JOBS_MAX);
         let resolved = device.resolve()?;
         let started = match worker::start(resolved, shared.clone(), queue) {
@@ -168,7 +239,12 @@ impl Engine {
         };
         let (class, jobs, device) = started;
         tracing::debug!(%device, class, "the compute thread runs");
-        Ok(Self { shared, jobs, device, class: class.into(), footprint, next_session: Arc::default() })
+        Ok(Self::new(shared, jobs, device, &class))
+    }
+
+    pub(crate) fn new(shared: Arc<Shared>, jobs: mpsc::Sender<Job>, device: Device, class: &str) -> Self {
+        let footprint = Arc::new(Footprint::of(&shared.config, shared.config.dtype));
+        Self { shared, jobs, device, class: class.into(), footprint, next_session: Arc::default() }
     }
 
     /// The device in use; never [`Device::Auto`].
@@ -203,17 +279,38 @@ impl Engine {
     pub fn memory(&self) -> Ledger {
         let accounts = lock(&self.shared.accounts);
         let options = &self.shared.options;
+        let kv_tokens = accounts.pages.total() * accounts.pages.page_tokens();
         Ledger {
-            trunk_bytes: accounts.trunk_bytes,
+            trunk_bytes: accounts.trunk_bytes.unwrap_or(0),
             expert_bytes: accounts.experts.values().map(|(_, bytes)| bytes).sum(),
-            kv_bytes_reserved: self.footprint.kv_bytes_per_token * options.kv_tokens as u64,
+            kv_bytes_reserved: self.footprint.kv_bytes_per_token * kv_tokens as u64,
             buffer_bytes: self.footprint.buffer_bytes(options.rows_max.max(CHUNK_ROWS)),
         }
     }
 
     /// Tokens of KV cache that are free now.
     pub fn kv_tokens_free(&self) -> usize {
-        self.shared.options.kv_tokens - lock(&self.shared.accounts).kv_tokens_used
+        let pages = &lock(&self.shared.accounts).pages;
+        pages.free() * pages.page_tokens()
+    }
+
+    /// What was done so far, and how full the pool is.
+    pub fn activity(&self) -> Activity {
+        let counted = &self.shared.activity;
+        let pages = &lock(&self.shared.accounts).pages;
+        Activity {
+            flights: counted.flights.load(Ordering::Relaxed),
+            parts: counted.parts.load(Ordering::Relaxed),
+            rows: counted.rows.load(Ordering::Relaxed),
+            waiting: counted.waiting.load(Ordering::Relaxed),
+            pages_used: pages.used(),
+            pages: pages.total(),
+        }
+    }
+
+    /// Where to turn for experts that are not held here, from now on. Without a source they are [`EngineError::NotHeld`].
+    pub fn set_source(&self, source: Arc<dyn ExpertSource>) {
+        *lock(&self.shared.source) = Some(source);
     }
 
     /// Loads the trunk from the blobs of its parts: exact, base, or base and refine. Bytes are used in place on the CPU.
@@ -257,24 +354,31 @@ impl Engine {
     /// Opens a session with room for `capacity_tokens`, reserved at once.
     ///
     /// [`EngineError::TooLong`] if it can never be had here, [`EngineError::Busy`] if not now.
-    pub async fn open_session(&self, capacity_tokens: usize) -> Result<Session, EngineError> {
-        let limit = self.shared.options.kv_tokens.min(self.config().max_position_embeddings);
-        if capacity_tokens > limit {
-            return Err(EngineError::TooLong { wanted: capacity_tokens, limit });
-        }
-        {
+    pub fn open_session(&self, capacity_tokens: usize) -> Result<Session, EngineError> {
+        let (wanted, context) = (capacity_tokens, self.config().max_position_embeddings);
+        let table = {
             let mut accounts = lock(&self.shared.accounts);
-            let free = self.shared.options.kv_tokens - accounts.kv_tokens_used;
-            if capacity_tokens > free {
-                return Err(EngineError::Busy { wanted: capacity_tokens, free });
+            if accounts.trunk_bytes.is_none() {
+                return Err(EngineError::NoTrunk);
             }
-            accounts.kv_tokens_used += capacity_tokens;
-        }
-        // From here on dropping the session gives the tokens back, also if opening it fails.
-        let id = self.next_session.fetch_add(1, Ordering::Relaxed);
-        let session = Session { engine: self.clone(), id, capacity: capacity_tokens };
-        self.ask(|reply| Job::OpenSession { id, capacity: capacity_tokens, reply }).await?;
-        Ok(session)
+            let pool = accounts.pages.total() * accounts.pages.page_tokens();
+            if wanted > context {
+                return Err(EngineError::TooLong { wanted, limit: pool.min(context) });
+            }
+            accounts.pages.take(wanted).map_err(|short| match short {
+                Short::Ever { tokens } => EngineError::TooLong { wanted, limit: tokens.min(context) },
+                Short::Now { tokens } => EngineError::Busy { wanted, free: tokens },
+            })?
+        };
+        let id = SessionId(self.next_session.fetch_add(1, Ordering::Relaxed));
+        Ok(Session::new(self.clone(), id, Lease::new(self.shared.clone(), table), capacity_tokens))
+    }
+
+    /// A session was dropped.
+    pub(crate) fn closed(&self, session: SessionId) {
+        lock(&self.shared.closed).push(session);
+        // A full queue needs no nudge: the thread looks before every turn.
+        let _ = self.jobs.try_send(Job::Sweep);
     }
 
     /// Runs experts of one layer: for each `(expert, row indices)` one f32 row of `hidden_size` per index, in call
@@ -287,20 +391,6 @@ impl Engine {
     ) -> Result<Vec<f32>, EngineError> {
         self.check_call(layer, &rows, &calls)?;
         self.ask(|reply| Job::RunExperts { layer, rows, calls, reply }).await
-    }
-
-    /// Serves a decoder's whole call from experts held here, ready for [`Session::resume`].
-    pub async fn serve(&self, call: &ExpertCall) -> Result<Vec<f32>, EngineError> {
-        let calls: Vec<_> = call.by_expert().into_iter().collect();
-        let outputs = self.run_experts(call.layer, call.rows.clone(), calls.clone()).await?;
-        let mut outputs = outputs.as_slice();
-        let mut assembly = Assembly::new(call);
-        for (expert, rows) in &calls {
-            let (mine, rest) = outputs.split_at(rows.len() * call.hidden);
-            assembly.put(*expert, rows, mine)?;
-            outputs = rest;
-        }
-        Ok(assembly.finish()?)
     }
 
     fn check_expert(&self, id: ExpertId) -> Result<(), EngineError> {
@@ -334,86 +424,16 @@ impl Engine {
         Ok(())
     }
 
+    pub(crate) async fn send(&self, job: Job) -> Result<(), EngineError> {
+        self.jobs.send(job).await.map_err(|_| EngineError::Stopped)
+    }
+
     pub(crate) async fn ask<T>(
         &self,
         job: impl FnOnce(oneshot::Sender<Result<T, EngineError>>) -> Job,
     ) -> Result<T, EngineError> {
         let (reply, answer) = oneshot::channel();
-        self.jobs.send(job(reply)).await.map_err(|_| EngineError::Stopped)?;
+        self.send(job(reply)).await?;
         answer.await.map_err(|_| EngineError::Stopped)?
-    }
-}
-
-/// One sequence on an engine. Dropping it frees its cache.
-#[derive(Debug)]
-pub struct Session {
-    engine: Engine,
-    id: u64,
-    capacity: usize,
-}
-
-impl Session {
-    pub fn engine(&self) -> &Engine {
-        &self.engine
-    }
-
-    /// Tokens reserved.
-    pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    /// Appends tokens and computes until experts are needed. See [`Decoder`](crate::decoder::Decoder).
-    pub async fn advance(&mut self, tokens: &[u32], want: Want) -> Result<Step, EngineError> {
-        let (session, tokens) = (self.id, tokens.to_vec());
-        self.engine.ask(|reply| Job::Advance { session, tokens, want, reply }).await
-    }
-
-    /// Takes the awaited expert outputs, `[slots, hidden_size]` in route order, and computes on.
-    pub async fn resume(&mut self, outputs: Vec<f32>) -> Result<Step, EngineError> {
-        let session = self.id;
-        self.engine.ask(|reply| Job::Resume { session, outputs, reply }).await
-    }
-
-    /// Appends tokens and computes to the logits with experts held here, without leaving the compute thread.
-    ///
-    /// The bits are those of [`advance`](Self::advance) and [`resume`](Self::resume). After an error the session is
-    /// as before.
-    pub async fn complete(&mut self, tokens: &[u32], want: Want) -> Result<Vec<f32>, EngineError> {
-        let (session, tokens) = (self.id, tokens.to_vec());
-        self.engine.ask(|reply| Job::Complete { session, tokens, want, reply }).await
-    }
-
-    /// Forgets all but the first `used` tokens, and any awaited experts.
-    pub async fn truncate(&mut self, used: usize) -> Result<(), EngineError> {
-        let session = self.id;
-        self.engine.ask(|reply| Job::Truncate { session, used, reply }).await
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        lock(&self.engine.shared.closed).push(self.id);
-        lock(&self.engine.shared.accounts).kv_tokens_used -= self.capacity;
-        // A full queue needs no nudge: the thread sweeps before every job.
-        let _ = self.engine.jobs.try_send(Job::Sweep);
-    }
-}
-
-/// Runs a future to its end on this thread. For sync callers of an engine; not inside an async task.
-pub fn block_on<F: Future>(future: F) -> F::Output {
-    struct Unpark(Thread);
-    impl Wake for Unpark {
-        fn wake(self: Arc<Self>) {
-            self.0.unpark();
-        }
-    }
-    let waker = Waker::from(Arc::new(Unpark(thread::current())));
-    let mut context = Context::from_waker(&waker);
-    let mut future = pin!(future);
-    loop {
-        match future.as_mut().poll(&mut context) {
-            Poll::Ready(output) => return output,
-            Poll::Pending => thread::park(),
-        }
     }
 }

@@ -1,12 +1,13 @@
 //! The call a decoder makes for its experts, as plain values.
 //!
-//! Owns [`ExpertCall`] and [`Assembly`]. Whoever serves a call (this machine's engine, or a node that asks others)
-//! groups its rows by expert, gets one f32 row per (row, expert) from wherever, and assembles them in route order. The
-//! invariant: an assembly is complete, each slot filled exactly once, or it is an error that names what is missing.
+//! Owns [`ExpertCall`] and the numbering of its outputs: slots count the (row, expert) pairs row by row, each row's
+//! experts ascending. Whoever serves a call (this machine's engine, or a node that asks others) computes one f32 row
+//! per slot. The invariant: a call's slots depend on its routes alone, so a part of a call and the whole of it agree on
+//! what belongs where.
 
 use std::collections::BTreeMap;
 
-use crate::{layout::ExpertId, router::Route};
+use crate::router::Route;
 
 /// Expert outputs wanted for the rows of one layer.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,15 +20,21 @@ pub struct ExpertCall {
     pub routes: Vec<Vec<Route>>,
 }
 
-/// Outputs that do not fit the call.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum AssemblyError {
-    #[error("row {row} of layer {layer} was not routed to expert {expert}, or came twice")]
-    Unexpected { layer: u16, row: u32, expert: u16 },
-    #[error("{found} values for {rows} rows of layer {layer}, expected {expected}")]
-    Length { layer: u16, rows: usize, expected: usize, found: usize },
-    #[error("no output yet for row {row} of {expert}")]
-    Missing { row: u32, expert: ExpertId },
+/// One (row, expert) pair, by its row and its place in the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pair {
+    pub row: u32,
+    pub slot: u32,
+}
+
+/// The pairs of each expert, ascending by row.
+pub fn by_expert(routes: &[Vec<Route>]) -> BTreeMap<u16, Vec<Pair>> {
+    let mut experts = BTreeMap::<u16, Vec<Pair>>::new();
+    let rows = routes.iter().zip(0..).flat_map(|(routes, row)| routes.iter().map(move |route| (row, route.expert)));
+    for ((row, expert), slot) in rows.zip(0..) {
+        experts.entry(expert).or_default().push(Pair { row, slot });
+    }
+    experts
 }
 
 impl ExpertCall {
@@ -36,77 +43,23 @@ impl ExpertCall {
         self.routes.iter().map(Vec::len).sum()
     }
 
-    /// The rows each expert must compute, ascending in both.
-    pub fn by_expert(&self) -> BTreeMap<u16, Vec<u32>> {
-        let mut calls = BTreeMap::<u16, Vec<u32>>::new();
-        for (row, routes) in self.routes.iter().enumerate() {
-            for route in routes {
-                calls.entry(route.expert).or_default().push(row as u32);
-            }
-        }
-        calls
-    }
-
     /// Row `row`, `[hidden]`.
     pub fn row(&self, row: u32) -> &[f32] {
         &self.rows[row as usize * self.hidden..][..self.hidden]
     }
-}
 
-/// Output rows of a call, gathered in any order.
-#[derive(Clone, Debug)]
-pub struct Assembly<'a> {
-    call: &'a ExpertCall,
-    /// First slot of each row.
-    first: Vec<usize>,
-    filled: Vec<bool>,
-    outputs: Vec<f32>,
-}
-
-impl<'a> Assembly<'a> {
-    pub fn new(call: &'a ExpertCall) -> Self {
-        let mut slots = 0;
-        let first = call.routes.iter().map(|routes| {
-            slots += routes.len();
-            slots - routes.len()
-        });
-        let first = first.collect();
-        Self { call, first, filled: vec![false; slots], outputs: vec![0.0; slots * call.hidden] }
-    }
-
-    /// Stores what `expert` gave for `rows`: one output row of `hidden` values each, in that order.
-    ///
-    /// On an error the rows before the faulty one are stored, the others are not.
-    pub fn put(&mut self, expert: u16, rows: &[u32], outputs: &[f32]) -> Result<(), AssemblyError> {
-        let (layer, hidden) = (self.call.layer, self.call.hidden);
-        let expected = rows.len() * hidden;
-        if outputs.len() != expected {
-            return Err(AssemblyError::Length { layer, rows: rows.len(), expected, found: outputs.len() });
+    /// Keeps only the pairs whose expert is `wanted`; returns the slots they had.
+    pub fn retain(&mut self, wanted: impl Fn(u16) -> bool) -> Vec<u32> {
+        let (mut slots, mut slot) = (Vec::new(), 0);
+        for routes in &mut self.routes {
+            routes.retain(|route| {
+                let keep = wanted(route.expert);
+                slots.extend(keep.then_some(slot));
+                slot += 1;
+                keep
+            });
         }
-        for (row, output) in rows.iter().zip(outputs.chunks_exact(hidden)) {
-            let unexpected = AssemblyError::Unexpected { layer, row: *row, expert };
-            let routes = self.call.routes.get(*row as usize).ok_or_else(|| unexpected.clone())?;
-            let place = routes.iter().position(|route| route.expert == expert);
-            let slot = self.first[*row as usize] + place.ok_or_else(|| unexpected.clone())?;
-            if std::mem::replace(&mut self.filled[slot], true) {
-                return Err(unexpected);
-            }
-            self.outputs[slot * hidden..][..hidden].copy_from_slice(output);
-        }
-        Ok(())
-    }
-
-    /// All outputs in route order, `[slots, hidden]`: what `resume` takes.
-    pub fn finish(self) -> Result<Vec<f32>, AssemblyError> {
-        for (row, (routes, first)) in self.call.routes.iter().zip(&self.first).enumerate() {
-            for (place, route) in routes.iter().enumerate() {
-                if !self.filled[first + place] {
-                    let expert = ExpertId { layer: self.call.layer, index: route.expert };
-                    return Err(AssemblyError::Missing { row: row as u32, expert });
-                }
-            }
-        }
-        Ok(self.outputs)
+        slots
     }
 }
 
@@ -120,26 +73,23 @@ mod tests {
     }
 
     #[test]
-    fn outputs_come_back_in_route_order() {
+    fn slots_count_pairs_row_by_row() {
         let call = call();
-        assert_eq!(call.by_expert(), BTreeMap::from([(0, vec![0]), (4, vec![0, 1]), (7, vec![1])]));
-        let mut assembly = Assembly::new(&call);
-        assembly.put(7, &[1], &[17.0]).unwrap();
-        assembly.put(4, &[1, 0], &[14.0, 4.0]).unwrap();
-        assembly.put(0, &[0], &[0.5]).unwrap();
-        assert_eq!(assembly.finish().unwrap(), [0.5, 4.0, 14.0, 17.0]);
+        let pair = |row, slot| Pair { row, slot };
+        let expected =
+            BTreeMap::from([(0, vec![pair(0, 0)]), (4, vec![pair(0, 1), pair(1, 2)]), (7, vec![pair(1, 3)])]);
+        assert_eq!(by_expert(&call.routes), expected);
+        assert_eq!((call.slots(), call.row(1)), (4, &[2.0][..]));
     }
 
     #[test]
-    fn strangers_outputs_are_refused() {
-        let call = call();
-        let mut assembly = Assembly::new(&call);
-        assert!(matches!(assembly.put(1, &[0], &[0.0]), Err(AssemblyError::Unexpected { .. })));
-        assert!(matches!(assembly.put(0, &[9], &[0.0]), Err(AssemblyError::Unexpected { .. })));
-        assert!(matches!(assembly.put(0, &[0], &[]), Err(AssemblyError::Length { .. })));
-        assembly.put(0, &[0], &[0.0]).unwrap();
-        assert!(matches!(assembly.put(0, &[0], &[0.0]), Err(AssemblyError::Unexpected { .. })));
-        let missing = assembly.finish().unwrap_err();
-        assert_eq!(missing.to_string(), "no output yet for row 0 of layer 3 expert 4");
+    fn a_part_of_a_call_knows_where_its_outputs_belong() {
+        let mut part = call();
+        assert_eq!(part.retain(|expert| expert != 4), [0, 3]);
+        assert_eq!(part.routes.iter().map(Vec::len).collect::<Vec<_>>(), [1, 1]);
+        assert_eq!(part.retain(|expert| expert == 7), [1]);
+        assert!(part.routes[0].is_empty());
+        assert_eq!(part.retain(|_| false), [] as [u32; 0]);
+        assert_eq!(part.slots(), 0);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Owns [`LocalModel`]: a model folder, its text side and an engine that holds all of it, and the loop that drives
 //! a sequence to its end. It is synchronous: a command line's business, not a server's. Whoever spreads experts over
-//! machines drives the same [`Sequence`] with its own answers to the decoder's calls.
+//! machines drives the same [`Sequence`] on an engine with a source of its own.
 
 use std::path::Path;
 
@@ -91,10 +91,10 @@ impl LocalModel {
     ) -> Result<Generation, LocalError> {
         let context = self.engine.config().max_position_embeddings;
         let mut sequence = Sequence::new(prompt, params, context, self.text.tokenizer.clone())?;
-        let mut session = block_on(self.engine.open_session(sequence.tokens_max()))?;
+        let mut session = self.engine.open_session(sequence.tokens_max())?;
         let mut text = String::new();
         let finish = loop {
-            let logits = block_on(session.complete(sequence.next_input(), Want::Last))?;
+            let logits = block_on(session.advance(sequence.next_input(), Want::Last))?.logits;
             let emitted = sequence.accept(&logits)?;
             show(&emitted);
             text.push_str(&emitted.text);

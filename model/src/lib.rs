@@ -8,6 +8,7 @@
 //!
 //! Deliberately absent: networking, async runtimes, and any knowledge that an expert may be elsewhere.
 
+mod block;
 pub mod bytes;
 pub mod chat;
 pub mod checkpoint;
@@ -17,21 +18,27 @@ pub mod device;
 pub mod engine;
 pub mod eval;
 pub mod experts;
+mod flights;
 pub mod folder;
 pub mod footprint;
 pub mod generate;
 pub mod inventory;
 pub mod kernels;
 pub mod layout;
+mod machine;
+pub mod pages;
 pub mod parts;
 pub mod popularity;
 pub mod rope;
 pub mod router;
 pub mod sampling;
+pub mod scheduler;
 pub mod sequence;
+pub mod session;
 pub mod sliced;
 pub mod slices;
 pub mod slicing;
+pub mod source;
 pub mod synth;
 pub mod tensors;
 pub mod text;

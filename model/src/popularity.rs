@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    decoder::{Step, Want},
+    decoder::Want,
     engine::{Engine, EngineError},
 };
 
@@ -37,15 +37,14 @@ pub async fn route_popularity(engine: &Engine, text: &str, tokens: &[u32]) -> Re
     let experts = |layer| if config.is_sparse(layer) { config.num_experts } else { 0 };
     let mut counts: Vec<Vec<u64>> = (0..config.num_hidden_layers).map(|layer| vec![0; experts(layer)]).collect();
     let window = WINDOW_TOKENS.min(config.max_position_embeddings);
-    let mut session = engine.open_session(window.min(tokens.len())).await?;
+    let mut session = engine.open_session(window.min(tokens.len()))?;
     for tokens in tokens.chunks(window) {
-        session.truncate(0).await?;
-        let mut step = session.advance(tokens, Want::Last).await?;
-        while let Step::NeedExperts(call) = step {
-            for route in call.routes.iter().flatten() {
-                counts[usize::from(call.layer)][usize::from(route.expert)] += 1;
+        session.truncate(0)?;
+        let (_, routes) = session.advance_watched(tokens, Want::Nothing).await?;
+        for (layer, rows) in routes.iter().enumerate() {
+            for route in rows.iter().flatten() {
+                counts[layer][usize::from(route.expert)] += 1;
             }
-            step = session.resume(engine.serve(&call).await?).await?;
         }
     }
     Ok(Popularity { text: text.to_owned(), tokens: tokens.len() as u64, counts })

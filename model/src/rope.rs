@@ -1,6 +1,6 @@
 //! Rotary position embedding: the angles.
 //!
-//! Owns the frequencies of a model and the [`Angles`] of a range of positions. They follow transformers in float32:
+//! Owns the frequencies of a model and the [`Angles`] of some positions. They follow transformers in float32:
 //! inverse frequencies and angles are f32 values; sine and cosine are computed in f64 and rounded once, so that no
 //! platform's f32 functions show through. How a vector is turned by them is the kernels' business.
 
@@ -22,11 +22,11 @@ impl Rope {
         Self { inverse_frequencies: (0..config.head_dim / 2).map(frequency).collect() }
     }
 
-    /// The angles of the positions `first..first + n`.
-    pub fn angles(&self, first: usize, n: usize) -> Angles {
+    /// The angles of `positions`, one row each.
+    pub fn angles(&self, positions: impl IntoIterator<Item = usize>) -> Angles {
         let half = self.inverse_frequencies.len();
-        let (mut cos, mut sin) = (Vec::with_capacity(n * half), Vec::with_capacity(n * half));
-        for position in first..first + n {
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for position in positions {
             for frequency in &self.inverse_frequencies {
                 let angle = f64::from(position as f32 * frequency);
                 cos.push(angle.cos() as f32);
@@ -37,7 +37,7 @@ impl Rope {
     }
 }
 
-/// Cosines and sines of consecutive positions, `[n, head_dim / 2]` each.
+/// Cosines and sines of the positions of rows, `[n, head_dim / 2]` each.
 #[derive(Clone, Debug)]
 pub struct Angles {
     half: usize,

@@ -1,34 +1,43 @@
 //! The compute thread of an engine.
 //!
-//! Owns every tensor of a device: trunk, experts and the caches of all sessions. It takes one job at a time from a
-//! bounded queue and answers it; nothing else ever touches its state, so there is no lock around a tensor. The
-//! invariant: whatever a job says, the thread answers it and lives on. It does not know who asks.
+//! Owns every tensor of a device. It takes jobs from a bounded queue, answers them, and flies requests of sessions
+//! layer by layer; between two layers it serves the jobs that have come, so that whoever waits for an expert of ours
+//! waits for one layer of our own work and no more. Nothing else ever touches its state, so there is no lock around a
+//! tensor. The invariant: whatever a job says, the thread answers it and lives on. It does not know who asks.
 
 use std::{
-    collections::HashMap,
+    future::poll_fn,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, mpsc as sync_mpsc},
+    task::Poll,
     thread,
+    time::Instant,
 };
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{
+    mpsc::{self, error::TryRecvError},
+    oneshot,
+};
 
 use crate::{
-    decoder::{Core, DecodeError, Decoder, Step, Want},
+    block::block_until,
+    decoder::Want,
     device::Device,
-    engine::{EngineError, Shared},
-    experts::{Assembly, ExpertCall},
-    kernels::{ExpertWork, Gated, Kernels, download, isa::Isa, packed::Packed, plain::Plain},
+    engine::{EngineError, JOBS_MAX, Shared},
+    flights::{Flights, Turn},
+    kernels::{Kernels, download, isa::Isa, packed::Packed, plain::Plain},
     layout::ExpertId,
+    machine::Machine,
+    scheduler::SessionId,
+    session::{Advanced, Lease, Routes},
     tensors::Tensors,
-    trunk::{Trunk, load_expert},
 };
 
 /// Added to the compute thread's nice value when low priority is asked for.
 #[cfg(target_os = "linux")]
 const NICE: libc::c_int = 10;
 
-type Reply<T> = oneshot::Sender<Result<T, EngineError>>;
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, EngineError>>;
 
 /// What the thread can be asked.
 pub(crate) enum Job {
@@ -45,32 +54,9 @@ pub(crate) enum Job {
         id: ExpertId,
         reply: Reply<bool>,
     },
-    OpenSession {
-        id: u64,
-        capacity: usize,
-        reply: Reply<()>,
-    },
     Advance {
-        session: u64,
-        tokens: Vec<u32>,
-        want: Want,
-        reply: Reply<Step>,
-    },
-    Resume {
-        session: u64,
-        outputs: Vec<f32>,
-        reply: Reply<Step>,
-    },
-    Complete {
-        session: u64,
-        tokens: Vec<u32>,
-        want: Want,
-        reply: Reply<Vec<f32>>,
-    },
-    Truncate {
-        session: u64,
-        used: usize,
-        reply: Reply<()>,
+        advance: Advance,
+        reply: Reply<(Advanced, Routes)>,
     },
     RunExperts {
         layer: u16,
@@ -78,8 +64,20 @@ pub(crate) enum Job {
         calls: Vec<(u16, Vec<u32>)>,
         reply: Reply<Vec<f32>>,
     },
-    /// Only frees what dropped sessions held.
+    /// Sessions were dropped.
     Sweep,
+}
+
+/// Tokens to be appended to a session; they were checked.
+pub(crate) struct Advance {
+    pub(crate) session: SessionId,
+    pub(crate) lease: Arc<Lease>,
+    /// Tokens of the session whose keys and values are stored.
+    pub(crate) past: usize,
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) want: Want,
+    /// Whether the routes are to be told.
+    pub(crate) watch: bool,
 }
 
 /// Starts the thread of a resolved device and returns its kernel class once a first computation has worked.
@@ -121,12 +119,19 @@ fn run<K: Kernels>(
         return; // dropping `ready` says so
     };
     let _ = ready.send(Ok(kernels.class())); // whoever started the thread waits for this
-    let mut worker = Worker { kernels, shared, trunk: None, experts: HashMap::new(), sessions: HashMap::new() };
-    while let Some(job) = queue.blocking_recv() {
-        for session in worker.shared.take_closed() {
-            worker.sessions.remove(&session);
+    let mut worker = Worker::new(kernels, shared);
+    while let Some(turn) = worker.round(&mut queue, Instant::now()) {
+        let Turn::Wait(until) = turn else { continue };
+        let flights = &mut worker.flights;
+        let awaited = poll_fn(|context| match flights.poll_arrivals(context) {
+            Poll::Ready(()) => Poll::Ready(Some(Job::Sweep)),
+            Poll::Pending => queue.poll_recv(context),
+        });
+        match block_until(awaited, until) {
+            Some(Some(job)) => worker.work(job),
+            Some(None) => return,
+            None => {}
         }
-        worker.work(job);
     }
 }
 
@@ -144,11 +149,8 @@ fn lower_priority() {
 }
 
 struct Worker<K: Kernels> {
-    kernels: K,
-    shared: Arc<Shared>,
-    trunk: Option<Trunk<K>>,
-    experts: HashMap<ExpertId, Gated<K::Matrix>>,
-    sessions: HashMap<u64, Decoder<K>>,
+    machine: Machine<K>,
+    flights: Flights<K>,
 }
 
 /// The asker may have gone; its answer is then dropped.
@@ -157,116 +159,41 @@ fn answer<T>(reply: Reply<T>, result: Result<T, EngineError>) {
 }
 
 impl<K: Kernels> Worker<K> {
+    fn new(kernels: K, shared: Arc<Shared>) -> Self {
+        Self { flights: Flights::new(&shared.options), machine: Machine::new(kernels, shared) }
+    }
+
+    /// Serves the jobs that have come, then computes at most one layer. Nothing if all who could send jobs are gone.
+    fn round(&mut self, queue: &mut mpsc::Receiver<Job>, now: Instant) -> Option<Turn> {
+        for _ in 0..JOBS_MAX {
+            match queue.try_recv() {
+                Ok(job) => self.work(job),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => return None,
+            }
+        }
+        for session in self.machine.shared.take_closed() {
+            self.flights.gone(session);
+        }
+        let turn = self.flights.turn(&mut self.machine, now);
+        self.machine.shared.activity.waiting(self.flights.waiting());
+        Some(turn)
+    }
+
     fn work(&mut self, job: Job) {
+        let machine = &mut self.machine;
         match job {
-            Job::LoadTrunk { tensors, reply } => answer(reply, self.load_trunk(&tensors)),
-            Job::LoadExpert { id, tensors, reply } => answer(reply, self.load_expert(id, &tensors)),
-            Job::DropExpert { id, reply } => {
-                let held = self.experts.remove(&id).is_some();
-                self.shared.expert_dropped(id);
-                answer(reply, Ok(held));
-            }
-            Job::OpenSession { id, capacity, reply } => {
-                let opened = self.open(id, capacity);
-                if reply.send(opened).is_err() {
-                    // The asker left while this was queued; its session may have been swept before it was there.
-                    self.sessions.remove(&id);
-                }
-            }
-            Job::Advance { session, tokens, want, reply } => {
-                answer(reply, self.step(session, |decoder, core| decoder.advance(core, &tokens, want)));
-            }
-            Job::Resume { session, outputs, reply } => {
-                answer(reply, self.step(session, |decoder, core| decoder.resume(core, &outputs)));
-            }
-            Job::Complete { session, tokens, want, reply } => {
-                answer(reply, self.complete(session, &tokens, want));
-            }
-            Job::Truncate { session, used, reply } => {
-                answer(reply, self.step(session, |decoder, _| decoder.truncate(used)));
-            }
+            Job::LoadTrunk { tensors, reply } => answer(reply, machine.load_trunk(&tensors)),
+            Job::LoadExpert { id, tensors, reply } => answer(reply, machine.load_expert(id, &tensors)),
+            Job::DropExpert { id, reply } => answer(reply, Ok(machine.drop_expert(id))),
             Job::RunExperts { layer, rows, calls, reply } => {
-                answer(reply, self.run_experts(layer, &rows, &calls));
+                answer(reply, machine.run_experts(layer, &rows, &calls));
             }
+            Job::Advance { advance, reply } => self.flights.ask(advance, reply),
             Job::Sweep => {}
         }
     }
-
-    fn load_trunk(&mut self, tensors: &Tensors) -> Result<(), EngineError> {
-        if self.trunk.is_some() {
-            return Err(EngineError::TrunkLoaded);
-        }
-        let trunk = Trunk::load(&self.kernels, self.shared.config.clone(), tensors)?;
-        self.shared.trunk_loaded(trunk.bytes());
-        self.trunk = Some(trunk);
-        Ok(())
-    }
-
-    fn load_expert(&mut self, id: ExpertId, tensors: &Tensors) -> Result<(), EngineError> {
-        let expert = load_expert(&self.kernels, &self.shared.config, id, tensors)?;
-        self.experts.insert(id, expert);
-        self.shared.expert_loaded(id, tensors.precision(), tensors.data_bytes());
-        Ok(())
-    }
-
-    fn open(&mut self, id: u64, capacity: usize) -> Result<(), EngineError> {
-        let trunk = self.trunk.as_ref().ok_or(EngineError::NoTrunk)?;
-        self.sessions.insert(id, Decoder::new(&self.kernels, trunk, capacity));
-        Ok(())
-    }
-
-    fn step<T>(
-        &mut self,
-        session: u64,
-        f: impl FnOnce(&mut Decoder<K>, &mut Core<'_, K>) -> Result<T, DecodeError>,
-    ) -> Result<T, EngineError> {
-        let trunk = self.trunk.as_ref().ok_or(EngineError::NoTrunk)?;
-        let decoder = self.sessions.get_mut(&session).ok_or(EngineError::Stopped)?;
-        Ok(f(decoder, &mut Core { kernels: &mut self.kernels, trunk })?)
-    }
-
-    fn complete(&mut self, session: u64, tokens: &[u32], want: Want) -> Result<Vec<f32>, EngineError> {
-        let used = self.step(session, |decoder, _| Ok(decoder.used()))?;
-        let mut step = self.step(session, |decoder, core| decoder.advance(core, tokens, want))?;
-        loop {
-            let call = match step {
-                Step::Logits(logits) => return Ok(logits),
-                Step::NeedExperts(call) => call,
-            };
-            match self.serve(&call) {
-                Ok(outputs) => step = self.step(session, |decoder, core| decoder.resume(core, &outputs))?,
-                Err(error) => {
-                    self.step(session, |decoder, _| decoder.truncate(used))?;
-                    return Err(error);
-                }
-            }
-        }
-    }
-
-    fn serve(&mut self, call: &ExpertCall) -> Result<Vec<f32>, EngineError> {
-        let calls: Vec<(u16, Vec<u32>)> = call.by_expert().into_iter().collect();
-        let outputs = self.run_experts(call.layer, &call.rows, &calls)?;
-        let (mut assembly, mut rest) = (Assembly::new(call), outputs.as_slice());
-        for (expert, rows) in &calls {
-            let (own, others) = rest.split_at(rows.len() * call.hidden);
-            assembly.put(*expert, rows, own)?;
-            rest = others;
-        }
-        Ok(assembly.finish()?)
-    }
-
-    /// Each expert over its rows of `rows`, one output row each, in order of the calls.
-    fn run_experts(&mut self, layer: u16, rows: &[f32], calls: &[(u16, Vec<u32>)]) -> Result<Vec<f32>, EngineError> {
-        let mut work = Vec::with_capacity(calls.len());
-        for (index, rows) in calls {
-            // Known before anything is computed: a stale placement costs its caller no time.
-            let id = ExpertId { layer, index: *index };
-            work.push(ExpertWork { expert: self.experts.get(&id).ok_or(EngineError::NotHeld(id))?, rows });
-        }
-        if work.iter().all(|work| work.rows.is_empty()) {
-            return Ok(Vec::new());
-        }
-        let input = self.kernels.upload(rows.to_vec(), self.shared.config.hidden_size);
-        Ok(download(self.kernels.experts(&input, &work)))
-    }
 }
+
+#[cfg(test)]
+mod tests;

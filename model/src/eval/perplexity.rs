@@ -74,25 +74,25 @@ fn measure(
         let why = format!("{} tokens in windows of {window}: nothing to predict", tokens.len());
         return Err(EvalError::Input { file: name(), why });
     }
-    let open = |model: &LocalModel| block_on(model.engine.open_session(window.min(tokens.len())));
+    let open = |model: &LocalModel| model.engine.open_session(window.min(tokens.len()));
     let mut session = open(model)?;
     let mut exact = exact.map(open).transpose()?;
     let (mut surprise, mut predicted) = (0.0f64, 0usize);
     let mut closeness = exact.as_ref().map(|_| Closeness::default());
     for window in tokens.chunks(window).filter(|window| window.len() > 1) {
         for session in std::iter::once(&mut session).chain(&mut exact) {
-            block_on(session.truncate(0))?;
+            session.truncate(0)?;
         }
         let inputs = &window[..window.len() - 1];
         let mut targets = window[1..].iter();
         for inputs in inputs.chunks(ROWS_AT_ONCE) {
-            let logits = block_on(session.complete(inputs, Want::All))?;
+            let logits = block_on(session.advance(inputs, Want::All))?.logits;
             let vocab = logits.len() / inputs.len();
             for (row, target) in logits.chunks_exact(vocab).zip(&mut targets) {
                 surprise -= log_probability(row, *target);
             }
             if let Some((session, closeness)) = exact.as_mut().zip(closeness.as_mut()) {
-                let exact = block_on(session.complete(inputs, Want::All))?;
+                let exact = block_on(session.advance(inputs, Want::All))?.logits;
                 for (exact, row) in exact.chunks_exact(vocab).zip(logits.chunks_exact(vocab)) {
                     closeness.kl_divergence += divergence(exact, row);
                     closeness.same_top += f64::from(top(exact) == top(row));

@@ -7,10 +7,11 @@ use serde::Serialize;
 use super::{EvalError, LocalModel};
 use crate::{
     bytes::WeightBytes,
-    decoder::{Step, Want},
-    engine::{Session, block_on},
+    decoder::Want,
+    engine::block_on,
     sampling::{Sampler, SamplingParams},
     sequence::SequenceError,
+    session::Session,
     tensors::Tensors,
 };
 
@@ -59,9 +60,9 @@ pub fn eval_reference(model: &LocalModel, file: &Path) -> Result<ReferenceReport
     let mut errors = LogitErrors::default();
     let (mut greedy_equal, mut routes_equal) = (0, 0);
     let sparse: Vec<usize> = config.sparse_layers().collect();
-    let mut session = block_on(model.engine.open_session(reference.input + reference.follow))?;
+    let mut session = model.engine.open_session(reference.input + reference.follow)?;
     for row in 0..reference.rows {
-        block_on(session.truncate(0))?;
+        session.truncate(0)?;
         let tokens = &reference.input_ids[row * reference.input..][..reference.input];
         let mut last = Vec::new();
         for (index, chunk) in tokens.chunks(ROWS_AT_ONCE).enumerate() {
@@ -97,20 +98,14 @@ fn watch(
     tokens: &[u32],
     mut route: impl FnMut(usize, usize, &[u16]),
 ) -> Result<Vec<f32>, EvalError> {
-    let engine = session.engine().clone();
-    let mut step = block_on(session.advance(tokens, Want::All))?;
-    loop {
-        let call = match step {
-            Step::Logits(logits) => return Ok(logits),
-            Step::NeedExperts(call) => call,
-        };
-        for (position, routes) in call.routes.iter().enumerate() {
+    let (advanced, routes) = block_on(session.advance_watched(tokens, Want::All))?;
+    for (layer, rows) in routes.iter().enumerate() {
+        for (position, routes) in rows.iter().enumerate() {
             let experts: Vec<u16> = routes.iter().map(|route| route.expert).collect();
-            route(usize::from(call.layer), position, &experts);
+            route(layer, position, &experts);
         }
-        let outputs = block_on(engine.serve(&call))?;
-        step = block_on(session.resume(outputs))?;
     }
+    Ok(advanced.logits)
 }
 
 /// How many of the tokens chosen greedily after `logits` are those expected, each at its place.
@@ -121,7 +116,7 @@ fn continue_greedily(session: &mut Session, mut logits: Vec<f32>, expected: &[u3
         let token = sampler.pick(&logits, &[], None).map_err(SequenceError::from)?.token;
         equal += usize::from(token == *expected_token);
         if index + 1 < expected.len() {
-            logits = block_on(session.complete(&[token], Want::Last))?;
+            logits = block_on(session.advance(&[token], Want::Last))?.logits;
         }
     }
     Ok(equal)

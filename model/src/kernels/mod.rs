@@ -2,18 +2,20 @@
 //!
 //! [`Kernels`] extends a burn [`Backend`] by the operations whose order of additions matters: packed matrix times
 //! rows, norm, rotary embedding, cached attention, gated feed-forward. Two classes exist. [`packed::Packed`] runs on
-//! `Flex` and is plain Rust over packed weights, exact or sliced, used in place, on several threads. [`plain::Plain`] runs on any backend with nothing but
-//! burn's own operations, one row at a time, so that no operation's shape depends on the batch: it is what CUDA runs,
-//! and it runs on `Flex` too, where a test compares the classes.
+//! `Flex` and is plain Rust over packed weights, exact or sliced, used in place, on several threads. [`plain::Plain`]
+//! runs on any backend with nothing but burn's own operations, one row at a time, so that no operation's shape depends
+//! on the batch: it is what CUDA runs, and it runs on `Flex` too, where a test compares the classes.
 //!
 //! The invariant for every class: a row's result has the same bits alone and in any batch. Everything else (lookups,
 //! residual additions) is elementwise and done with burn tensors. Kernels do not know layers' names or sessions.
 
 use burn::tensor::{Tensor, backend::Backend};
 
+pub use self::paged::{CacheShape, Span};
 use crate::{rope::Angles, slices::Weight};
 
 pub mod activations;
+pub mod attention;
 pub mod cpu;
 pub mod exact;
 mod feed_forward;
@@ -21,6 +23,7 @@ pub mod isa;
 mod lanes;
 pub mod math;
 pub mod packed;
+pub mod paged;
 pub mod plain;
 mod product;
 pub mod sliced;
@@ -52,17 +55,6 @@ impl<M> Clone for ExpertWork<'_, M> {
 
 impl<M> Copy for ExpertWork<'_, M> {}
 
-/// Shape of a session's KV cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CacheShape {
-    pub layers: usize,
-    /// Tokens there is room for.
-    pub capacity: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub head_dim: usize,
-}
-
 /// The operations of a decoder layer on one device. Shapes are checked by the caller, who owns the model.
 pub trait Kernels: Send + 'static {
     type Backend: Backend;
@@ -70,7 +62,7 @@ pub trait Kernels: Send + 'static {
     type Matrix: Send + 'static;
     /// A small f32 vector (norm weight, bias).
     type Vector: Send + 'static;
-    /// Keys and values of one session, all layers.
+    /// Keys and values of all sessions, all layers, on pages.
     type Cache: Send + 'static;
 
     /// The kernel class as a usage record names it: replicas of one class give equal bits.
@@ -112,13 +104,14 @@ pub trait Kernels: Send + 'static {
     /// An empty cache, all of its memory reserved.
     fn cache(&self, shape: CacheShape) -> Self::Cache;
 
-    /// Stores `k`, `v` `[n, kv_heads * head_dim]` of the positions `past..past + n`.
-    fn append(&mut self, cache: &mut Self::Cache, layer: usize, past: usize, k: Rows<Self>, v: Rows<Self>)
+    /// Stores `k`, `v` `[n, kv_heads * head_dim]`, the rows of `spans`.
+    fn append(&mut self, cache: &mut Self::Cache, layer: usize, spans: &[Span<'_>], k: Rows<Self>, v: Rows<Self>)
     where
         Self: Sized;
 
-    /// Causal attention of `q [n, heads * head_dim]`, the positions `past..past + n`, over what is stored.
-    fn attention(&mut self, q: Rows<Self>, cache: &Self::Cache, layer: usize, past: usize) -> Rows<Self>
+    /// Causal attention of `q [n, heads * head_dim]`, the rows of `spans`, each over the stored positions of its own
+    /// session up to itself.
+    fn attention(&mut self, q: Rows<Self>, cache: &Self::Cache, layer: usize, spans: &[Span<'_>]) -> Rows<Self>
     where
         Self: Sized;
 

@@ -1,7 +1,6 @@
 //! The CPU class: `Flex` tensors in and out, packed weights in place, our own loops between.
 //!
-//! Owns [`Packed`] and its cache layout (`[kv_heads, capacity, head_dim]` per layer, so that the keys of a head lie in
-//! a row). The invariant is `cpu`'s and `product`'s; this file only unwraps tensors.
+//! Owns [`Packed`]. The invariant is that of `cpu`, `product` and `attention`; this file only unwraps tensors.
 
 use burn::{
     backend::flex::{Flex, FlexDevice, FlexTensor},
@@ -9,12 +8,13 @@ use burn::{
 };
 
 use super::{
-    CacheShape, ExpertWork, Kernels,
+    CacheShape, ExpertWork, Kernels, Span,
     activations::Quantized,
-    cpu::{self, CachedLayer},
-    download,
+    attention::{self, attention},
+    cpu, download,
     feed_forward::{self, experts},
     isa::Isa,
+    paged::{Half, PackedCache},
     product::linears,
     threads::Pool,
 };
@@ -29,15 +29,15 @@ pub struct Packed {
     quantized: Quantized,
     /// What lies between the halves of experts; kept between calls.
     hidden: feed_forward::Scratch,
-    /// Attention scores of one head; kept between calls.
-    scores: Vec<f32>,
+    /// What each thread needs for attention; kept between calls.
+    attention: Vec<attention::Scratch>,
 }
 
 impl Packed {
     /// On `threads` threads, the caller's included; 0 means one for each core this process may use.
     pub fn new(isa: Isa, threads: usize) -> Self {
         let pool = Pool::new(threads);
-        Self { isa, pool, quantized: Quantized::default(), hidden: Default::default(), scores: Vec::new() }
+        Self { isa, pool, quantized: Quantized::default(), hidden: Default::default(), attention: Vec::new() }
     }
 
     /// Threads in use, the caller's included.
@@ -50,31 +50,6 @@ impl Packed {
 impl Default for Packed {
     fn default() -> Self {
         Self::new(Isa::best(), 1)
-    }
-}
-
-/// Keys and values of one session: for each layer, keys then values.
-#[derive(Debug)]
-pub struct PackedCache {
-    shape: CacheShape,
-    values: Vec<f32>,
-}
-
-impl PackedCache {
-    fn half(&self) -> usize {
-        self.shape.kv_heads * self.shape.capacity * self.shape.head_dim
-    }
-
-    fn store(&mut self, layer: usize, which: usize, past: usize, rows: &[f32]) {
-        let (half, shape) = (self.half(), self.shape);
-        let CacheShape { capacity, kv_heads, head_dim, .. } = shape;
-        let area = &mut self.values[(2 * layer + which) * half..][..half];
-        for (row, values) in rows.chunks_exact(kv_heads * head_dim).enumerate() {
-            for (head, values) in values.chunks_exact(head_dim).enumerate() {
-                let at = (head * capacity + past + row) * head_dim;
-                area[at..at + head_dim].copy_from_slice(values);
-            }
-        }
     }
 }
 
@@ -142,32 +117,18 @@ impl Kernels for Packed {
     }
 
     fn cache(&self, shape: CacheShape) -> PackedCache {
-        let values = vec![0.0; 2 * shape.layers * shape.kv_heads * shape.capacity * shape.head_dim];
-        PackedCache { shape, values }
+        PackedCache::new(shape)
     }
 
-    fn append(&mut self, cache: &mut PackedCache, layer: usize, past: usize, k: FlexRows, v: FlexRows) {
-        for (which, rows) in [k, v].iter().enumerate() {
-            cache.store(layer, which, past, storage(rows).storage());
+    fn append(&mut self, cache: &mut PackedCache, layer: usize, spans: &[Span<'_>], k: FlexRows, v: FlexRows) {
+        for (half, rows) in [(Half::Keys, k), (Half::Values, v)] {
+            cache.store(layer, half, spans, storage(&rows).storage());
         }
     }
 
-    fn attention(&mut self, q: FlexRows, cache: &PackedCache, layer: usize, past: usize) -> FlexRows {
-        let (shape, half) = (cache.shape, cache.half());
-        let (keys, values) = cache.values[2 * layer * half..][..2 * half].split_at(half);
-        let cached = CachedLayer {
-            keys,
-            values,
-            heads: shape.heads,
-            kv_heads: shape.kv_heads,
-            head_dim: shape.head_dim,
-            capacity: shape.capacity,
-        };
-        let q = storage(&q);
-        let q: &[f32] = q.storage();
-        let mut out = vec![0.0; q.len()];
-        cpu::attention(self.isa, q, &cached, past, &mut out, &mut self.scores);
-        tensor(out, shape.heads * shape.head_dim)
+    fn attention(&mut self, q: FlexRows, cache: &PackedCache, layer: usize, spans: &[Span<'_>]) -> FlexRows {
+        let out = attention(&mut self.pool, self.isa, &mut self.attention, storage(&q).storage(), cache, layer, spans);
+        tensor(out, q.dims()[1])
     }
 
     fn experts(&mut self, x: &FlexRows, work: &[ExpertWork<'_, Weight>]) -> FlexRows {

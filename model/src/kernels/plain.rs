@@ -9,7 +9,7 @@ use burn::tensor::{
     DType as BurnDType, ElementConversion, FloatDType, Int, Tensor, TensorData, activation, backend::Backend,
 };
 
-use super::{CacheShape, ExpertWork, Kernels};
+use super::{CacheShape, ExpertWork, Kernels, Span};
 use crate::{
     bytes::DType,
     rope::Angles,
@@ -137,17 +137,27 @@ impl<B: Backend> PlainSliced<B> {
     }
 }
 
-/// Keys and values `[kv_heads, capacity, head_dim]` of each layer. A slot is empty only while it is being written.
+/// Keys and values of each page and layer, `[kv_heads, page_tokens, head_dim]`. A slot is empty only while it is being
+/// written.
 #[derive(Debug)]
 pub struct PlainCache<B: Backend> {
     shape: CacheShape,
-    layers: Vec<[Option<Tensor<B, 3>>; 2]>,
+    /// `[pages * layers]`
+    slots: Vec<[Option<Tensor<B, 3>>; 2]>,
 }
 
 impl<B: Backend> PlainCache<B> {
-    fn seen(&self, layer: usize, which: usize, seen: usize) -> Tensor<B, 4> {
-        let CacheShape { kv_heads, head_dim, .. } = self.shape;
-        let all = self.layers[layer][which].as_ref().expect("no write is under way").clone();
+    fn slot(&self, page: u32, layer: usize) -> usize {
+        page as usize * self.shape.layers + layer
+    }
+
+    /// The first `seen` positions of a session, in one piece: the same tensor whatever the size of a page.
+    fn seen(&self, layer: usize, which: usize, pages: &[u32], seen: usize) -> Tensor<B, 4> {
+        let CacheShape { kv_heads, head_dim, page_tokens, .. } = self.shape;
+        let pages = pages[..seen.div_ceil(page_tokens)].iter();
+        let slots =
+            pages.map(|page| self.slots[self.slot(*page, layer)][which].clone().expect("no write is under way"));
+        let all = Tensor::cat(slots.collect(), 1);
         all.slice([0..kv_heads, 0..seen, 0..head_dim]).reshape([kv_heads, 1, seen, head_dim])
     }
 }
@@ -223,32 +233,56 @@ impl<B: Backend> Kernels for Plain<B> {
 
     fn cache(&self, shape: CacheShape) -> PlainCache<B> {
         let empty = || {
-            let dims = [shape.kv_heads, shape.capacity, shape.head_dim];
+            let dims = [shape.kv_heads, shape.page_tokens, shape.head_dim];
             Some(Tensor::zeros(dims, (&self.device, BurnDType::F32)))
         };
-        PlainCache { shape, layers: (0..shape.layers).map(|_| [empty(), empty()]).collect() }
+        PlainCache { shape, slots: (0..shape.pages * shape.layers).map(|_| [empty(), empty()]).collect() }
     }
 
-    fn append(&mut self, cache: &mut PlainCache<B>, layer: usize, past: usize, k: Tensor<B, 2>, v: Tensor<B, 2>) {
-        let CacheShape { kv_heads, head_dim, .. } = cache.shape;
+    fn append(
+        &mut self,
+        cache: &mut PlainCache<B>,
+        layer: usize,
+        spans: &[Span<'_>],
+        k: Tensor<B, 2>,
+        v: Tensor<B, 2>,
+    ) {
+        let CacheShape { kv_heads, head_dim, page_tokens, .. } = cache.shape;
         let n = k.dims()[0];
-        for (slot, rows) in cache.layers[layer].iter_mut().zip([k, v]) {
-            let rows = rows.reshape([n, kv_heads, head_dim]).permute([1, 0, 2]);
-            let stored = slot.take().expect("no write is under way");
-            *slot = Some(stored.slice_assign([0..kv_heads, past..past + n, 0..head_dim], rows));
+        let rows = [k, v].map(|rows| rows.reshape([n, kv_heads, head_dim]).permute([1, 0, 2]));
+        let mut first = 0;
+        for span in spans {
+            let end = span.past + span.rows;
+            let mut at = span.past;
+            while at < end {
+                let on_page = at % page_tokens;
+                let count = (end - at).min(page_tokens - on_page);
+                let slot = cache.slot(span.pages[at / page_tokens], layer);
+                for (slot, rows) in cache.slots[slot].iter_mut().zip(&rows) {
+                    let rows = rows.clone().slice([0..kv_heads, first..first + count, 0..head_dim]);
+                    let stored = slot.take().expect("no write is under way");
+                    *slot = Some(stored.slice_assign([0..kv_heads, on_page..on_page + count, 0..head_dim], rows));
+                }
+                (at, first) = (at + count, first + count);
+            }
         }
     }
 
-    fn attention(&mut self, q: Tensor<B, 2>, cache: &PlainCache<B>, layer: usize, past: usize) -> Tensor<B, 2> {
+    fn attention(&mut self, q: Tensor<B, 2>, cache: &PlainCache<B>, layer: usize, spans: &[Span<'_>]) -> Tensor<B, 2> {
         let CacheShape { heads, kv_heads, head_dim, .. } = cache.shape;
         let scale = 1.0 / (head_dim as f32).sqrt();
-        each_row(&q, |row, q| {
-            let seen = past + row + 1;
-            let q = q.reshape([kv_heads, heads / kv_heads, 1, head_dim]);
-            let scores = (cache.seen(layer, 0, seen) * q).sum_dim(3) * scale;
-            let weights = activation::softmax(scores, 2);
-            (cache.seen(layer, 1, seen) * weights).sum_dim(2).reshape([1, heads * head_dim])
-        })
+        let mut rows = Vec::new();
+        for span in spans {
+            let [keys, values] = [0, 1].map(|which| cache.seen(layer, which, span.pages, span.past + span.rows));
+            for row in 0..span.rows {
+                let seen = |half: &Tensor<B, 4>| half.clone().narrow(2, 0, span.past + row + 1);
+                let q = q.clone().narrow(0, rows.len(), 1).reshape([kv_heads, heads / kv_heads, 1, head_dim]);
+                let scores = (seen(&keys) * q).sum_dim(3) * scale;
+                let weights = activation::softmax(scores, 2);
+                rows.push((seen(&values) * weights).sum_dim(2).reshape([1, heads * head_dim]));
+            }
+        }
+        Tensor::cat(rows, 0)
     }
 
     fn experts(&mut self, x: &Tensor<B, 2>, work: &[ExpertWork<'_, PlainMatrix<B>>]) -> Tensor<B, 2> {

@@ -150,8 +150,8 @@ fn shards_are_one_checkpoint() {
     assert_eq!(sharded.weight_files().len(), 3);
     let logits = |checkpoint: &Checkpoint| {
         let mut whole = Whole::new(Packed::default(), checkpoint);
-        let mut decoder = whole.decoder(8);
-        whole.advance(&mut decoder, &[1, 100, 2000], Want::Last, |_| {})
+        let mut solo = whole.solo(8);
+        whole.advance(&mut solo, &[1, 100, 2000], Want::Last, |_| {})
     };
     assert!(logits(&sharded) == logits(&single));
 

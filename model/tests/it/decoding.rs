@@ -3,7 +3,7 @@
 use coel_model::{
     bytes::DType,
     checkpoint::Checkpoint,
-    decoder::{DecodeError, Step, Want},
+    decoder::{DecodeError, Flight, Outputs, Piece, Step, Want},
     kernels::{Kernels, isa::Isa, packed::Packed, plain::Plain},
 };
 use serde_json::{Value, json};
@@ -32,11 +32,11 @@ fn synthetic(changes: Value, dtype: DType) -> (tempfile::TempDir, Checkpoint) {
 
 /// Logits of all tokens, given in pieces of the lengths `cuts` repeats.
 fn logits_in_pieces<K: Kernels>(whole: &mut Whole<K>, tokens: &[u32], cuts: &[usize]) -> Vec<f32> {
-    let mut decoder = whole.decoder(tokens.len());
+    let mut solo = whole.solo(tokens.len());
     let (mut rest, mut logits) = (tokens, Vec::new());
     for cut in cuts.iter().cycle() {
         let (piece, after) = rest.split_at(rest.len().min(*cut));
-        logits.extend(whole.advance(&mut decoder, piece, Want::All, |_| {}));
+        logits.extend(whole.advance(&mut solo, piece, Want::All, |_| {}));
         rest = after;
         if rest.is_empty() {
             break;
@@ -59,16 +59,65 @@ fn a_rows_bits_do_not_hang_on_the_batch() {
 fn a_long_prompt_is_split_without_a_trace() {
     let mut whole = Whole::new(Packed::default(), &checkpoint());
     let tokens = tokens(600, 4096);
-    let mut decoder = whole.decoder(600);
+    let mut solo = whole.solo(600);
     let mut calls = Vec::new();
-    let whole_prompt = whole.advance(&mut decoder, &tokens, Want::Last, |call| calls.push(call.routes.len()));
+    let whole_prompt = whole.advance(&mut solo, &tokens, Want::Last, |call| calls.push(call.routes.len()));
     assert_eq!(calls, [[256; 6], [256; 6], [88; 6]].concat());
-    assert_eq!((decoder.used(), whole_prompt.len()), (600, 4096));
+    assert_eq!((solo.used, whole_prompt.len()), (600, 4096));
     let pieces = logits_in_pieces(&mut whole, &tokens, &[100, 37]);
     assert!(bits(&pieces[599 * 4096..]) == bits(&whole_prompt));
-    let mut decoder = whole.decoder(600);
-    let all = whole.advance(&mut decoder, &tokens, Want::All, |_| {});
-    assert!(bits(&all) == bits(&pieces));
+}
+
+/// Sessions at different places, some with a prompt and some with a token, on pages of any size.
+fn check_flights_together<K: Kernels>(make: impl Fn() -> K, checkpoint: &Checkpoint, page_sizes: &[usize]) {
+    let vocab = checkpoint.config().vocab_size as u32;
+    let pasts = [0, 5, 31, 32, 33, 70, 0, 1];
+    let news = [7, 1, 1, 1, 4, 1, 1, 33];
+    let wants = [Want::All, Want::Last, Want::Last, Want::All, Want::Nothing, Want::Last, Want::All, Want::Last];
+    let sessions: Vec<Vec<u32>> = pasts
+        .iter()
+        .zip(news)
+        .zip(0..)
+        .map(|((past, new), salt)| tokens(past + new, vocab).into_iter().map(|token| (token + salt) % vocab).collect())
+        .collect();
+    let mut alone = Whole::with_pages(make(), checkpoint, 128);
+    let expected: Vec<Vec<u32>> = sessions
+        .iter()
+        .zip(pasts)
+        .zip(wants)
+        .map(|((tokens, past), want)| {
+            let mut solo = alone.solo(tokens.len());
+            if past > 0 {
+                alone.advance(&mut solo, &tokens[..past], Want::Nothing, |_| {});
+            }
+            bits(&alone.advance(&mut solo, &tokens[past..], want, |_| {}))
+        })
+        .collect();
+    for page_tokens in page_sizes {
+        let mut whole = Whole::with_pages(make(), checkpoint, *page_tokens);
+        let mut solos: Vec<_> = sessions.iter().map(|tokens| whole.solo(tokens.len())).collect();
+        let before = solos.iter_mut().zip(&sessions).zip(pasts).filter(|(_, past)| *past > 0);
+        let pieces: Vec<Piece> =
+            before.map(|((solo, tokens), past)| solo.piece(&tokens[..past], Want::Nothing)).collect();
+        assert!(whole.fly(pieces, |_| {}).iter().all(Vec::is_empty));
+        solos.iter_mut().zip(pasts).for_each(|(solo, past)| solo.used = past);
+        let pieces = solos.iter().zip(&sessions).zip(wants);
+        let pieces = pieces.map(|((solo, tokens), want)| solo.piece(&tokens[solo.used..], want)).collect();
+        let together: Vec<_> = whole.fly(pieces, |_| {}).iter().map(|logits| bits(logits)).collect();
+        assert!(together == expected, "pages of {page_tokens}");
+    }
+}
+
+#[test]
+fn sessions_fly_together_as_they_would_alone() {
+    check_flights_together(Packed::default, &checkpoint(), &[1, 7, 32, 100]);
+    for shape in [json!({}), json!({"num_key_value_heads": 6}), json!({"num_key_value_heads": 1})] {
+        let (_dir, checkpoint) = synthetic(shape, DType::BF16);
+        for isa in Isa::available() {
+            check_flights_together(|| Packed::new(isa, 2), &checkpoint, &[3, 32]);
+        }
+        check_flights_together(|| Plain::<Flex>::new(FlexDevice), &checkpoint, &[3, 32]);
+    }
 }
 
 #[test]
@@ -122,10 +171,10 @@ fn dense_layers_ask_for_nothing() {
     let changes = json!({"num_hidden_layers": 5, "decoder_sparse_step": 2, "intermediate_size": 61});
     let (_dir, checkpoint) = synthetic(changes, DType::BF16);
     let mut whole = Whole::new(Packed::default(), &checkpoint);
-    let mut decoder = whole.decoder(300);
+    let mut solo = whole.solo(300);
     let mut layers = Vec::new();
     let tokens = tokens(300, 83);
-    let all = whole.advance(&mut decoder, &tokens, Want::All, |call| layers.push((call.layer, call.routes.len())));
+    let all = whole.advance(&mut solo, &tokens, Want::All, |call| layers.push((call.layer, call.routes.len())));
     // Layers 0, 2 and 4 are dense: the last one too, between the chunks.
     assert_eq!(layers, [(1, 256), (3, 256), (1, 44), (3, 44)]);
     let pieces = logits_in_pieces(&mut whole, &tokens, &[1, 7, 64]);
@@ -146,51 +195,51 @@ fn kernel_classes_agree_on_the_bundled_model() {
 #[test]
 fn misuse_is_an_error_and_changes_nothing() {
     let (_dir, checkpoint) = synthetic(json!({}), DType::BF16);
-    let mut whole = Whole::new(Packed::default(), &checkpoint);
-    let mut decoder = whole.decoder(4);
-    assert_eq!(decoder.resume(&mut whole.core(), &[]), Err(DecodeError::NotPending));
-    assert_eq!(decoder.advance(&mut whole.core(), &[], Want::Last), Err(DecodeError::Empty));
-    assert_eq!(
-        decoder.advance(&mut whole.core(), &[1, 83], Want::Last),
-        Err(DecodeError::Token { token: 83, vocab: 83 })
-    );
-    let full = DecodeError::CacheFull { used: 0, wanted: 5, capacity: 4 };
-    assert_eq!(decoder.advance(&mut whole.core(), &[1; 5], Want::Last), Err(full));
+    let mut whole = Whole::with_pages(Packed::default(), &checkpoint, 4);
+    let solo = whole.solo(4);
+    let mut refused = |pieces: Vec<Piece>| Flight::begin(&mut whole.core(), pieces).map(|_| ()).unwrap_err();
+    let piece = |tokens: &[u32]| solo.piece(tokens, Want::Last);
+    assert_eq!(refused(vec![]), DecodeError::Empty);
+    assert_eq!(refused(vec![piece(&[1]), piece(&[])]), DecodeError::Empty);
+    assert_eq!(refused(vec![piece(&[1, 83])]), DecodeError::Token { token: 83, vocab: 83 });
+    assert_eq!(refused(vec![piece(&[1; 5])]), DecodeError::CacheFull { used: 0, wanted: 5, capacity: 4 });
+    assert_eq!(refused(vec![piece(&[1; 257])]), DecodeError::Rows { rows: 257 });
+    let beyond = Piece { pages: vec![1024], ..piece(&[1]) };
+    assert_eq!(refused(vec![beyond]), DecodeError::Page { page: 1024, pages: 1024 });
 
-    let Ok(Step::NeedExperts(call)) = decoder.advance(&mut whole.core(), &[1, 2], Want::Last) else {
-        panic!("experts come first");
-    };
-    assert_eq!((call.layer, call.slots(), call.rows.len()), (0, 4, 2 * 52));
-    assert_eq!(decoder.advance(&mut whole.core(), &[3], Want::Last), Err(DecodeError::Pending { layer: 0 }));
-    let wrong = DecodeError::Outputs { expected: 4 * 52, found: 3 };
-    assert_eq!(decoder.resume(&mut whole.core(), &[0.0; 3]), Err(wrong));
-    // After all that, the sequence goes on as if nothing had happened.
-    let mut step = Step::NeedExperts(call);
+    let (mut flight, step) = Flight::begin(&mut whole.core(), vec![piece(&[1, 2])]).unwrap();
+    let call = flight.call();
+    assert_eq!((step, call.layer, call.slots(), call.rows.len()), (Step::NeedExperts, 0, 4, 2 * 52));
+    let wrong = DecodeError::Outputs { expected: 4, found: 3 };
+    assert_eq!(flight.resume(&mut whole.core(), Outputs::whole(vec![0.0; 3 * 52], 52)), Err(wrong));
+    // After all that, the flight goes on as if nothing had happened.
+    let mut step = Step::NeedExperts;
     let logits = loop {
         match step {
-            Step::Logits(logits) => break logits,
-            Step::NeedExperts(call) => {
-                let outputs = whole.serve(&call);
-                step = decoder.resume(&mut whole.core(), &outputs).unwrap();
+            Step::Logits(mut logits) => break logits.remove(0),
+            Step::NeedExperts => {
+                let outputs = whole.serve(&flight.call());
+                step = flight.resume(&mut whole.core(), Outputs::whole(outputs, 52)).unwrap();
             }
         }
     };
-    let mut fresh = whole.decoder(4);
+    let nothing = Outputs::whole(vec![], 52);
+    assert_eq!(flight.resume(&mut whole.core(), nothing), Err(DecodeError::NotPending));
+    let mut fresh = whole.solo(4);
     assert_eq!(bits(&logits), bits(&whole.advance(&mut fresh, &[1, 2], Want::Last, |_| {})));
 }
 
 #[test]
 fn going_back_gives_the_bits_of_never_having_gone() {
     let (_dir, checkpoint) = synthetic(json!({}), DType::BF16);
-    let mut whole = Whole::new(Packed::default(), &checkpoint);
-    let mut decoder = whole.decoder(8);
-    whole.advance(&mut decoder, &[1, 2, 3, 4, 5], Want::Last, |_| {});
-    let Ok(Step::NeedExperts(_)) = decoder.advance(&mut whole.core(), &[6], Want::Last) else {
-        panic!("experts come first");
-    };
-    assert_eq!(decoder.truncate(6), Err(DecodeError::Truncate { wanted: 6, used: 5 }));
-    decoder.truncate(2).unwrap();
-    let again = whole.advance(&mut decoder, &[7, 8], Want::Last, |_| {});
-    let mut fresh = whole.decoder(8);
+    let mut whole = Whole::with_pages(Packed::default(), &checkpoint, 3);
+    let mut solo = whole.solo(8);
+    whole.advance(&mut solo, &[1, 2, 3, 4, 5], Want::Last, |_| {});
+    // A flight that never lands leaves no trace either.
+    let lost = Flight::begin(&mut whole.core(), vec![solo.piece(&[6], Want::Last)]).unwrap();
+    drop(lost);
+    solo.used = 2;
+    let again = whole.advance(&mut solo, &[7, 8], Want::Last, |_| {});
+    let mut fresh = whole.solo(8);
     assert_eq!(bits(&again), bits(&whole.advance(&mut fresh, &[1, 2, 7, 8], Want::Last, |_| {})));
 }

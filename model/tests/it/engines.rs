@@ -3,7 +3,7 @@
 use coel_model::{
     bytes::{DType, WeightBytes},
     checkpoint::Checkpoint,
-    decoder::{DecodeError, Step, Want},
+    decoder::{DecodeError, Want},
     device::{Device, DeviceError},
     engine::{Engine, EngineError, EngineOptions, block_on},
     kernels::packed::Packed,
@@ -19,7 +19,11 @@ use crate::{
 };
 
 fn start(checkpoint: &Checkpoint, kv_tokens: usize) -> Engine {
-    let options = EngineOptions { kv_tokens, low_priority: true, ..EngineOptions::default() };
+    start_with(checkpoint, EngineOptions { kv_tokens, ..EngineOptions::default() })
+}
+
+fn start_with(checkpoint: &Checkpoint, options: EngineOptions) -> Engine {
+    let options = EngineOptions { low_priority: true, ..options };
     Engine::start(Device::Cpu, checkpoint.config().clone(), options).expect("the CPU is always there")
 }
 
@@ -30,53 +34,80 @@ fn small() -> (tempfile::TempDir, Checkpoint) {
     (dir, checkpoint)
 }
 
+/// Greedy tokens after each of `prompts`, from flights of one row after the prompt's.
+fn greedy_alone(checkpoint: &Checkpoint, prompts: &[Vec<u32>], count: usize) -> Vec<Vec<u32>> {
+    let mut whole = Whole::new(Packed::default(), checkpoint);
+    let mut follow = |prompt: &Vec<u32>| {
+        let mut solo = whole.solo(prompt.len() + count);
+        let (mut input, mut chosen) = (prompt.clone(), Vec::new());
+        while chosen.len() < count {
+            let logits = whole.advance(&mut solo, &input, Want::Last, |_| {});
+            chosen.push(greedy(&logits));
+            input = vec![greedy(&logits)];
+        }
+        chosen
+    };
+    prompts.iter().map(&mut follow).collect()
+}
+
+fn greedy(logits: &[f32]) -> u32 {
+    (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).expect("a vocabulary") as u32
+}
+
 #[test]
-fn sessions_give_the_bits_of_a_bare_decoder_however_they_interleave() {
+fn eight_threads_get_the_tokens_each_would_get_alone() {
     let checkpoint = checkpoint();
-    let engine = start(&checkpoint, 64);
-    block_on(engine.load_checkpoint(&checkpoint)).unwrap();
-    let prompts = [[3, 50, 700, 4], [9, 8, 7, 6]];
-    let mut whole = Whole::new(Packed::default(), &checkpoint);
-    let expected = prompts.map(|prompt| {
-        let mut decoder = whole.decoder(8);
-        whole.advance(&mut decoder, &prompt, Want::All, |_| {})
-    });
-    let mut sessions = prompts.map(|_| block_on(engine.open_session(8)).unwrap());
-    let mut steps: Vec<Step> = (0..2).map(|i| block_on(sessions[i].advance(&prompts[i], Want::All)).unwrap()).collect();
-    while let [Step::NeedExperts(first), Step::NeedExperts(second)] = &steps[..] {
-        let outputs = [first, second].map(|call| block_on(engine.serve(call)).unwrap());
-        steps = sessions
-            .iter_mut()
-            .zip(outputs)
-            .map(|(session, outputs)| block_on(session.resume(outputs)).unwrap())
-            .collect();
-    }
-    assert!(steps == expected.clone().map(Step::Logits));
-    for ((session, prompt), expected) in sessions.iter_mut().zip(&prompts).zip(&expected) {
-        block_on(session.truncate(0)).unwrap();
-        assert!(block_on(session.complete(prompt, Want::All)).unwrap() == *expected);
+    let prompts: Vec<Vec<u32>> = (0..8u32)
+        .map(|salt| (0..3 + 37 * salt).map(|index| (index * index * 7 + index * 31 + salt * 97) % 4096).collect())
+        .collect();
+    let expected = greedy_alone(&checkpoint, &prompts, 10);
+    for (page_tokens, rows_max) in [(32, 256), (5, 48)] {
+        let engine = start_with(
+            &checkpoint,
+            EngineOptions { kv_tokens: 2048, page_tokens, rows_max, ..EngineOptions::default() },
+        );
+        block_on(engine.load_checkpoint(&checkpoint)).unwrap();
+        let follow = |prompt: &Vec<u32>| {
+            let mut session = engine.open_session(prompt.len() + 10).unwrap();
+            let (mut input, mut chosen) = (prompt.clone(), Vec::new());
+            while chosen.len() < 10 {
+                let advanced = block_on(session.advance(&input, Want::Last)).unwrap();
+                assert_eq!(advanced.pairs_here, 24 * input.len() as u64);
+                chosen.push(greedy(&advanced.logits));
+                input = vec![greedy(&advanced.logits)];
+            }
+            chosen
+        };
+        let found: Vec<Vec<u32>> = std::thread::scope(|scope| {
+            let running: Vec<_> = prompts.iter().map(|prompt| scope.spawn(|| follow(prompt))).collect();
+            running.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(found, expected, "pages of {page_tokens}, flights of {rows_max}");
+        let rows: usize = prompts.iter().map(|prompt| prompt.len() + 9).sum();
+        let activity = engine.activity();
+        assert_eq!((activity.rows, activity.waiting, activity.pages_used), (rows as u64, 0, 0));
     }
 }
 
 #[test]
 fn the_pool_is_never_overdrawn() {
     let (_dir, checkpoint) = small();
-    let engine = start(&checkpoint, 100);
-    assert!(matches!(block_on(engine.open_session(1)), Err(EngineError::NoTrunk)));
+    let engine = start_with(&checkpoint, EngineOptions { kv_tokens: 100, page_tokens: 20, ..EngineOptions::default() });
+    assert!(matches!(engine.open_session(1), Err(EngineError::NoTrunk)));
     block_on(engine.load_checkpoint(&checkpoint)).unwrap();
     assert_eq!(engine.kv_tokens_free(), 100, "a session that did not open holds nothing");
-    let first = block_on(engine.open_session(60)).unwrap();
-    let refused = block_on(engine.open_session(41)).unwrap_err();
+    let first = engine.open_session(60).unwrap();
+    let refused = engine.open_session(41).unwrap_err();
     assert!(matches!(refused, EngineError::Busy { wanted: 41, free: 40 }), "{refused}");
-    let refused = block_on(engine.open_session(101)).unwrap_err();
+    let refused = engine.open_session(101).unwrap_err();
     assert!(matches!(refused, EngineError::TooLong { wanted: 101, limit: 100 }), "{refused}");
-    let _second = block_on(engine.open_session(40)).unwrap();
+    let _second = engine.open_session(40).unwrap();
     drop(first);
-    let mut third = block_on(engine.open_session(60)).unwrap();
+    let mut third = engine.open_session(60).unwrap();
     assert_eq!((engine.kv_tokens_free(), third.capacity()), (0, 60));
-    let full = block_on(third.complete(&[1; 61], Want::Last)).unwrap_err();
+    let full = block_on(third.advance(&[1; 61], Want::Last)).unwrap_err();
     assert!(matches!(full, EngineError::Decode(DecodeError::CacheFull { .. })), "{full}");
-    block_on(third.complete(&[1; 60], Want::Last)).unwrap();
+    block_on(third.advance(&[1; 60], Want::Last)).unwrap();
 }
 
 #[test]
@@ -86,7 +117,7 @@ fn the_ledger_counts_what_is_loaded() {
     let footprint = engine.footprint().clone();
     let empty = engine.memory();
     assert_eq!((empty.trunk_bytes, empty.expert_bytes), (0, 0));
-    assert_eq!(empty.kv_bytes_reserved, 100 * footprint.kv_bytes_per_token);
+    assert_eq!(empty.kv_bytes_reserved, 128 * footprint.kv_bytes_per_token, "whole pages");
     let id = ExpertId { layer: 1, index: 2 };
     block_on(engine.load_expert_tensors(id, checkpoint.expert(id))).unwrap();
     block_on(engine.load_expert_tensors(id, checkpoint.expert(id))).unwrap();
@@ -133,16 +164,16 @@ fn a_peers_expert_call_is_checked_and_its_rows_do_not_hang_on_each_other() {
     let missing = run(&rows, vec![(0, vec![0]), (4, vec![0])]).unwrap_err();
     assert!(matches!(missing, EngineError::NotHeld(ExpertId { layer: 1, index: 4 })), "{missing}");
     // A session that meets the gap is as before, and completes once it is closed.
-    let mut session = block_on(engine.open_session(8)).unwrap();
+    let mut session = engine.open_session(8).unwrap();
     for index in 0..5 {
         block_on(engine.drop_expert(ExpertId { layer: 1, index })).unwrap();
     }
-    assert!(matches!(block_on(session.complete(&[1, 2], Want::Last)), Err(EngineError::NotHeld(_))));
+    assert!(matches!(block_on(session.advance(&[1, 2], Want::Last)), Err(EngineError::NotHeld(_))));
     for index in 0..5 {
         let id = ExpertId { layer: 1, index };
         block_on(engine.load_expert_tensors(id, checkpoint.expert(id))).unwrap();
     }
-    block_on(session.complete(&[1; 8], Want::Last)).unwrap();
+    block_on(session.advance(&[1; 8], Want::Last)).unwrap();
 }
 
 #[test]
@@ -197,7 +228,7 @@ fn the_thread_ends_with_its_last_handle() {
     let engine = start(&checkpoint, 8);
     block_on(engine.load_checkpoint(&checkpoint)).unwrap();
     let config = std::sync::Arc::downgrade(engine.config());
-    let session = block_on(engine.open_session(4)).unwrap();
+    let session = engine.open_session(4).unwrap();
     drop(engine);
     let before = config.strong_count();
     drop(session);

@@ -96,8 +96,8 @@ fn the_bundled_model_speaks_at_every_precision() {
     let logits = |dir: &Path, trunk, experts| {
         let model = LocalModel::open_at(dir, Device::Cpu, trunk, experts).unwrap();
         assert!(model.engine.held().values().all(|held| *held == experts));
-        let mut session = block_on(model.engine.open_session(8)).unwrap();
-        block_on(session.complete(&[5, 17, 300, 4000, 9], Want::All)).unwrap()
+        let mut session = model.engine.open_session(8).unwrap();
+        block_on(session.advance(&[5, 17, 300, 4000, 9], Want::All)).unwrap().logits
     };
     let exact = logits(&fixture(), Precision::Exact, Precision::Exact);
     let distance = |found: &[f32]| exact.iter().zip(found).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();

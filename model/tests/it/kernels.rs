@@ -2,14 +2,7 @@
 
 use coel_model::{
     bytes::{DType, Matrix},
-    kernels::{
-        Kernels,
-        cpu::{self, CachedLayer},
-        download,
-        isa::Isa,
-        math,
-        packed::Packed,
-    },
+    kernels::{CacheShape, Kernels, Span, cpu, download, isa::Isa, math, packed::Packed},
 };
 use half::{bf16, f16};
 use proptest::{collection::vec, prelude::*};
@@ -59,13 +52,106 @@ fn linear_case() -> impl Strategy<Value = (usize, usize, DType, Vec<f32>, Vec<f3
     })
 }
 
-/// q, keys and values of one layer, with heads, groups, head size, past and rows.
-fn attention_case() -> impl Strategy<Value = ([usize; 5], Vec<f32>, Vec<f32>, Vec<f32>)> {
-    (1usize..3, 1usize..3, 1usize..25, 0usize..40, 1usize..6).prop_flat_map(|(kv_heads, group, dim, past, n)| {
-        let cached = kv_heads * (past + n) * dim;
-        let q = values(n * kv_heads * group * dim);
-        (Just([kv_heads, group, dim, past, n]), q, values(cached), values(cached))
+/// A session's rows in a batch: heads, group, head size; past and rows of each session; and page size.
+#[derive(Clone, Debug)]
+struct Attended {
+    kv_heads: usize,
+    group: usize,
+    dim: usize,
+    page_tokens: usize,
+    sessions: Vec<(usize, usize)>,
+    /// For each session `[rows, heads * dim]`, then keys and values `[past + rows, kv_heads * dim]`.
+    rows: Vec<[Vec<f32>; 3]>,
+}
+
+fn attention_case() -> impl Strategy<Value = Attended> {
+    let sizes = (1usize..3, prop_oneof![Just(1usize), Just(2), Just(5), Just(9)], 1usize..70, 1usize..20);
+    let sessions = vec((0usize..40, 1usize..20), 1..4);
+    (sizes, sessions).prop_flat_map(|((kv_heads, group, dim, page_tokens), sessions)| {
+        let rows = sessions.iter().map(|(past, n)| {
+            let cached = kv_heads * (past + n) * dim;
+            [values(n * kv_heads * group * dim), values(cached), values(cached)]
+        });
+        (rows.collect::<Vec<_>>(), Just(sessions)).prop_map(move |(rows, sessions)| Attended {
+            kv_heads,
+            group,
+            dim,
+            page_tokens,
+            sessions,
+            rows,
+        })
     })
+}
+
+impl Attended {
+    fn shape(&self) -> CacheShape {
+        let (kv_heads, heads) = (self.kv_heads, self.kv_heads * self.group);
+        CacheShape { layers: 2, pages: 400, page_tokens: self.page_tokens, heads, kv_heads, head_dim: self.dim }
+    }
+
+    /// Attention of the last `rows` rows of each of `sessions`, in one batch over a cache of odd contents.
+    fn attend(&self, (isa, threads): (Isa, usize), sessions: &[usize], rows: impl Fn(usize) -> usize) -> Vec<Vec<u32>> {
+        let shape = self.shape();
+        let (width, kv_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        let mut kernels = Packed::new(isa, threads);
+        let mut cache = kernels.cache(shape);
+        let mut append = |kernels: &mut Packed, span, [k, v]: [Vec<f32>; 2]| {
+            let (k, v) = (kernels.upload(k, kv_width), kernels.upload(v, kv_width));
+            kernels.append(&mut cache, 1, &[span], k, v);
+        };
+        // What lies behind a session's last position must not matter.
+        let every: Vec<u32> = (0..shape.pages as u32).collect();
+        let whole = Span { rows: shape.pages * shape.page_tokens, past: 0, pages: &every };
+        let junk = vec![f32::NAN; whole.rows * kv_width];
+        append(&mut kernels, whole, [junk.clone(), junk]);
+        let mut free = every.iter().rev().copied();
+        let tables: Vec<Vec<u32>> = self
+            .sessions
+            .iter()
+            .map(|(past, n)| free.by_ref().take((past + n).div_ceil(shape.page_tokens)).collect())
+            .collect();
+        let (mut q, mut spans) = (Vec::new(), Vec::new());
+        for index in sessions {
+            let ((past, n), [queries, keys, values]) = (self.sessions[*index], &self.rows[*index]);
+            let stored = Span { rows: past + n, past: 0, pages: &tables[*index] };
+            append(&mut kernels, stored, [keys.clone(), values.clone()]);
+            let rows = rows(n);
+            spans.push(Span { rows, past: past + n - rows, pages: &tables[*index] });
+            q.extend_from_slice(&queries[(n - rows) * width..]);
+        }
+        let q = kernels.upload(q, width);
+        let out = download(kernels.attention(q, &cache, 1, &spans));
+        let mut out = out.chunks(width);
+        spans.iter().map(|span| out.by_ref().take(span.rows).flat_map(bits).collect()).collect()
+    }
+
+    /// In f64, session by session.
+    fn reference(&self) -> Vec<Vec<f64>> {
+        let (kv_heads, group, dim) = (self.kv_heads, self.group, self.dim);
+        let heads = kv_heads * group;
+        let session = |((past, n), [q, keys, values]): (&(usize, usize), &[Vec<f32>; 3])| {
+            let mut out = vec![0.0f64; q.len()];
+            for (row, head) in (0..*n).flat_map(|row| (0..heads).map(move |head| (row, head))) {
+                let q = &q[(row * heads + head) * dim..][..dim];
+                let at = |position: usize| (position * kv_heads + head / group) * dim..;
+                let score = |position| {
+                    let products = q.iter().zip(&keys[at(position)]).map(|(q, k)| f64::from(*q) * f64::from(*k));
+                    products.sum::<f64>() / (dim as f64).sqrt()
+                };
+                let scores: Vec<f64> = (0..=past + row).map(score).collect();
+                let max = scores.iter().copied().fold(f64::MIN, f64::max);
+                let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+                for (position, score) in scores.iter().enumerate() {
+                    let out = &mut out[(row * heads + head) * dim..][..dim];
+                    for (out, value) in out.iter_mut().zip(&values[at(position)]) {
+                        *out += (score - max).exp() / sum * f64::from(*value);
+                    }
+                }
+            }
+            out
+        };
+        self.sessions.iter().zip(&self.rows).map(session).collect()
+    }
 }
 
 proptest! {
@@ -115,47 +201,26 @@ proptest! {
     }
 
     #[test]
-    fn attention_is_a_weighted_mean((shape, q, keys, values) in attention_case()) {
-        let [kv_heads, group, dim, past, n] = shape;
-        let capacity = past + n;
-        let heads = kv_heads * group;
-        let cache =
-            CachedLayer { keys: &keys, values: &values, heads, kv_heads, head_dim: dim, capacity };
-        let mut reference = vec![0.0f64; q.len()];
-        for row in 0..n {
-            for head in 0..heads {
-                let q = &q[(row * heads + head) * dim..][..dim];
-                let start = head / group * capacity;
-                let at = |position: usize| (start + position) * dim..(start + position + 1) * dim;
-                let score = |position| {
-                    let products = q.iter().zip(&keys[at(position)]).map(|(q, k)| f64::from(*q) * f64::from(*k));
-                    products.sum::<f64>() / (dim as f64).sqrt()
-                };
-                let scores: Vec<f64> = (0..=past + row).map(score).collect();
-                let max = scores.iter().copied().fold(f64::MIN, f64::max);
-                let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
-                for (position, score) in scores.iter().enumerate() {
-                    let weight = (score - max).exp() / sum;
-                    let out = &mut reference[(row * heads + head) * dim..][..dim];
-                    for (out, value) in out.iter_mut().zip(&values[at(position)]) {
-                        *out += weight * f64::from(*value);
-                    }
-                }
+    fn attention_is_a_weighted_mean(case in attention_case()) {
+        let sessions: Vec<usize> = (0..case.sessions.len()).collect();
+        let found = case.attend((Isa::best(), 1), &sessions, |n| n);
+        for (found, expected) in found.iter().zip(case.reference()) {
+            prop_assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.iter().zip(expected) {
+                let found = f32::from_bits(*found);
+                prop_assert!((f64::from(found) - expected).abs() < 2e-5, "{} {}", found, expected);
             }
         }
-        let mut first = None;
         for isa in Isa::available() {
-            let mut found = vec![f32::NAN; q.len()];
-            cpu::attention(isa, &q, &cache, past, &mut found, &mut Vec::new());
-            for (found, expected) in found.iter().zip(&reference) {
-                prop_assert!((f64::from(*found) - expected).abs() < 2e-5, "{found} {expected}");
+            prop_assert_eq!(&case.attend((isa, 3), &sessions, |n| n), &found, "{}", isa.name());
+            // Each session by itself, its last row only.
+            for session in &sessions {
+                let alone = case.attend((isa, 1), &[*session], |_| 1).remove(0);
+                let last = &found[*session][found[*session].len() - alone.len()..];
+                prop_assert_eq!(&alone[..], last, "{} alone", isa.name());
             }
-            prop_assert_eq!(&bits(&found), first.get_or_insert(bits(&found)), "{}", isa.name());
-            // The last row alone, with the others in the past.
-            let width = heads * dim;
-            let mut alone = vec![f32::NAN; width];
-            cpu::attention(isa, &q[(n - 1) * width..], &cache, past + n - 1, &mut alone, &mut Vec::new());
-            prop_assert_eq!(bits(&alone), bits(&found[(n - 1) * width..]), "{} alone", isa.name());
         }
+        let other_pages = Attended { page_tokens: case.page_tokens + 3, ..case.clone() };
+        prop_assert_eq!(other_pages.attend((Isa::best(), 2), &sessions, |n| n), found);
     }
 }

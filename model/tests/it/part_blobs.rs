@@ -72,8 +72,8 @@ fn blobs_are_safetensors_files_that_give_the_same_logits() {
     let mut from_blobs = Whole::from_tensors(Packed::default(), &checkpoint, trunk, expert);
     let mut in_place = Whole::new(Packed::default(), &checkpoint);
     let tokens = [5, 17, 300, 4000, 9];
-    let mut decoder = from_blobs.decoder(8);
-    let logits = from_blobs.advance(&mut decoder, &tokens, Want::All, |_| {});
-    let mut decoder = in_place.decoder(8);
-    assert!(logits == in_place.advance(&mut decoder, &tokens, Want::All, |_| {}));
+    let mut solo = from_blobs.solo(8);
+    let logits = from_blobs.advance(&mut solo, &tokens, Want::All, |_| {});
+    let mut solo = in_place.solo(8);
+    assert!(logits == in_place.advance(&mut solo, &tokens, Want::All, |_| {}));
 }

@@ -386,8 +386,8 @@ fn eight_bits_stay_close_and_four_bits_closer_than_chance() {
     let checkpoint = checkpoint();
     let mut exact = Whole::new(Packed::default(), &checkpoint);
     let tokens = [5, 17, 300, 4000, 9, 55, 901];
-    let mut decoder = exact.decoder(8);
-    let expected = exact.advance(&mut decoder, &tokens, Want::All, |_| {});
+    let mut solo = exact.solo(8);
+    let expected = exact.advance(&mut solo, &tokens, Want::All, |_| {});
     let parts = sliced_parts();
     let mut errors = Vec::new();
     for precision in [Precision::Q4, Precision::Q8] {
@@ -399,8 +399,8 @@ fn eight_bits_stay_close_and_four_bits_closer_than_chance() {
         let trunk = Tensors::merge(trunk.collect::<Vec<_>>()).unwrap();
         let expert = |id| tensors(&parts.iter().find(|(part, _)| part.expert() == Some(id)).unwrap().1);
         let mut whole = Whole::from_tensors(Packed::default(), &checkpoint, trunk, expert);
-        let mut decoder = whole.decoder(8);
-        let found = whole.advance(&mut decoder, &tokens, Want::All, |_| {});
+        let mut solo = whole.solo(8);
+        let found = whole.advance(&mut solo, &tokens, Want::All, |_| {});
         errors.push((squared_error(&expected, &found) / squared_error(&expected, &vec![0.0; expected.len()])).sqrt());
     }
     assert!(errors[0] < 0.3 && errors[1] < 0.03, "{errors:?}");

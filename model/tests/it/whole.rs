@@ -1,11 +1,14 @@
-//! The bundled checkpoint, and a decoder driven without an engine.
+//! The bundled checkpoint, and flights driven without an engine.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    path::PathBuf,
+};
 
 use coel_model::{
     checkpoint::Checkpoint,
-    decoder::{Core, Decoder, Step, Want},
-    experts::{Assembly, ExpertCall},
+    decoder::{CHUNK_ROWS, Core, Flight, KvCache, Outputs, Piece, Step, Want},
+    experts::{ExpertCall, by_expert},
     kernels::{ExpertWork, Gated, Kernels, download},
     layout::{self, ExpertId},
     tensors::Tensors,
@@ -24,12 +27,35 @@ pub fn checkpoint() -> Checkpoint {
 pub struct Whole<K: Kernels> {
     pub kernels: K,
     pub trunk: Trunk<K>,
+    pub cache: KvCache<K>,
+    page_tokens: usize,
+    /// Pages that no sequence has had yet. They are dealt from both ends, so that neighbours rarely lie together.
+    pages: VecDeque<u32>,
     experts: BTreeMap<ExpertId, Gated<K::Matrix>>,
+}
+
+/// A sequence with pages of its own.
+#[derive(Clone, Debug)]
+pub struct Solo {
+    pub used: usize,
+    pub pages: Vec<u32>,
+}
+
+impl Solo {
+    /// Its next tokens.
+    pub fn piece(&self, tokens: &[u32], want: Want) -> Piece {
+        Piece { tokens: tokens.to_vec(), past: self.used, pages: self.pages.clone(), want }
+    }
 }
 
 impl<K: Kernels> Whole<K> {
     pub fn new(kernels: K, checkpoint: &Checkpoint) -> Self {
-        Self::from_tensors(kernels, checkpoint, checkpoint.trunk(), |id| checkpoint.expert(id))
+        Self::with_pages(kernels, checkpoint, 32)
+    }
+
+    /// A cache of 4096 tokens on pages of this size.
+    pub fn with_pages(kernels: K, checkpoint: &Checkpoint, page_tokens: usize) -> Self {
+        Self::build(kernels, checkpoint, page_tokens, checkpoint.trunk(), |id| checkpoint.expert(id))
     }
 
     pub fn from_tensors(
@@ -38,50 +64,84 @@ impl<K: Kernels> Whole<K> {
         trunk: Tensors,
         expert: impl Fn(ExpertId) -> Tensors,
     ) -> Self {
+        Self::build(kernels, checkpoint, 32, trunk, expert)
+    }
+
+    fn build(
+        kernels: K,
+        checkpoint: &Checkpoint,
+        page_tokens: usize,
+        trunk: Tensors,
+        expert: impl Fn(ExpertId) -> Tensors,
+    ) -> Self {
         let config = checkpoint.config();
         let trunk = Trunk::load(&kernels, config.clone(), &trunk).expect("the trunk loads");
         let experts = layout::experts(config)
             .map(|id| (id, load_expert(&kernels, config, id, &expert(id)).expect("the expert loads")));
-        Self { experts: experts.collect(), kernels, trunk }
+        let experts = experts.collect();
+        let pages = 4096 / page_tokens;
+        let cache = KvCache::new(&kernels, config, pages, page_tokens);
+        Self { experts, cache, page_tokens, pages: (0..pages as u32).collect(), kernels, trunk }
     }
 
-    pub fn decoder(&self, capacity: usize) -> Decoder<K> {
-        Decoder::new(&self.kernels, &self.trunk, capacity)
+    /// A sequence with room for `capacity` tokens and perhaps a few more.
+    pub fn solo(&mut self, capacity: usize) -> Solo {
+        let take = |index| if index % 2 == 0 { self.pages.pop_back() } else { self.pages.pop_front() };
+        let pages = (0..capacity.div_ceil(self.page_tokens)).map(take);
+        Solo { used: 0, pages: pages.collect::<Option<_>>().expect("pages are left") }
     }
 
     pub fn core(&mut self) -> Core<'_, K> {
-        Core { kernels: &mut self.kernels, trunk: &self.trunk }
+        Core { kernels: &mut self.kernels, trunk: &self.trunk, cache: &mut self.cache }
     }
 
     pub fn serve(&mut self, call: &ExpertCall) -> Vec<f32> {
-        let mut assembly = Assembly::new(call);
+        let mut outputs = vec![f32::NAN; call.slots() * call.hidden];
         let input = self.kernels.upload(call.rows.clone(), call.hidden);
-        for (index, rows) in call.by_expert() {
+        for (index, pairs) in by_expert(&call.routes) {
             let expert = &self.experts[&ExpertId { layer: call.layer, index }];
+            let rows: Vec<u32> = pairs.iter().map(|pair| pair.row).collect();
             let output = download(self.kernels.experts(&input, &[ExpertWork { expert, rows: &rows }]));
-            assembly.put(index, &rows, &output).expect("the call's own rows");
+            for (pair, row) in pairs.iter().zip(output.chunks_exact(call.hidden)) {
+                outputs[pair.slot as usize * call.hidden..][..call.hidden].copy_from_slice(row);
+            }
         }
-        assembly.finish().expect("every slot was served")
+        outputs
     }
 
-    /// Advances to the logits, collecting each call.
+    /// Flies pieces together to their logits, collecting each call.
+    pub fn fly(&mut self, pieces: Vec<Piece>, mut seen: impl FnMut(&ExpertCall)) -> Vec<Vec<f32>> {
+        let (mut flight, mut step) = Flight::begin(&mut self.core(), pieces).expect("valid pieces");
+        loop {
+            match step {
+                Step::Logits(logits) => return logits,
+                Step::NeedExperts => {
+                    let call = flight.call();
+                    seen(&call);
+                    let outputs = Outputs::whole(self.serve(&call), call.hidden);
+                    step = flight.resume(&mut self.core(), outputs).expect("outputs of the right length");
+                }
+            }
+        }
+    }
+
+    /// Advances one sequence alone, in flights as large as may be.
     pub fn advance(
         &mut self,
-        decoder: &mut Decoder<K>,
+        solo: &mut Solo,
         tokens: &[u32],
         want: Want,
         mut seen: impl FnMut(&ExpertCall),
     ) -> Vec<f32> {
-        let mut step = decoder.advance(&mut self.core(), tokens, want).expect("valid tokens");
-        loop {
-            match step {
-                Step::Logits(logits) => return logits,
-                Step::NeedExperts(call) => {
-                    seen(&call);
-                    let outputs = self.serve(&call);
-                    step = decoder.resume(&mut self.core(), &outputs).expect("outputs of the right length");
-                }
+        let mut logits = Vec::new();
+        for chunk in tokens.chunks(CHUNK_ROWS) {
+            let mut landed = self.fly(vec![solo.piece(chunk, want)], &mut seen);
+            solo.used += chunk.len();
+            match want {
+                Want::All => logits.append(&mut landed[0]),
+                _ => logits = landed.remove(0),
             }
         }
+        logits
     }
 }

@@ -1,0 +1,80 @@
+//! The KV cache: keys and values of all sessions, on pages.
+//!
+//! Owns [`CacheShape`], [`Span`] (the rows of a batch that belong to one session, with its pages) and [`PackedCache`],
+//! the cache in this memory. A page holds keys and values of all layers for `page_tokens` positions of one session: for each
+//! layer, keys then values, and for each head `[page_tokens, head_dim]`, so that attention reads a head's page in one
+//! go. The invariant: where a position lies depends on its session's pages alone. Who has which page is `pages`'
+//! business.
+
+/// Shape of a KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheShape {
+    pub layers: usize,
+    pub pages: usize,
+    pub page_tokens: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+/// Consecutive rows of a batch which are the positions `past..past + rows` of one session, whose position `p` lies on
+/// page `pages[p / page_tokens]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span<'a> {
+    pub rows: usize,
+    pub past: usize,
+    pub pages: &'a [u32],
+}
+
+/// Keys or values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Half {
+    Keys,
+    Values,
+}
+
+/// A cache in this memory. Pages that were never written take none.
+#[derive(Debug)]
+pub struct PackedCache {
+    shape: CacheShape,
+    values: Vec<f32>,
+}
+
+impl PackedCache {
+    pub fn new(shape: CacheShape) -> Self {
+        let page = 2 * shape.layers * shape.kv_heads * shape.page_tokens * shape.head_dim;
+        Self { shape, values: vec![0.0; shape.pages * page] }
+    }
+
+    pub fn shape(&self) -> CacheShape {
+        self.shape
+    }
+
+    /// Where the positions of a head on a page begin.
+    fn at(&self, page: u32, layer: usize, half: Half, head: usize) -> usize {
+        let CacheShape { layers, kv_heads, page_tokens, head_dim, .. } = self.shape;
+        let place = (page as usize * layers + layer) * 2 + usize::from(half == Half::Values);
+        (place * kv_heads + head) * page_tokens * head_dim
+    }
+
+    /// One head of a page, `[page_tokens, head_dim]`.
+    pub fn head(&self, page: u32, layer: usize, half: Half, head: usize) -> &[f32] {
+        let at = self.at(page, layer, half, head);
+        &self.values[at..at + self.shape.page_tokens * self.shape.head_dim]
+    }
+
+    /// Stores `rows [n, kv_heads * head_dim]`, the rows of `spans`.
+    pub fn store(&mut self, layer: usize, half: Half, spans: &[Span<'_>], rows: &[f32]) {
+        let CacheShape { kv_heads, page_tokens, head_dim, .. } = self.shape;
+        let mut rows = rows.chunks_exact(kv_heads * head_dim);
+        for span in spans {
+            for (position, row) in (span.past..span.past + span.rows).zip(&mut rows) {
+                let page = span.pages[position / page_tokens];
+                for (head, values) in row.chunks_exact(head_dim).enumerate() {
+                    let at = self.at(page, layer, half, head) + position % page_tokens * head_dim;
+                    self.values[at..at + head_dim].copy_from_slice(values);
+                }
+            }
+        }
+    }
+}
