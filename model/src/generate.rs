@@ -39,6 +39,25 @@ pub struct LocalModel {
     pub text: TextModel,
 }
 
+/// How a local model is opened.
+#[derive(Clone, Debug)]
+pub struct LocalOptions {
+    pub device: Device,
+    pub trunk: Precision,
+    pub experts: Precision,
+    /// Threads that compute; 0 takes all cores.
+    pub threads: usize,
+    /// Tokens of KV cache; one full context if not given.
+    pub kv_tokens: Option<usize>,
+}
+
+impl Default for LocalOptions {
+    fn default() -> Self {
+        let exact = Precision::Exact;
+        Self { device: Device::Auto, trunk: exact, experts: exact, threads: 0, kv_tokens: None }
+    }
+}
+
 /// A finished answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Generation {
@@ -50,23 +69,26 @@ pub struct Generation {
 }
 
 impl LocalModel {
-    /// Opens a checkpoint folder and loads all of it as it is. See [`open_at`](Self::open_at).
+    /// Opens a checkpoint folder and loads all of it as it is, with all cores. See [`open_with`](Self::open_with).
     pub fn open(dir: &Path, device: Device) -> Result<Self, LocalError> {
-        Self::open_at(dir, device, Precision::Exact, Precision::Exact)
+        Self::open_with(dir, &LocalOptions { device, ..LocalOptions::default() })
     }
 
-    /// Opens a model folder and loads all of it: the trunk at one precision, the experts at another. Weights are used
-    /// in place where the device computes in this memory and the folder has them in that form; those of a checkpoint
-    /// are sliced on the way. The KV pool has room for one full context.
-    pub fn open_at(dir: &Path, device: Device, trunk: Precision, experts: Precision) -> Result<Self, LocalError> {
+    /// Opens a model folder and loads all of it. Weights are used in place where the device computes in this memory and
+    /// the folder has them in that form; those of a checkpoint are sliced on the way.
+    pub fn open_with(dir: &Path, options: &LocalOptions) -> Result<Self, LocalError> {
         let folder = ModelFolder::open(dir)?;
         let config = folder.config().clone();
         let text = TextModel::from_paths(&config, folder.files())?;
-        let options = EngineOptions { kv_tokens: config.max_position_embeddings, ..EngineOptions::default() };
-        let engine = Engine::start(device, config.clone(), options)?;
-        block_on(engine.load_trunk_tensors(folder.trunk(trunk)?))?;
+        let engine_options = EngineOptions {
+            kv_tokens: options.kv_tokens.unwrap_or(config.max_position_embeddings),
+            threads: options.threads,
+            ..EngineOptions::default()
+        };
+        let engine = Engine::start(options.device, config.clone(), engine_options)?;
+        block_on(engine.load_trunk_tensors(folder.trunk(options.trunk)?))?;
         for id in layout::experts(&config) {
-            block_on(engine.load_expert_tensors(id, folder.expert(id, experts)?))?;
+            block_on(engine.load_expert_tensors(id, folder.expert(id, options.experts)?))?;
         }
         Ok(Self { engine, text })
     }

@@ -8,6 +8,7 @@
 //!
 //! Deliberately absent: networking, async runtimes, and any knowledge that an expert may be elsewhere.
 
+pub mod bench;
 mod block;
 pub mod bytes;
 pub mod chat;

@@ -94,7 +94,11 @@ fn the_bundled_model_speaks_at_every_precision() {
     let refused = LocalModel::open(out.path(), Device::Cpu).err().unwrap();
     assert!(matches!(refused, LocalError::Load(LoadError::NoExact { .. })), "{refused}");
     let logits = |dir: &Path, trunk, experts| {
-        let model = LocalModel::open_at(dir, Device::Cpu, trunk, experts).unwrap();
+        let model = LocalModel::open_with(
+            dir,
+            &LocalOptions { device: Device::Cpu, trunk, experts, ..LocalOptions::default() },
+        )
+        .unwrap();
         assert!(model.engine.held().values().all(|held| *held == experts));
         let mut session = model.engine.open_session(8).unwrap();
         block_on(session.advance(&[5, 17, 300, 4000, 9], Want::All)).unwrap().logits
@@ -277,7 +281,11 @@ fn random_slices_are_the_slices_of_the_random_checkpoint() {
         let read = |dir: &Path| fs::read(dir.join(&name)).unwrap();
         assert!(read(sliced.path()) == read(direct.path()), "{name}");
     }
-    let model = LocalModel::open_at(direct.path(), Device::Cpu, Precision::Q8, Precision::Q4).unwrap();
+    let model = LocalModel::open_with(
+        direct.path(),
+        &LocalOptions { device: Device::Cpu, trunk: Precision::Q8, experts: Precision::Q4, ..LocalOptions::default() },
+    )
+    .unwrap();
     assert_eq!(model.engine.held().len(), 24);
 }
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use coel_model::device::Device;
 use coel_model::eval::{WINDOW_TOKENS, eval_qa, eval_reference, eval_text, eval_text_against};
-use coel_model::generate::LocalModel;
+use coel_model::generate::{LocalModel, LocalOptions};
 use coel_model::sampling::SamplingParams;
 use coel_model::sequence::GenerateParams;
 use coel_model::slices::Precision;
@@ -16,7 +16,7 @@ use super::{Failure, Output, print};
 
 /// A model on this machine.
 #[derive(Debug, Args)]
-struct Local {
+pub struct Local {
     /// Model directory: a checkpoint, or slices that `coel model slice` made of one.
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
@@ -29,10 +29,19 @@ struct Local {
     /// The same for everything but experts [default: as --precision].
     #[arg(long, value_name = "PRECISION")]
     trunk: Option<Precision>,
+    /// Threads that compute [default: one for each core].
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    threads: usize,
 }
 
 impl Local {
-    fn trunk(&self) -> Precision {
+    /// How exactly experts are held.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// How exactly the trunk is held.
+    pub fn trunk(&self) -> Precision {
         self.trunk.unwrap_or(self.precision)
     }
 
@@ -41,7 +50,27 @@ impl Local {
     }
 
     fn open(&self) -> Result<LocalModel, Failure> {
-        Ok(LocalModel::open_at(&self.model, self.device()?, self.trunk(), self.precision)?)
+        self.open_with_pool(None)
+    }
+
+    /// Opens the model with a KV cache of so many tokens, or of one full context.
+    pub fn open_with_pool(&self, kv_tokens: Option<usize>) -> Result<LocalModel, Failure> {
+        let options = LocalOptions {
+            device: self.device()?,
+            trunk: self.trunk(),
+            experts: self.precision,
+            threads: self.threads,
+            kv_tokens,
+        };
+        Ok(LocalModel::open_with(&self.model, &options)?)
+    }
+
+    /// Threads that compute.
+    pub fn threads(&self) -> usize {
+        match self.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        }
     }
 }
 

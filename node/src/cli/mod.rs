@@ -1,6 +1,7 @@
 //! The commands of `coel`. Data goes to stdout; progress, logs and errors to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
 
 mod alone;
+mod bench;
 mod chat;
 mod client;
 mod folders;
@@ -98,6 +99,8 @@ enum Command {
     Generate(alone::Generate),
     /// Compare a model on this machine with a reference, a text or questions; no node is needed.
     Eval(alone::Eval),
+    /// Measure prefill and decode on this machine, beside llama.cpp where its programs are given; no node is needed.
+    Bench(bench::BenchArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -202,6 +205,7 @@ fn execute(cli: Cli) -> Result<(), Failure> {
         Command::Model(Model::Synth(synth)) => synth.run(),
         Command::Generate(generate) => generate.run(),
         Command::Eval(eval) => eval.run(),
+        Command::Bench(bench) => bench.run(),
     }
 }
 
