@@ -1,9 +1,9 @@
 //! A Hugging Face checkpoint folder, opened in place.
 //!
 //! Owns [`Checkpoint`]: the configuration and the memory-mapped tensors of one `model.safetensors`, or of the shards
-//! an index names. The invariant: an open checkpoint has exactly the tensors its configuration implies, each of the
-//! right shape and of a type the kernels read. It does not interpret the tokenizer or the chat template; it only says
-//! which files are there.
+//! an index names. Where the experts of a layer share a tensor it is cut into theirs. The invariant: an open checkpoint
+//! has exactly the tensors its configuration implies, each of the right shape and of a type the kernels read. It does
+//! not interpret the tokenizer or the chat template; it only says which files are there.
 
 use std::{
     collections::BTreeSet,
@@ -49,7 +49,10 @@ impl Checkpoint {
             let bytes = WeightBytes::map(&path).map_err(|source| LoadError::Io { file: file.clone(), source })?;
             parts.push(Tensors::parse(bytes, &file)?);
         }
-        let tensors = Tensors::merge(parts)?;
+        let mut tensors = Tensors::merge(parts)?;
+        for (whole, pieces) in config.sparse_layers().flat_map(|layer| layout::fused(&config, layer)) {
+            tensors.cut(&whole, pieces)?;
+        }
         let weight_files = names.iter().map(|name| dir.join(name)).collect();
         let checkpoint = Self { dir: dir.to_owned(), config, weight_files, tensors };
         checkpoint.check_complete()?;

@@ -120,6 +120,26 @@ pub fn head(config: &ModelConfig) -> Vec<TensorSpec> {
     specs
 }
 
+/// The tensors that lie in another one, one behind the other; made only when asked for.
+pub(crate) type Pieces<'a> = Box<dyn Iterator<Item = TensorSpec> + 'a>;
+
+/// How transformers can also store what a layer routes by and to: all gates and ups in one tensor, all downs in another,
+/// and the router under the same name in every family.
+pub(crate) fn fused(config: &ModelConfig, layer: usize) -> [(TensorSpec, Pieces<'_>); 3] {
+    let names = LayerNames::new(config, layer);
+    let (n, d, width) = (config.num_experts, config.hidden_size, config.moe_intermediate_size);
+    let router = TensorSpec::new(names.router(), &[n, d]);
+    let gates_and_ups = TensorSpec::new(names.of("mlp.experts.gate_up_proj"), &[n, 2 * width, d]);
+    let downs = TensorSpec::new(names.of("mlp.experts.down_proj"), &[n, d, width]);
+    let routers = TensorSpec::new(names.of("mlp.gate.weight"), &[n, d]);
+    let experts = (0..n as u16).map(move |index| names.expert(config, index));
+    [
+        (gates_and_ups, Box::new(experts.clone().flat_map(|[gate, up, _]| [gate, up]))),
+        (downs, Box::new(experts.map(|[_, _, down]| down))),
+        (routers, Box::new(std::iter::once(router))),
+    ]
+}
+
 /// Everything of layer `layer` but its routed experts.
 pub fn layer(config: &ModelConfig, layer: usize) -> Vec<TensorSpec> {
     let names = LayerNames::new(config, layer);

@@ -10,6 +10,7 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
 use crate::{
     bytes::{DType, Matrix, WeightBytes},
+    layout::{Pieces, TensorSpec},
     slices::{
         Precision, Sliced, Weight,
         blob::{FORMAT, FORMAT_KEY, PartBlobs, SLICE_KEY, Slice, SliceError, is_sliced},
@@ -209,6 +210,25 @@ impl Tensors {
             }
         }
         Ok(all)
+    }
+
+    /// Takes the tensor `whole`, if it is here, for the `pieces` that lie in it one behind the other.
+    pub(crate) fn cut(&mut self, whole: &TensorSpec, pieces: Pieces<'_>) -> Result<(), LoadError> {
+        let Some(view) = self.entries.get(&whole.name) else { return Ok(()) };
+        let size = self.check(&whole.name, view, &whole.shape)?.size();
+        let view = self.entries.remove(&whole.name).expect("seen above");
+        let mut start = 0;
+        for TensorSpec { name, shape } in pieces {
+            let length = shape.iter().product::<usize>() * size;
+            let bytes = view.bytes.slice(start..start + length).expect("the pieces make up the whole");
+            let piece = TensorView { shape, bytes, offset: view.offset + start as u64, ..view.clone() };
+            if let Some(twin) = self.entries.insert(name.clone(), piece) {
+                let file = self.sources[view.source].clone();
+                return Err(LoadError::Duplicate { file, tensor: name, other: self.sources[twin.source].clone() });
+            }
+            start += length;
+        }
+        Ok(())
     }
 
     /// The names of the files or blobs the tensors came from.

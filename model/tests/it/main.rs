@@ -3,6 +3,7 @@
 mod checkpoints;
 mod decoding;
 mod engines;
+mod families;
 mod folders;
 mod kernels;
 mod kernels_sliced;
