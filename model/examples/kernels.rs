@@ -2,23 +2,28 @@
 //!
 //! `cargo run --release -p coel-model --example kernels -- [--threads N] [--rounds N] [--memory-mb N] [--rows N,N,...]
 //! [--isa NAME]` multiplies matrices of the shape of one expert of Qwen1.5-MoE-A2.7B, many of them in turn, so that
-//! nothing is cached, and prints GB/s of packed weights and 10^9 multiply-adds per second (GMAC/s). Samples of a few
-//! milliseconds of all variants alternate in changing order; of each the median and the ninth decile are printed: on a
-//! machine that does other work too, the decile is nearer to what the kernels can do.
+//! nothing is cached: alone (`linear`), and as the experts of a layer (`decode`: four experts for each row; `layer`: all
+//! sixty over four times as many rows as it says, spread evenly). It prints GB/s of packed weights and 10^9
+//! multiply-adds per second (GMAC/s). Samples of a few milliseconds of all variants alternate in changing order; of
+//! each the median and the ninth decile are printed: on a machine that does other work too, the decile is nearer to what
+//! the kernels can do.
 
 use std::{hint::black_box, sync::atomic::AtomicU64, sync::atomic::Ordering, time::Instant};
 
 use coel_model::{
     bytes::{DType, Matrix, WeightBytes},
-    kernels::{Kernels, download, isa::Isa, packed::Packed, threads::Pool},
+    kernels::{ExpertWork, Gated, Kernels, isa::Isa, packed::Packed, threads::Pool},
     slices::{BASE_CELL, Precision, REFINE_CELL, Sliced, Weight, cells},
 };
 use half::f16;
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-const OUT: usize = 1408;
-const COLS: usize = 2048;
+/// Hidden size, expert width, experts of a layer, experts of a token.
+const D: usize = 2048;
+const WIDTH: usize = 1408;
+const EXPERTS: usize = 60;
+const TOP: usize = 4;
 /// Bytes one sample of a memory-bound variant reads.
 const SAMPLE_BYTES: usize = 48 << 20;
 /// Multiply-adds after which a sample ends, if it has not read as many bytes.
@@ -53,23 +58,31 @@ impl Options {
     }
 }
 
-/// Matrices over `memory`, of whatever values its bytes mean.
-fn matrices(memory: &WeightBytes, precision: Precision) -> Vec<Weight> {
-    let cells = cells(OUT, COLS).expect("whole groups");
-    let (base, refine) = (cells * BASE_CELL, cells * REFINE_CELL);
-    let slice = |start: usize, len: usize| memory.slice(start..start + len);
-    let matrix = |index: usize| match precision {
-        Precision::Q4 => Sliced::new(OUT, COLS, slice(index * base, base)?, None).map(Weight::Sliced),
-        Precision::Q8 => {
-            let start = index * (base + refine);
-            Sliced::new(OUT, COLS, slice(start, base)?, Some(slice(start + base, refine)?)).map(Weight::Sliced)
-        }
-        Precision::Exact => {
-            let len = OUT * COLS * 2;
-            Matrix::new(slice(index * len, len)?, DType::BF16, OUT, COLS).map(Weight::Exact)
+/// Experts over `memory`, of whatever values its bytes mean.
+fn experts(memory: &WeightBytes, precision: Precision) -> Vec<Gated<Weight>> {
+    let cells = cells(WIDTH, D).expect("whole groups");
+    let bytes = match precision {
+        Precision::Q4 => cells * BASE_CELL,
+        Precision::Q8 => cells * (BASE_CELL + REFINE_CELL),
+        Precision::Exact => 2 * WIDTH * D,
+    };
+    let matrix = |index: usize, rows: usize, cols: usize| {
+        let all = memory.slice(index * bytes..(index + 1) * bytes)?;
+        let part = |range: std::ops::Range<usize>| all.slice(range).expect("inside");
+        match precision {
+            Precision::Q4 => Sliced::new(rows, cols, all, None).map(Weight::Sliced),
+            Precision::Q8 => {
+                let (base, refine) = (part(0..cells * BASE_CELL), part(cells * BASE_CELL..bytes));
+                Sliced::new(rows, cols, base, Some(refine)).map(Weight::Sliced)
+            }
+            Precision::Exact => Matrix::new(all, DType::BF16, rows, cols).map(Weight::Exact),
         }
     };
-    (0..).map_while(matrix).collect()
+    let expert = |index: usize| {
+        let [gate, up] = [0, 1].map(|which| matrix(3 * index + which, WIDTH, D));
+        Some(Gated { gate: gate?, up: up?, down: matrix(3 * index + 2, D, WIDTH)? })
+    };
+    (0..).map_while(expert).collect()
 }
 
 /// Random cells, whose bytes are finite numbers as BF16 too.
@@ -106,12 +119,47 @@ fn read(pool: &mut Pool, memory: &[u8], start: usize) -> usize {
     SAMPLE_BYTES
 }
 
-/// What is measured: reading alone if there is no kernel.
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Work {
+    /// One matrix over this many rows.
+    Linear(usize),
+    /// The experts of this many rows, a different few for each.
+    Decode(usize),
+    /// All experts, so many rows each.
+    Layer(usize),
+}
+
 struct Variant {
     name: String,
-    kernels: Option<(Packed, Precision, usize)>,
+    /// Reading alone if there is no kernel.
+    kernels: Option<(Packed, Precision, Work)>,
     /// Seconds, bytes and multiply-adds of each sample.
     samples: Vec<(f64, usize, usize)>,
+}
+
+impl Work {
+    /// Does it over `experts` from `first` on: bytes read and multiply-adds done.
+    fn run(self, kernels: &mut Packed, experts: &[Gated<Weight>], first: usize) -> (usize, usize) {
+        let expert = |index: usize| &experts[(first + index) % experts.len()];
+        let input = |rows: usize| (0..rows * D).map(|index| (index as f32).sin()).collect();
+        let (count, each, n) = match self {
+            Work::Linear(rows) => {
+                let x = kernels.upload(input(rows), D);
+                black_box(kernels.linear(&x, &expert(0).gate, None));
+                return (expert(0).gate.bytes(), rows * WIDTH * D);
+            }
+            Work::Decode(rows) => (TOP * rows, 1, rows),
+            Work::Layer(rows) => (EXPERTS, rows, rows * EXPERTS / TOP),
+        };
+        let rows: Vec<Vec<u32>> =
+            (0..count).map(|index| (0..each).map(|row| ((index * each + row) % n) as u32).collect()).collect();
+        let work: Vec<_> =
+            rows.iter().enumerate().map(|(index, rows)| ExpertWork { expert: expert(index), rows }).collect();
+        let x = kernels.upload(input(n), D);
+        black_box(kernels.experts(&x, &work));
+        (3 * count * expert(0).gate.bytes(), 3 * count * each * WIDTH * D)
+    }
 }
 
 impl Variant {
@@ -127,20 +175,21 @@ fn main() -> Result<(), String> {
     let options = Options::parse()?;
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let memory = memory((options.memory_mb << 20).max(4 * SAMPLE_BYTES), &mut rng);
-    let held = Precision::ALL.map(|precision| matrices(&memory, precision));
+    let held = Precision::ALL.map(|precision| experts(&memory, precision));
     let mut pool = Pool::new(options.threads);
     let mut variants = vec![Variant { name: "read".into(), kernels: None, samples: Vec::new() }];
     for precision in Precision::ALL {
         for isa in Isa::available() {
-            for rows in &options.rows {
+            let linears = options.rows.iter().map(|rows| Work::Linear(*rows));
+            for work in linears.chain([1, 8].map(Work::Decode)).chain([17, 34].map(Work::Layer)) {
                 // The portable path is there to be right.
                 let wanted = match &options.isa {
                     Some(name) => name == isa.name(),
-                    None => isa != Isa::available()[0] || *rows == 1,
+                    None => isa != Isa::available()[0] || work == Work::Linear(1),
                 };
                 if wanted {
-                    let name = format!("{precision} {} {rows}", isa.name());
-                    let kernels = Some((Packed::new(isa, options.threads), precision, *rows));
+                    let name = format!("{precision} {} {work:?}", isa.name());
+                    let kernels = Some((Packed::new(isa, options.threads), precision, work));
                     variants.push(Variant { name, kernels, samples: Vec::new() });
                 }
             }
@@ -151,33 +200,26 @@ fn main() -> Result<(), String> {
         variants.shuffle(&mut rng);
         for variant in &mut variants {
             let start = rng.random_range(0..memory.len());
-            let Some((kernels, precision, rows)) = &mut variant.kernels else {
+            let Some((kernels, precision, work)) = &mut variant.kernels else {
                 let now = Instant::now();
                 let bytes = read(&mut pool, memory.as_slice(), start);
                 variant.samples.push((now.elapsed().as_secs_f64(), bytes, 0));
                 continue;
             };
-            let x: Vec<f32> = (0..*rows * COLS).map(|index| (index as f32).sin()).collect();
-            let x = kernels.upload(x, COLS);
-            let matrices = &held[*precision as usize];
-            let first = start / (memory.len() / matrices.len() + 1);
+            let experts = &held[*precision as usize];
+            let mut first = start / (memory.len() / experts.len() + 1);
             let (mut bytes, mut macs) = (0, 0);
             let now = Instant::now();
-            for index in first.. {
-                let weight = &matrices[index % matrices.len()];
-                black_box(download(kernels.linear(&x, weight, None)));
-                bytes += weight.bytes();
-                macs += *rows * OUT * COLS;
-                if bytes >= SAMPLE_BYTES || macs >= SAMPLE_MACS {
-                    break;
-                }
+            while bytes < SAMPLE_BYTES && macs < SAMPLE_MACS {
+                let (read, done) = work.run(kernels, experts, first);
+                (first, bytes, macs) = (first + read.div_ceil(3 * experts[0].gate.bytes()), bytes + read, macs + done);
             }
             variant.samples.push((now.elapsed().as_secs_f64(), bytes, macs));
         }
     }
     variants.sort_by_key(|variant| {
         let order = variant.kernels.as_ref();
-        order.map(|(kernels, precision, rows)| (*precision, kernels.class(), *rows))
+        order.map(|(kernels, precision, work)| (*precision, kernels.class(), *work))
     });
     println!("| precision, instructions, rows | GB/s median | GB/s p90 | GMAC/s median | GMAC/s p90 |");
     println!("|---|---|---|---|---|");
