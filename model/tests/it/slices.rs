@@ -369,7 +369,8 @@ fn an_engine_holds_experts_in_any_form() {
     let exact = block_on(engine.run_experts(1, rows, vec![(7, vec![0])])).unwrap();
     let relative = |found: &[f32]| (squared_error(&exact, found) / squared_error(&exact, &vec![0.0; 256])).sqrt();
     let (four, eight) = (relative(&outputs[0]), relative(&outputs[1]));
-    assert!(eight < 0.02 && four < 0.2 && eight < four / 5.0, "{four} {eight}");
+    // Sixteen times finer steps, but activations are eight bits at both.
+    assert!(eight < 0.02 && four < 0.2 && eight < four / 4.0, "{four} {eight}");
 
     // A refine slice alone is not an expert, nor is another expert's.
     let alone = PartBlobs { main: blobs.refine.clone().unwrap(), refine: None };
