@@ -285,12 +285,7 @@ impl<K: Kernels> Aloft<K> {
     /// The outputs of the layer's experts, if all are held here; else asks for the others and computes those.
     fn experts(&mut self, machine: &mut Machine<K>) -> Result<Option<Outputs>, EngineError> {
         let layer = self.flight.layer();
-        self.note_routes();
-        let routes = self.flight.routes().iter().flatten();
-        let absent: BTreeSet<u16> = routes
-            .map(|route| route.expert)
-            .filter(|index| !machine.holds(ExpertId { layer, index: *index }))
-            .collect();
+        let absent = self.note_routes(machine);
         let Some(first) = absent.first() else {
             return Ok(Some(machine.run_held(&self.flight)?));
         };
@@ -322,17 +317,27 @@ impl<K: Kernels> Aloft<K> {
         Ok(outputs)
     }
 
-    /// Counts the layer's pairs as computed here, and shows the routes to those who watch.
-    fn note_routes(&mut self) {
+    /// Counts the layer's pairs as computed here, shows the routes to those who watch, and names the experts that are
+    /// not held.
+    fn note_routes(&mut self, machine: &Machine<K>) -> BTreeSet<u16> {
+        let layer = self.flight.layer();
+        let mut absent = BTreeSet::new();
         let mut rows = self.flight.routes().iter();
         for aboard in &mut self.aboard {
-            let mine: Vec<_> = rows.by_ref().take(aboard.part.rows).cloned().collect();
-            aboard.advanced.pairs_here += mine.iter().map(|routes| routes.len() as u64).sum::<u64>();
+            let mine: Vec<_> = rows.by_ref().take(aboard.part.rows).collect();
+            for route in mine.iter().copied().flatten() {
+                match machine.precision(ExpertId { layer, index: route.expert }) {
+                    Some(precision) => _ = aboard.advanced.precisions.insert(precision),
+                    None => _ = absent.insert(route.expert),
+                }
+                aboard.advanced.pairs_here += 1;
+            }
             if aboard.watch {
-                aboard.routes.resize(usize::from(self.flight.layer()) + 1, Vec::new());
-                aboard.routes[usize::from(self.flight.layer())] = mine;
+                aboard.routes.resize(usize::from(layer) + 1, Vec::new());
+                aboard.routes[usize::from(layer)] = mine.into_iter().cloned().collect();
             }
         }
+        absent
     }
 
     /// Moves the pairs that were computed elsewhere to where they belong.
@@ -367,6 +372,7 @@ fn add_routes(routes: &mut Routes, piece: &Routes) {
 impl Advanced {
     fn add(&mut self, other: &Self) {
         self.pairs_here += other.pairs_here;
+        self.precisions.extend(&other.precisions);
         self.pairs_elsewhere += other.pairs_elsewhere;
         for class in &other.classes {
             if !self.classes.contains(class) {

@@ -10,6 +10,7 @@ use crate::{
     engine::{EngineError, Shared},
     kernels::{ExpertWork, Gated, Kernels, download},
     layout::ExpertId,
+    slices::Precision,
     tensors::Tensors,
     trunk::{Trunk, load_expert},
 };
@@ -18,7 +19,7 @@ pub(crate) struct Machine<K: Kernels> {
     kernels: K,
     pub(crate) shared: Arc<Shared>,
     trunk: Option<(Trunk<K>, KvCache<K>)>,
-    experts: HashMap<ExpertId, Gated<K::Matrix>>,
+    experts: HashMap<ExpertId, (Gated<K::Matrix>, Precision)>,
 }
 
 impl<K: Kernels> Machine<K> {
@@ -41,7 +42,7 @@ impl<K: Kernels> Machine<K> {
 
     pub(crate) fn load_expert(&mut self, id: ExpertId, tensors: &Tensors) -> Result<(), EngineError> {
         let expert = load_expert(&self.kernels, &self.shared.config, id, tensors)?;
-        self.experts.insert(id, expert);
+        self.experts.insert(id, (expert, tensors.precision()));
         self.shared.expert_loaded(id, tensors.precision(), tensors.data_bytes());
         Ok(())
     }
@@ -52,8 +53,9 @@ impl<K: Kernels> Machine<K> {
         self.experts.remove(&id).is_some()
     }
 
-    pub(crate) fn holds(&self, id: ExpertId) -> bool {
-        self.experts.contains_key(&id)
+    /// At which precision the expert is held, if it is.
+    pub(crate) fn precision(&self, id: ExpertId) -> Option<Precision> {
+        self.experts.get(&id).map(|(_, precision)| *precision)
     }
 
     /// What a flight borrows.
@@ -67,7 +69,7 @@ impl<K: Kernels> Machine<K> {
         let (trunk, cache) = self.trunk.as_mut().ok_or(EngineError::NoTrunk)?;
         let mut core = Core { kernels: &mut self.kernels, trunk, cache };
         let (experts, layer) = (&self.experts, flight.layer());
-        Ok(flight.run_held(&mut core, |index| experts.get(&ExpertId { layer, index })))
+        Ok(flight.run_held(&mut core, |index| experts.get(&ExpertId { layer, index }).map(|(expert, _)| expert)))
     }
 
     /// Experts over the rows of a checked call, in its order.
@@ -81,7 +83,8 @@ impl<K: Kernels> Machine<K> {
         for (index, rows) in calls {
             // Known before anything is computed: a stale placement costs its caller no time.
             let id = ExpertId { layer, index: *index };
-            work.push(ExpertWork { expert: self.experts.get(&id).ok_or(EngineError::NotHeld(id))?, rows });
+            let (expert, _) = self.experts.get(&id).ok_or(EngineError::NotHeld(id))?;
+            work.push(ExpertWork { expert, rows });
         }
         if work.iter().all(|work| work.rows.is_empty()) {
             return Ok(Vec::new());

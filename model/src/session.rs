@@ -4,7 +4,7 @@
 //! knows a session only while it has something to compute. The invariants: a session's pages are its own until it is
 //! dropped and no flight has it any more; an advance that fails or is given up leaves the session as it was.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use crate::{
     decoder::{DecodeError, Want, check_tokens},
@@ -12,6 +12,7 @@ use crate::{
     pages::PageTable,
     router::Route,
     scheduler::SessionId,
+    slices::Precision,
     worker::{Advance, Job},
 };
 
@@ -47,6 +48,8 @@ pub struct Advanced {
     pub logits: Vec<f32>,
     /// (row, expert) pairs computed on this machine.
     pub pairs_here: u64,
+    /// At which precisions.
+    pub precisions: BTreeSet<Precision>,
     /// (row, expert) pairs computed elsewhere.
     pub pairs_elsewhere: u64,
     /// Kernel classes and precisions of those who computed elsewhere, each once.

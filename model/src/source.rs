@@ -20,8 +20,12 @@ pub trait ExpertSource: Send + Sync {
 pub struct ExpertRequest {
     /// Rows of a layer, with none but the experts wanted in their routes; a row may have none.
     pub call: ExpertCall,
-    reply: oneshot::Sender<Result<ExpertOutputs, SourceError>>,
+    pub reply: ExpertReply,
 }
+
+/// Where the answer goes.
+#[derive(Debug)]
+pub struct ExpertReply(oneshot::Sender<Result<ExpertOutputs, SourceError>>);
 
 /// What came of a request.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -53,17 +57,19 @@ pub enum SourceError {
 impl ExpertRequest {
     pub(crate) fn new(call: ExpertCall) -> (Self, oneshot::Receiver<Result<ExpertOutputs, SourceError>>) {
         let (reply, answer) = oneshot::channel();
-        (Self { call, reply }, answer)
+        (Self { call, reply: ExpertReply(reply) }, answer)
     }
+}
 
+impl ExpertReply {
     /// Ends the request.
     pub fn answer(self, result: Result<ExpertOutputs, SourceError>) {
         // The flight may have been given up meanwhile.
-        let _ = self.reply.send(result);
+        let _ = self.0.send(result);
     }
 
     /// Resolves when nobody waits for the answer any more.
     pub async fn given_up(&mut self) {
-        self.reply.closed().await;
+        self.0.closed().await;
     }
 }

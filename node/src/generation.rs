@@ -1,30 +1,35 @@
 //! Generations: a prompt through the engine, token by token, with experts from wherever they are.
 //!
-//! [`Generator`] is the node's [`Service`]. One task per generation drives the decoder: it never computes itself, and while
-//! the engine or a peer works for one generation, the others go on.
+//! [`Generator`] is the node's [`Service`]. One task per generation drives a session of the engine, which computes the rows
+//! of all sessions together and turns to peers for experts it lacks. The task samples, and counts what its rows cost.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use coel_model::decoder::{Step, Want};
+use coel_model::decoder::Want;
 use coel_model::engine::EngineError;
 use coel_model::sequence::{Sequence, SequenceError};
+use coel_model::session::{Advanced, Session};
+use coel_model::source::SourceError;
 use coel_model::text::TextError;
 use coel_store::{ExpertId, State};
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::{Instrument, info, info_span, warn};
 
-use crate::experts::caller::{CallError, Caller, SharedHosts};
 use crate::experts::dispatch::Missing;
 use crate::library::{Known, run_blocking};
-use crate::service::{Event, GenerateRequest, ModelInfo, Prompt, Readiness, Service, ServiceError};
+use crate::service::{Event, GenerateRequest, ModelInfo, Prompt, Readiness, Service, ServiceError, Usage};
 use crate::shared::{Progress, Serving, Shared};
 
-/// Generations at once. More would only make each of them slower: they share one compute thread.
-const RUNNING_MAX: usize = 8;
+/// Generations at once. They are computed together, so that each costs the others little; each has its share of the KV
+/// pool, and waits where the pool is full.
+pub const RUNNING_MAX: usize = 32;
 /// Generations that may wait for a place.
-const WAITING_MAX: usize = 32;
+const WAITING_MAX: usize = 64;
+/// Pause before a full pool is looked at again.
+const POOL_AGAIN: Duration = Duration::from_millis(20);
 /// Tokens a client may be behind before its generation waits for it.
 const EVENTS_BEHIND: usize = 64;
 
@@ -35,7 +40,8 @@ pub struct Generator {
     admitted: Arc<Semaphore>,
     /// Tokenizing takes a hundred times the text's memory for a moment: one at a time.
     encoding: Arc<Semaphore>,
-    hosts: SharedHosts,
+    /// Whoever waits for a place in the KV pool: first come, first served, however small the others are.
+    opening: Arc<Mutex<()>>,
 }
 
 /// One generation on its way.
@@ -43,7 +49,7 @@ struct Generation {
     shared: Arc<Shared>,
     serving: Serving,
     sequence: Sequence,
-    caller: Caller,
+    usage: Usage,
     events: mpsc::Sender<Event>,
 }
 
@@ -68,7 +74,7 @@ impl Generator {
             running: Arc::new(Semaphore::new(RUNNING_MAX)),
             admitted: Arc::new(Semaphore::new(RUNNING_MAX + WAITING_MAX)),
             encoding: Arc::new(Semaphore::new(1)),
-            hosts: SharedHosts::default(),
+            opening: Arc::default(),
         }
     }
 
@@ -115,22 +121,22 @@ impl Generator {
             return Err(not_ready());
         }
         let (events, receiver) = mpsc::channel(EVENTS_BEHIND);
-        let caller = Caller::new(self.shared.clone(), serving.clone(), self.hosts.clone());
-        let generation = Generation { shared: self.shared.clone(), serving, sequence, caller, events };
+        let usage = Usage::default();
+        let generation = Generation { shared: self.shared.clone(), serving, sequence, usage, events };
         let span = info_span!("request", prompt_tokens = generation.sequence.prompt().len());
-        tokio::spawn(generation.run(self.running.clone(), admitted).instrument(span));
+        tokio::spawn(generation.run(self.running.clone(), self.opening.clone(), admitted).instrument(span));
         self.shared.metrics.requests.inc();
         Ok(receiver)
     }
 }
 
 impl Generation {
-    async fn run(mut self, running: Arc<Semaphore>, _admitted: OwnedSemaphorePermit) {
+    async fn run(mut self, running: Arc<Semaphore>, opening: Arc<Mutex<()>>, _admitted: OwnedSemaphorePermit) {
         let stopping = self.shared.stopping.clone();
         let events = self.events.clone();
         let metrics = self.shared.metrics.clone();
         let ended = tokio::select! {
-            ended = self.generate(running) => ended,
+            ended = self.generate(running, opening) => ended,
             () = events.closed() => Err(End::Cancelled),
             () = stopping.cancelled() => Err(ServiceError::NotReady("this node is stopping; ask another one".into()).into()),
         };
@@ -145,43 +151,23 @@ impl Generation {
         }
     }
 
-    async fn generate(&mut self, running: Arc<Semaphore>) -> Result<(), End> {
+    async fn generate(&mut self, running: Arc<Semaphore>, opening: Arc<Mutex<()>>) -> Result<(), End> {
         let _place = running.acquire().await.map_err(|_| End::Cancelled)?;
-        let engine = self.serving.engine.clone();
-        let mut session = loop {
-            match engine.open_session(self.sequence.tokens_max()).await {
-                Ok(session) => break session,
-                // The pool frees as other generations end; each of them does.
-                Err(EngineError::Busy { .. }) => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
-                Err(error) => return Err(internal(&error).into()),
-            }
-        };
-        let rows_max = self.serving.known.rows_max();
+        let mut session = self.open(&opening).await?;
         loop {
-            let input = self.sequence.next_input().to_vec();
-            let mut logits = Vec::new();
-            for chunk in input.chunks(rows_max) {
-                let mut step = session.advance(chunk, Want::Last).await.map_err(|e| internal(&e))?;
-                logits = loop {
-                    match step {
-                        Step::NeedExperts(call) => {
-                            let outputs = self.caller.run(&call).await.map_err(|error| match error {
-                                CallError::Missing { .. } => ServiceError::MissingExperts(error.to_string()),
-                                CallError::Engine(error) => internal(&error),
-                            })?;
-                            step = session.resume(outputs).await.map_err(|error| internal(&error))?;
-                        }
-                        Step::Logits(logits) => break logits,
-                    }
-                };
-            }
-            let emitted = self.sequence.accept(&logits).map_err(|error| internal(&error))?;
+            let advanced =
+                session.advance(self.sequence.next_input(), Want::Last).await.map_err(|error| match error {
+                    EngineError::Source(SourceError::Missing(why)) => ServiceError::MissingExperts(why),
+                    error => internal(&error),
+                })?;
+            self.count(&advanced);
+            let emitted = self.sequence.accept(&advanced.logits).map_err(|error| internal(&error))?;
             self.shared.metrics.tokens.inc();
             let finish = emitted.finish;
             self.events.send(Event::Token(emitted)).await.map_err(|_| End::Cancelled)?;
             if let Some(reason) = finish {
                 let counted = self.sequence.usage();
-                let mut usage = self.caller.usage.clone();
+                let mut usage = self.usage.clone();
                 usage.prompt_tokens = counted.prompt_tokens;
                 usage.completion_tokens = counted.completion_tokens;
                 info!(
@@ -191,6 +177,32 @@ impl Generation {
                     "answered"
                 );
                 return self.events.send(Event::Finished { reason, usage }).await.map_err(|_| End::Cancelled);
+            }
+        }
+    }
+
+    /// A session with room for prompt and answer, as soon as there is room and it is this generation's turn.
+    async fn open(&self, opening: &Mutex<()>) -> Result<Session, End> {
+        let _turn = opening.lock().await;
+        loop {
+            match self.serving.engine.open_session(self.sequence.tokens_max()) {
+                Ok(session) => return Ok(session),
+                // The pool frees as other generations end; each of them does.
+                Err(EngineError::Busy { .. }) => tokio::time::sleep(POOL_AGAIN).await,
+                Err(error) => return Err(internal(&error).into()),
+            }
+        }
+    }
+
+    fn count(&mut self, advanced: &Advanced) {
+        self.usage.rows_local += advanced.pairs_here;
+        self.usage.rows_remote += advanced.pairs_elsewhere;
+        self.shared.metrics.rows_local.inc_by(advanced.pairs_here);
+        self.shared.metrics.rows_remote.inc_by(advanced.pairs_elsewhere);
+        let own = self.serving.class();
+        for class in advanced.classes.iter().filter(|class| **class != own) {
+            if !self.usage.other_classes.contains(class) {
+                self.usage.other_classes.push(class.clone());
             }
         }
     }
@@ -271,6 +283,9 @@ impl Service for Generator {
         metrics.coverage.set(self.readiness().coverage);
         metrics.memory_bytes.set(ledger_bytes(shared) as i64);
         metrics.memory_budget_bytes.set(shared.config.memory_bytes as i64);
+        if let Some(serving) = shared.serving.borrow().as_ref() {
+            metrics.note_engine(serving.engine.activity());
+        }
         metrics.text()
     }
 }

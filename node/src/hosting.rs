@@ -17,6 +17,7 @@ use futures::StreamExt;
 use futures::stream;
 use tracing::{Instrument, info, info_span, warn};
 
+use crate::experts::caller::Caller;
 use crate::ids;
 use crate::library::{Known, LibraryError, run_blocking};
 use crate::mesh::PROPOSE_DEADLINE;
@@ -174,14 +175,15 @@ impl Hosting {
         let options = EngineOptions {
             kv_tokens: known.kv_tokens(shared.config.kv_tokens),
             rows_max: known.rows_max(),
-            threads: 0,
             low_priority: true,
+            ..EngineOptions::default()
         };
         let load = |why: String| Setback::Load { what: "the trunk".into(), why };
         let (device, config) = (shared.config.device, known.config.clone());
         let engine =
             run_blocking(move || Engine::start(device, config, options)).await.map_err(|e| load(e.to_string()))?;
         engine.load_trunk(trunk).await.map_err(|error| load(error.to_string()))?;
+        engine.set_source(Arc::new(Caller::new(Arc::downgrade(shared), tokio::runtime::Handle::current())));
         info!(model = registered.name, device = engine.class(), trunk = %Size(known.manifest.trunk_bytes()), "trunk loaded");
         let serving = Serving { known, engine };
         shared.serving.send_replace(Some(serving.clone()));

@@ -9,11 +9,13 @@ use std::sync::{Arc, Mutex};
 use coel_model::config::ModelConfig;
 use coel_model::decoder::CHUNK_ROWS;
 use coel_model::footprint::Footprint;
+use coel_model::pages::PAGE_TOKENS;
 use coel_model::text::TextModel;
 use coel_store::manifest::MANIFEST_BYTES_MAX;
 use coel_store::{BlobEntry, BlobId, Blobs, CHUNK_BYTES, ExpertId, Manifest, Model, ModelId};
 
 use crate::experts::wire;
+use crate::generation::RUNNING_MAX;
 use crate::mesh::facts::Facts;
 use crate::weights::fetch::{FetchError, Fetcher, Source};
 
@@ -71,9 +73,9 @@ impl Known {
         self.manifest.experts.get(&expert).map(|slices| &slices.exact)
     }
 
-    /// The KV pool of a node that was given `wanted` tokens for it.
+    /// The KV pool of a node that was given `wanted` tokens for it: whole pages.
     pub fn kv_tokens(&self, wanted: usize) -> usize {
-        wanted.min(MAX_CONTEXTS * self.config.max_position_embeddings)
+        wanted.min(MAX_CONTEXTS * self.config.max_position_embeddings).next_multiple_of(PAGE_TOKENS)
     }
 
     /// Most rows that go through the decoder at once.
@@ -103,8 +105,8 @@ impl Known {
     }
 }
 
-/// A pool of more full contexts than this is never used by the few requests a node takes at once.
-const MAX_CONTEXTS: usize = 16;
+/// A pool of more full contexts than this is never used by the requests a node runs at once.
+const MAX_CONTEXTS: usize = RUNNING_MAX;
 
 /// The models this node knows.
 #[derive(Default)]

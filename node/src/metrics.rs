@@ -1,7 +1,8 @@
 //! What a node counts, for `/metrics` and `coel status`.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use coel_model::engine::Activity;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
@@ -28,6 +29,18 @@ pub struct Metrics {
     pub bytes_fetched: Counter,
     /// Bytes sent over the weight stream.
     pub bytes_sent: Counter,
+    /// Batches that went through the layers together.
+    flights: Counter,
+    /// Sessions in them; over flights, how many are computed at once.
+    flight_sessions: Counter,
+    /// Rows in them.
+    flight_rows: Counter,
+    /// Requests of sessions that wait for a flight.
+    sessions_waiting: Gauge,
+    /// Pages of the KV pool that sessions have.
+    kv_pages_used: Gauge,
+    /// Pages of the KV pool.
+    kv_pages: Gauge,
     /// Experts loaded.
     pub experts: Gauge,
     /// The ledger, in bytes.
@@ -56,6 +69,12 @@ impl Default for Metrics {
             tokens: Counter::default(),
             bytes_fetched: Counter::default(),
             bytes_sent: Counter::default(),
+            flights: Counter::default(),
+            flight_sessions: Counter::default(),
+            flight_rows: Counter::default(),
+            sessions_waiting: Gauge::default(),
+            kv_pages_used: Gauge::default(),
+            kv_pages: Gauge::default(),
             experts: Gauge::default(),
             memory_bytes: Gauge::default(),
             memory_budget_bytes: Gauge::default(),
@@ -71,6 +90,9 @@ impl Default for Metrics {
             ("requests", "Generations taken", &metrics.requests),
             ("requests_failed", "Generations that ended with an error", &metrics.requests_failed),
             ("tokens", "Tokens generated", &metrics.tokens),
+            ("flights", "Batches that went through the layers together", &metrics.flights),
+            ("flight_sessions", "Sessions in those batches", &metrics.flight_sessions),
+            ("flight_rows", "Rows in those batches", &metrics.flight_rows),
         ] {
             registry.register(name, help, counter.clone());
         }
@@ -88,6 +110,9 @@ impl Default for Metrics {
         }
         for (name, help, gauge) in [
             ("experts", "Experts loaded", &metrics.experts),
+            ("sessions_waiting", "Requests of sessions that wait for a batch", &metrics.sessions_waiting),
+            ("kv_pages_used", "Pages of the KV pool that sessions have", &metrics.kv_pages_used),
+            ("kv_pages", "Pages of the KV pool", &metrics.kv_pages),
             ("epoch", "Version of the placement", &metrics.epoch),
             ("nodes_up", "Members that are up", &metrics.nodes_up),
         ] {
@@ -100,6 +125,20 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// Takes over what the engine has counted so far.
+    pub fn note_engine(&self, activity: Activity) {
+        for (counter, count) in [
+            (&self.flights, activity.flights),
+            (&self.flight_sessions, activity.parts),
+            (&self.flight_rows, activity.rows),
+        ] {
+            counter.inner().store(count, Ordering::Relaxed);
+        }
+        self.sessions_waiting.set(activity.waiting as i64);
+        self.kv_pages_used.set(activity.pages_used as i64);
+        self.kv_pages.set(activity.pages as i64);
+    }
+
     /// The OpenMetrics text.
     pub fn text(&self) -> String {
         let mut text = String::new();
@@ -118,8 +157,18 @@ mod tests {
         metrics.rows_remote.inc_by(12);
         metrics.memory_bytes.set(4096);
         metrics.coverage.set(0.5);
+        let activity = Activity { flights: 3, parts: 8, rows: 70, waiting: 2, pages_used: 5, pages: 64 };
+        metrics.note_engine(activity);
+        metrics.note_engine(Activity { flights: 4, ..activity });
         let text = metrics.text();
-        for line in ["coel_rows_remote_total 12", "coel_memory_bytes 4096", "coel_coverage 0.5", "# EOF"] {
+        for line in
+            ["coel_rows_remote_total 12", "coel_memory_bytes 4096", "coel_coverage 0.5", "# EOF"].into_iter().chain([
+                "coel_flights_total 4",
+                "coel_flight_rows_total 70",
+                "coel_sessions_waiting 2",
+                "coel_kv_pages_used 5",
+            ])
+        {
             assert!(text.contains(line), "{line} not in\n{text}");
         }
     }

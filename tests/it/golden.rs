@@ -8,7 +8,7 @@ use std::path::Path;
 
 use coel_model::chat::Message;
 use coel_model::checkpoint::Checkpoint;
-use coel_model::decoder::{Step, Want};
+use coel_model::decoder::Want;
 use coel_model::device::Device;
 use coel_model::engine::block_on;
 use coel_model::generate::{Generation, LocalModel};
@@ -63,19 +63,11 @@ impl Alone {
     }
 
     fn routes_here(&self, tokens: &[u32]) -> Vec<String> {
-        let engine = &self.model.engine;
-        let mut session = block_on(engine.open_session(tokens.len())).unwrap();
-        let mut step = block_on(session.advance(tokens, Want::Last)).unwrap();
-        let mut routed = Vec::new();
-        while let Step::NeedExperts(call) = &step {
-            for (index, rows) in call.by_expert() {
-                let key = expert_key(ExpertId { layer: call.layer, index });
-                routed.extend(rows.iter().map(|_| key.clone()));
-            }
-            let outputs = block_on(engine.serve(call)).unwrap();
-            step = block_on(session.resume(outputs)).unwrap();
-        }
-        routed
+        let mut session = self.model.engine.open_session(tokens.len()).unwrap();
+        let (_, routes) = block_on(session.advance_watched(tokens, Want::Last)).unwrap();
+        let layers = routes.iter().zip(0..);
+        let routed = layers.flat_map(|(rows, layer)| rows.iter().flatten().map(move |route| (layer, route.expert)));
+        routed.map(|(layer, index)| expert_key(ExpertId { layer, index })).collect()
     }
 
     /// Bytes of what a node fetches that holds these experts, the manifest aside: the files beside the weights, the trunk,

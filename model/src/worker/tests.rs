@@ -14,6 +14,7 @@ use crate::{
     experts::by_expert,
     layout,
     session::Session,
+    slices::Precision,
     source::{ExpertOutputs, ExpertRequest, ExpertSource, Share, SourceError},
 };
 
@@ -150,6 +151,7 @@ fn sessions_that_ask_together_fly_together_and_get_what_they_would_alone() {
         let (session, result) = poll(request).expect("it has landed");
         let (advanced, seen) = result.unwrap();
         assert_eq!((advanced.pairs_here, advanced.pairs_elsewhere), (24 * session.used() as u64, 0));
+        assert_eq!(advanced.precisions, [Precision::Exact].into());
         assert!(advanced.logits == logits && seen == routes);
     }
     drop(requests);
@@ -283,7 +285,7 @@ fn serve(bench: &mut Bench, request: ExpertRequest, class: &str) {
     }
     let slots = (0..call.slots() as u32).collect();
     let shares = vec![Share { elsewhere: Some(class.into()), slots }];
-    request.answer(Ok(ExpertOutputs { values, shares }));
+    request.reply.answer(Ok(ExpertOutputs { values, shares }));
 }
 
 #[test]
@@ -364,7 +366,7 @@ fn what_cannot_be_had_elsewhere_fails_those_who_need_it_in_the_sources_words() {
             let call = &request.call;
             if call.layer == 3 && by_expert(&call.routes).contains_key(&lost) {
                 failures += 1;
-                request.answer(Err(SourceError::Missing(format!("nobody has {lost}"))));
+                request.reply.answer(Err(SourceError::Missing(format!("nobody has {lost}"))));
             } else {
                 serve(&mut other, request, "x");
             }
@@ -386,7 +388,7 @@ fn what_cannot_be_had_elsewhere_fails_those_who_need_it_in_the_sources_words() {
     assert!(matches!(result, Err(EngineError::Source(SourceError::Failed(_)))));
     let mut request = bench.ask(session, &inputs[0]);
     bench.rest();
-    source.take().into_iter().for_each(|request| request.answer(Ok(ExpertOutputs::default())));
+    source.take().into_iter().for_each(|request| request.reply.answer(Ok(ExpertOutputs::default())));
     bench.rest();
     assert!(matches!(poll(&mut request).unwrap().1, Err(EngineError::Source(SourceError::Failed(_)))));
 }

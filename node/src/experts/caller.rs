@@ -1,24 +1,27 @@
-//! The home's side: has one layer's experts computed, here and by peers, and moves on to a replica when a host fails.
+//! The home's side: has experts that are not held here computed by peers, and moves on to a replica when a host fails.
+//!
+//! Owns [`Caller`], the engine's source of experts. It knows flights' calls and hosts, not whose rows they are.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use coel_gossip::{Liveness, PeerId, PeerView};
 use coel_model::engine::EngineError;
 use coel_model::experts::ExpertCall;
+use coel_model::source::{ExpertOutputs, ExpertRequest, ExpertSource, Share, SourceError};
 use coel_store::{Epoch, ExpertId, NodeId, State};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
+use tokio::runtime::Handle;
 use tracing::{debug, warn};
 
 use super::dispatch::{Call, HostLoad, Missing, Pair, Replicas, assign};
 use super::hosts::Hosts;
 use super::wire::{CallHeader, PROTOCOL, ReplyHeader, VERSION, decode_reply, encode_call};
 use crate::ids;
-use crate::service::Usage;
 use crate::shared::{Serving, Shared};
 
 /// Times that hosts which failed are asked again when nobody else is left: a connection may have broken, not the host.
@@ -26,24 +29,29 @@ const SECOND_CHANCES: u32 = 2;
 /// Pause before that.
 const SECOND_CHANCE_AFTER: Duration = Duration::from_millis(200);
 
-/// One generation's way to experts, wherever they are.
+/// A home's way to experts of other nodes.
 pub struct Caller {
+    /// Weak: the engine has the caller, and what is shared has the engine.
+    shared: Weak<Shared>,
+    hosts: SharedHosts,
+    runtime: Handle,
+}
+
+/// One call under way.
+struct Calling {
     shared: Arc<Shared>,
     serving: Serving,
     hosts: SharedHosts,
-    rng: SmallRng,
-    /// What this generation has cost so far, and who took part.
-    pub usage: Usage,
 }
 
-/// What this node, as a home, knows of its hosts; shared by its generations.
-pub type SharedHosts = Arc<Mutex<Hosts>>;
+/// What this node, as a home, knows of its hosts.
+type SharedHosts = Arc<Mutex<Hosts>>;
 
 fn lock(hosts: &SharedHosts) -> MutexGuard<'_, Hosts> {
     hosts.lock().expect("no panic while held")
 }
 
-/// One call in flight; over when dropped, also when its generation is cancelled.
+/// One host's part in flight; over when dropped, also when the call is given up.
 struct Flight(SharedHosts, NodeId);
 
 impl Flight {
@@ -114,19 +122,44 @@ impl Replicas for View<'_> {
 }
 
 impl Caller {
-    /// A caller for one generation on `serving`.
-    pub fn new(shared: Arc<Shared>, serving: Serving, hosts: SharedHosts) -> Self {
-        Self { shared, serving, hosts, rng: SmallRng::from_os_rng(), usage: Usage::default() }
+    /// The caller of the node, whose calls run on `runtime`.
+    pub fn new(shared: Weak<Shared>, runtime: Handle) -> Self {
+        Self { shared, hosts: SharedHosts::default(), runtime }
     }
+}
 
-    /// Has every (row, expert) pair of the call computed. Returns one row of `hidden` floats per pair, in route order.
+impl ExpertSource for Caller {
+    fn ask(&self, request: ExpertRequest) {
+        // Where the node is ending the request is dropped, and fails.
+        let Some(shared) = self.shared.upgrade() else { return };
+        let hosts = self.hosts.clone();
+        self.runtime.spawn(async move {
+            let Some(serving) = shared.serving.borrow().clone() else { return };
+            let calling = Calling { shared, serving, hosts };
+            let ExpertRequest { call, mut reply } = request;
+            let outputs = tokio::select! {
+                outputs = calling.run(&call) => outputs,
+                () = reply.given_up() => return,
+            };
+            reply.answer(outputs.map_err(|error| match error {
+                CallError::Missing { .. } => SourceError::Missing(error.to_string()),
+                CallError::Engine(_) => SourceError::Failed(error.to_string()),
+            }));
+        });
+    }
+}
+
+impl Calling {
+    /// Has every (row, expert) pair of the call computed.
     ///
     /// # Errors
     /// [`CallError`]; it names the experts that nobody computed and the hosts that failed.
-    pub async fn run(&mut self, call: &ExpertCall) -> Result<Vec<f32>, CallError> {
+    async fn run(&self, call: &ExpertCall) -> Result<ExpertOutputs, CallError> {
+        let mut rng = SmallRng::from_os_rng();
         let layer = call.layer;
         let mut open = pairs_of(call);
         let mut outputs = vec![0.0; open.len() * call.hidden];
+        let mut shares = Vec::new();
         let mut failed = BTreeSet::new();
         let mut reasons = Vec::new();
         let mut chances = SECOND_CHANCES;
@@ -140,7 +173,7 @@ impl Caller {
                 hosts: &self.hosts,
                 now: Instant::now(),
             };
-            let calls = match assign(layer, &open, &view, &failed, &mut self.rng) {
+            let calls = match assign(layer, &open, &view, &failed, &mut rng) {
                 Ok(calls) => calls,
                 Err(_) if chances > 0 && !failed.is_empty() => {
                     chances -= 1;
@@ -166,7 +199,6 @@ impl Caller {
                 })
                 .collect();
             let mut left = Vec::new();
-            let mut usage = Usage::default();
             while let Some((part, result)) = running.next().await {
                 match result {
                     Ok((rows, class)) => {
@@ -174,14 +206,8 @@ impl Caller {
                             let start = pair.slot as usize * call.hidden;
                             outputs[start..start + call.hidden].copy_from_slice(row);
                         }
-                        let count = part.pairs.len() as u64;
-                        match class {
-                            None => usage.rows_local += count,
-                            Some(class) => {
-                                usage.rows_remote += count;
-                                usage.other_classes.push(class);
-                            }
-                        }
+                        let slots = part.pairs.iter().map(|pair| pair.slot).collect();
+                        shares.push(Share { elsewhere: class, slots });
                     }
                     Err(Fault::Engine(error)) => return Err(error.into()),
                     Err(Fault::Host(why)) => {
@@ -195,23 +221,9 @@ impl Caller {
                 }
             }
             drop(running);
-            self.note(usage);
             open = left;
         }
-        Ok(outputs)
-    }
-
-    fn note(&mut self, usage: Usage) {
-        self.usage.rows_local += usage.rows_local;
-        self.usage.rows_remote += usage.rows_remote;
-        self.shared.metrics.rows_local.inc_by(usage.rows_local);
-        self.shared.metrics.rows_remote.inc_by(usage.rows_remote);
-        let own = self.serving.class();
-        for class in usage.other_classes {
-            if class != own && !self.usage.other_classes.contains(&class) {
-                self.usage.other_classes.push(class);
-            }
-        }
+        Ok(ExpertOutputs { values: outputs, shares })
     }
 
     /// One host's part of the call; rows in the order of its pairs, and the class of a peer that computed them.
