@@ -18,7 +18,7 @@ use coel_model::parts::{Part, PartKind, parts};
 use coel_model::popularity::{CALIBRATION_NAME, CALIBRATION_TEXT, Popularity, route_popularity};
 use coel_store::manifest::FORMAT;
 use coel_store::{
-    BlobEntry, BlobHasher, Blobs, Command, FileEntry, Manifest, Model, Outcome, PartEntry, Segment, Slices,
+    BlobEntry, BlobHasher, Blobs, Command, FileEntry, Manifest, Model, NewPart, Outcome, PartEntry, Segment,
 };
 use tracing::{info, instrument};
 
@@ -54,7 +54,7 @@ pub async fn import(
         Ok::<_, String>((known, counts))
     })
     .await?;
-    check_budget(&known, shared.config.memory_bytes, shared.config.kv_tokens)?;
+    check_budget(&known, shared.config.memory_bytes, shared.config.kv_tokens, shared.config.trunk)?;
 
     let state = shared.state();
     if let Some((id, model)) = shared.model_to_place(&state).filter(|(id, _)| *id != known.id) {
@@ -70,6 +70,7 @@ pub async fn import(
         manifest_bytes: known.manifest_bytes,
         popularity: counts.counts.iter().map(|layer| layer.iter().map(|&rows| saturate(rows)).collect()).collect(),
         popularity_text: counts.text,
+        sensitivity: Vec::new(),
     };
     let known = shared.library.insert(known);
     let (looking, seen) = (shared.clone(), known.clone());
@@ -116,17 +117,19 @@ fn cut(dir: &Path, name: String, blobs: &Blobs, progress: Progress<'_>) -> Resul
             bytes: tensor.bytes,
         }));
         let blob = hash(&segments)?;
-        references.push((blob.clone(), segments));
-        match &part.kind {
-            PartKind::Trunk { name } => manifest.trunk.push(PartEntry { name: name.clone(), blob }),
-            PartKind::Expert(expert) => {
-                manifest.experts.insert(ids::to_store(*expert), Slices { exact: blob });
-            }
-        }
+        references.push(NewPart { key: blob.id.0, exact: (blob, segments), slices: None });
         done += part.data_bytes();
     }
     progress("hashing weights, bytes", total, total);
-    blobs.put_references(references).map_err(|error| error.to_string())?;
+    let kept = blobs.keep(references).map_err(|error| error.to_string())?;
+    for (part, slices) in parts.iter().zip(kept) {
+        match &part.kind {
+            PartKind::Trunk { name } => manifest.trunk.push(PartEntry { name: name.clone(), slices }),
+            PartKind::Expert(expert) => {
+                manifest.experts.insert(ids::to_store(*expert), slices);
+            }
+        }
+    }
     let (encoded, id) = manifest.encode().map_err(|error| error.to_string())?;
     put(&encoded)?;
     Known::new(id, manifest, encoded.len() as u64, &files).map_err(|why| format!("{}: {why}", dir.display()))

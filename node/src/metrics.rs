@@ -2,9 +2,18 @@
 
 use std::sync::atomic::AtomicU64;
 
+use coel_store::Precision;
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
+
+/// Precision as a label.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct At {
+    precision: &'static str,
+}
 
 /// The node's counters and gauges. Counters only grow while the process lives.
 #[derive(Debug)]
@@ -28,8 +37,10 @@ pub struct Metrics {
     pub bytes_fetched: Counter,
     /// Bytes sent over the weight stream.
     pub bytes_sent: Counter,
-    /// Experts loaded.
-    pub experts: Gauge,
+    /// Experts loaded, by precision.
+    experts: Family<At, Gauge>,
+    /// Their weights in bytes, by precision.
+    expert_bytes: Family<At, Gauge>,
     /// The ledger, in bytes.
     pub memory_bytes: Gauge,
     /// What the ledger may reach, in bytes.
@@ -56,7 +67,8 @@ impl Default for Metrics {
             tokens: Counter::default(),
             bytes_fetched: Counter::default(),
             bytes_sent: Counter::default(),
-            experts: Gauge::default(),
+            experts: Family::default(),
+            expert_bytes: Family::default(),
             memory_bytes: Gauge::default(),
             memory_budget_bytes: Gauge::default(),
             epoch: Gauge::default(),
@@ -87,12 +99,14 @@ impl Default for Metrics {
             registry.register_with_unit(name, help, Unit::Bytes, gauge.clone());
         }
         for (name, help, gauge) in [
-            ("experts", "Experts loaded", &metrics.experts),
             ("epoch", "Version of the placement", &metrics.epoch),
             ("nodes_up", "Members that are up", &metrics.nodes_up),
         ] {
             registry.register(name, help, gauge.clone());
         }
+        registry.register("experts", "Experts loaded", metrics.experts.clone());
+        let help = "Weights of the experts loaded";
+        registry.register_with_unit("expert_weights", help, Unit::Bytes, metrics.expert_bytes.clone());
         registry.register("coverage", "Share of experts with a ready replica on a live node", metrics.coverage.clone());
         metrics.registry = registry;
         metrics
@@ -100,6 +114,20 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// Notes which experts are loaded, by precision and bytes of each.
+    pub fn note_experts(&self, experts: impl Iterator<Item = (Precision, u64)>) {
+        let mut totals = Precision::ALL.map(|precision| (precision, 0, 0));
+        for (precision, bytes) in experts {
+            let (_, count, sum) = &mut totals[precision as usize];
+            (*count, *sum) = (*count + 1, *sum + bytes as i64);
+        }
+        for (precision, count, bytes) in totals {
+            let at = At { precision: precision.name() };
+            self.experts.get_or_create(&at).set(count);
+            self.expert_bytes.get_or_create(&at).set(bytes);
+        }
+    }
+
     /// The OpenMetrics text.
     pub fn text(&self) -> String {
         let mut text = String::new();
@@ -118,8 +146,13 @@ mod tests {
         metrics.rows_remote.inc_by(12);
         metrics.memory_bytes.set(4096);
         metrics.coverage.set(0.5);
+        metrics.note_experts([(Precision::Q4, 10), (Precision::Bf16, 32), (Precision::Q4, 11)].into_iter());
+        const EXPERTS: &str = "coel_experts{precision=\"q4\"} 2";
+        const BYTES: &str = "coel_expert_weights_bytes{precision=\"q4\"} 21";
         let text = metrics.text();
-        for line in ["coel_rows_remote_total 12", "coel_memory_bytes 4096", "coel_coverage 0.5", "# EOF"] {
+        for line in
+            ["coel_rows_remote_total 12", "coel_memory_bytes 4096", "coel_coverage 0.5", EXPERTS, BYTES, "# EOF"]
+        {
             assert!(text.contains(line), "{line} not in\n{text}");
         }
     }

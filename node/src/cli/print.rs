@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::time::Duration;
 
+use coel_store::{Bounds, Precision};
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -10,7 +11,7 @@ use serde::Serialize;
 
 use super::Failure;
 use crate::size::Size;
-use crate::status::Status;
+use crate::status::{Counts, NodeStatus, Status};
 
 /// One JSON document.
 pub fn json(value: &impl Serialize) -> Result<(), Failure> {
@@ -57,6 +58,9 @@ pub fn status(status: &Status) -> Result<(), Failure> {
     if let Some(planner) = &status.planner {
         writeln!(std::io::stdout(), "planner   {planner}")?;
     }
+    if status.precisions != Bounds::AUTO {
+        writeln!(std::io::stdout(), "precision {} is wanted", status.precisions)?;
+    }
     let rows = status.nodes.iter().map(|node| {
         let share = |share: Option<f64>| share.map_or("-".into(), |share| format!("{:.0} %", share * 100.0));
         vec![
@@ -65,15 +69,31 @@ pub fn status(status: &Status) -> Result<(), Failure> {
             if node.leaving { format!("{}, leaving", node.liveness) } else { node.liveness.clone() },
             if node.voter { "voter" } else { "learner" }.into(),
             format!("{}/{}", node.experts_ready, node.experts),
+            precisions(node),
+            node.trunk.map_or("-".into(), |trunk| trunk.to_string()),
             node.memory_budget_bytes.map_or("-".into(), |bytes| Size(bytes).to_string()),
             share(node.memory_headroom),
             share(node.compute_headroom),
             node.rtt_ms.map_or("-".into(), |rtt| format!("{rtt:.1} ms")),
         ]
     });
-    let header = ["node", "name", "is", "log", "experts ready", "memory", "free memory", "free compute", "round trip"];
+    let header: Vec<_> =
+        "node|name|is|log|experts ready|held at|trunk|memory|free memory|free compute|round trip".split('|').collect();
     writeln!(std::io::stdout(), "{}", table(&header, 4, rows))?;
     Ok(())
+}
+
+/// `12 q4, 30 exact (5.0 MiB)`
+fn precisions(node: &NodeStatus) -> String {
+    let Counts { q4, q8, exact } = node.precisions;
+    let each = [(q4, Precision::Q4), (q8, Precision::Q8), (exact, Precision::Bf16)];
+    let each = each.iter().filter(|(count, _)| *count > 0).map(|(count, precision)| format!("{count} {precision}"));
+    let counts = each.collect::<Vec<_>>().join(", ");
+    match node.expert_bytes {
+        _ if counts.is_empty() => "-".into(),
+        Some(bytes) => format!("{counts} ({})", Size(bytes)),
+        None => counts,
+    }
 }
 
 /// A progress bar that appears once something takes longer than a second.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use coel_gossip::{Liveness, PeerId, PeerView};
 use coel_model::engine::EngineError;
 use coel_model::experts::ExpertCall;
-use coel_store::{Epoch, ExpertId, NodeId, State};
+use coel_store::{Epoch, ExpertId, NodeId, Precision, State};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use rand::SeedableRng;
@@ -19,7 +19,7 @@ use super::hosts::Hosts;
 use super::wire::{CallHeader, PROTOCOL, ReplyHeader, VERSION, decode_reply, encode_call};
 use crate::ids;
 use crate::service::Usage;
-use crate::shared::{Serving, Shared};
+use crate::shared::{Held, Serving, Shared};
 
 /// Times that hosts which failed are asked again when nobody else is left: a connection may have broken, not the host.
 const SECOND_CHANCES: u32 = 2;
@@ -80,7 +80,7 @@ struct View<'a> {
     home: NodeId,
     state: &'a State,
     peers: &'a BTreeMap<PeerId, PeerView>,
-    held: &'a BTreeSet<ExpertId>,
+    held: &'a Held,
     hosts: &'a SharedHosts,
     now: Instant,
 }
@@ -99,7 +99,7 @@ impl Replicas for View<'_> {
     fn of(&self, expert: ExpertId) -> Vec<NodeId> {
         let placed = self.state.placement.iter().flat_map(|placement| placement.hosts(expert));
         let others = placed.map(|(node, _)| node).filter(|&node| node != self.home);
-        let mut nodes: Vec<_> = others.chain(self.held.contains(&expert).then_some(self.home)).collect();
+        let mut nodes: Vec<_> = others.chain(self.held.contains_key(&expert).then_some(self.home)).collect();
         nodes.sort_unstable();
         nodes
     }
@@ -116,7 +116,10 @@ impl Replicas for View<'_> {
 impl Caller {
     /// A caller for one generation on `serving`.
     pub fn new(shared: Arc<Shared>, serving: Serving, hosts: SharedHosts) -> Self {
-        Self { shared, serving, hosts, rng: SmallRng::from_os_rng(), usage: Usage::default() }
+        let trunk = Some(serving.trunk).filter(|trunk| *trunk != Precision::Bf16);
+        let other_classes = trunk.map(|trunk| serving.class(&[trunk].into())).into_iter().collect();
+        let usage = Usage { other_classes, ..Usage::default() };
+        Self { shared, serving, hosts, rng: SmallRng::from_os_rng(), usage }
     }
 
     /// Has every (row, expert) pair of the call computed. Returns one row of `hidden` floats per pair, in route order.
@@ -176,7 +179,12 @@ impl Caller {
                         }
                         let count = part.pairs.len() as u64;
                         match class {
-                            None => usage.rows_local += count,
+                            None => {
+                                usage.rows_local += count;
+                                let experts = part.pairs.iter().map(|pair| ExpertId { layer, index: pair.expert });
+                                let precisions = experts.filter_map(|expert| held.get(&expert).copied()).collect();
+                                usage.other_classes.push(self.serving.class(&precisions));
+                            }
                             Some(class) => {
                                 usage.rows_remote += count;
                                 usage.other_classes.push(class);
@@ -206,7 +214,7 @@ impl Caller {
         self.usage.rows_remote += usage.rows_remote;
         self.shared.metrics.rows_local.inc_by(usage.rows_local);
         self.shared.metrics.rows_remote.inc_by(usage.rows_remote);
-        let own = self.serving.class();
+        let own = self.serving.class(&[Precision::Bf16].into());
         for class in usage.other_classes {
             if class != own && !self.usage.other_classes.contains(&class) {
                 self.usage.other_classes.push(class);
