@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use coel_model::bytes::WeightBytes;
 use coel_model::engine::{Engine, EngineOptions};
+use coel_model::slices::blob::PartBlobs;
 use coel_store::{BlobEntry, Bounds, Command, ExpertId, Model, ModelId, Outcome, Precision, Slice, Slices, State};
 use futures::StreamExt;
 use futures::stream;
@@ -296,11 +297,14 @@ impl Hosting {
         state: &State,
         model: ModelId,
         expert: Option<ExpertId>,
-    ) -> Result<WeightBytes, Setback> {
-        let why = || format!("the model has no slices for {precision}");
-        let load = || Setback::Load { what: what.into(), why: why() };
-        let [(slice, blob)] = slices.at(precision).ok_or_else(load)?[..] else { return Err(load()) };
-        self.obtain(what, blob, state, model, expert.map(|expert| (expert, slice))).await
+    ) -> Result<PartBlobs, Setback> {
+        let missing = || Setback::Load { what: what.into(), why: format!("the model has no slices for {precision}") };
+        let mut blobs = Vec::new();
+        for (slice, blob) in slices.at(precision).ok_or_else(missing)? {
+            blobs.push(self.obtain(what, blob, state, model, expert.map(|expert| (expert, slice))).await?);
+        }
+        let mut blobs = blobs.into_iter();
+        Ok(PartBlobs { main: blobs.next().ok_or_else(missing)?, refine: blobs.next() })
     }
 
     async fn obtain(

@@ -82,6 +82,8 @@ pub struct Shared {
     pub progress: watch::Sender<Progress>,
     /// What this node counts.
     pub metrics: Arc<Metrics>,
+    /// Held by the import that runs.
+    pub importing: tokio::sync::Mutex<()>,
     /// Asks every task to end.
     pub stopping: CancellationToken,
     /// This node has just been admitted, in this run of its process.
@@ -118,6 +120,7 @@ impl Shared {
             complete: watch::Sender::default(),
             progress: watch::Sender::default(),
             metrics,
+            importing: tokio::sync::Mutex::default(),
             stopping: CancellationToken::new(),
             newcomer,
             left: watch::Sender::new(false),

@@ -97,6 +97,16 @@ pub struct Counts {
     pub exact: usize,
 }
 
+/// `12 q4, 30 exact`, or `-` for none.
+impl std::fmt::Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let each = [(self.q4, Precision::Q4), (self.q8, Precision::Q8), (self.exact, Precision::Bf16)];
+        let each = each.iter().filter(|(count, _)| *count > 0).map(|(count, precision)| format!("{count} {precision}"));
+        let text = each.collect::<Vec<_>>().join(", ");
+        f.write_str(if text.is_empty() { "-" } else { &text })
+    }
+}
+
 impl Counts {
     /// Counts these.
     pub fn of(precisions: impl Iterator<Item = Precision>) -> Self {

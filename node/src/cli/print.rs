@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::time::Duration;
 
-use coel_store::{Bounds, Precision};
+use coel_store::Bounds;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::Failure;
 use crate::size::Size;
-use crate::status::{Counts, NodeStatus, Status};
+use crate::status::Status;
 
 /// One JSON document.
 pub fn json(value: &impl Serialize) -> Result<(), Failure> {
@@ -69,7 +69,10 @@ pub fn status(status: &Status) -> Result<(), Failure> {
             if node.leaving { format!("{}, leaving", node.liveness) } else { node.liveness.clone() },
             if node.voter { "voter" } else { "learner" }.into(),
             format!("{}/{}", node.experts_ready, node.experts),
-            precisions(node),
+            match node.expert_bytes {
+                Some(bytes) if bytes > 0 => format!("{} ({})", node.precisions, Size(bytes)),
+                _ => node.precisions.to_string(),
+            },
             node.trunk.map_or("-".into(), |trunk| trunk.to_string()),
             node.memory_budget_bytes.map_or("-".into(), |bytes| Size(bytes).to_string()),
             share(node.memory_headroom),
@@ -81,19 +84,6 @@ pub fn status(status: &Status) -> Result<(), Failure> {
         "node|name|is|log|experts ready|held at|trunk|memory|free memory|free compute|round trip".split('|').collect();
     writeln!(std::io::stdout(), "{}", table(&header, 4, rows))?;
     Ok(())
-}
-
-/// `12 q4, 30 exact (5.0 MiB)`
-fn precisions(node: &NodeStatus) -> String {
-    let Counts { q4, q8, exact } = node.precisions;
-    let each = [(q4, Precision::Q4), (q8, Precision::Q8), (exact, Precision::Bf16)];
-    let each = each.iter().filter(|(count, _)| *count > 0).map(|(count, precision)| format!("{count} {precision}"));
-    let counts = each.collect::<Vec<_>>().join(", ");
-    match node.expert_bytes {
-        _ if counts.is_empty() => "-".into(),
-        Some(bytes) => format!("{counts} ({})", Size(bytes)),
-        None => counts,
-    }
 }
 
 /// A progress bar that appears once something takes longer than a second.
@@ -113,7 +103,11 @@ impl Progress {
     pub fn set(&mut self, what: &str, done: u64, total: u64) {
         if self.what != what && self.started.elapsed() > Duration::from_secs(1) {
             self.bar.finish_and_clear();
-            let style = ProgressStyle::with_template("{msg} {wide_bar} {percent} %").expect("a constant template");
+            let template = match what.ends_with("bytes") {
+                true => "{msg} {wide_bar} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}",
+                false => "{msg} {wide_bar} {percent} %",
+            };
+            let style = ProgressStyle::with_template(template).expect("constant templates");
             self.bar = ProgressBar::new(total).with_style(style).with_message(what.to_owned());
             self.what = what.to_owned();
         }
