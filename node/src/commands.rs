@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use coel_store::{Command, Outcome};
+use coel_store::{Bounds, Command, Outcome};
 
 use crate::admission::invite::token_hash;
 use crate::control::{Conversation, Reply, Request};
@@ -42,6 +42,7 @@ pub async fn converse(mut conversation: Conversation, shared: Arc<Shared>, api_u
             }
             (&mut task).await.unwrap_or_else(|error| Err(error.to_string())).and_then(|model| json(&model))
         }
+        Request::Precision { bounds } => precision(&shared, bounds).await.and_then(|()| json(&())),
         Request::Leave => match leave(&shared).await {
             Ok(()) => {
                 shared.left.send_replace(true);
@@ -76,6 +77,12 @@ async fn invite(shared: &Shared, uses: u32, ttl_s: u64) -> Result<String, String
     let expires_at_ms = now_ms().saturating_add(ttl_s.saturating_mul(1000));
     propose(shared, Command::Invite { token, uses, expires_at_ms }).await?;
     Ok(invite.to_string())
+}
+
+/// Says at which precisions the mesh is to hold experts. Refused where not every expert would fit.
+async fn precision(shared: &Shared, bounds: Bounds) -> Result<(), String> {
+    leader::can_hold(shared, bounds)?;
+    propose(shared, Command::Precisions { bounds }).await
 }
 
 /// Hands over what this node holds, then leaves. Refused before anything changes where the others could not take it.

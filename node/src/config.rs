@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use coel_gossip::Multiaddr;
 use coel_model::device::Device;
+use coel_store::Bounds;
 use serde::Deserialize;
 
 use crate::http;
@@ -56,6 +57,13 @@ pub struct NodeArgs {
     /// Tokens of KV cache this node keeps for the requests it takes [default: 4096, at most the model's context].
     #[arg(long, env = "COEL_KV_TOKENS", value_name = "N")]
     pub kv_tokens: Option<usize>,
+    /// At which precision this node accepts experts: `auto`, `q4`, `q8`, `exact`, or bounds such as `q8..` or `..q8` [default: auto].
+    #[arg(long, env = "COEL_PRECISION", value_name = "PRECISION")]
+    pub precision: Option<Bounds>,
+    /// At which precision this node holds the trunk, likewise; of several the most exact that leaves room for its share of the
+    /// experts [default: auto].
+    #[arg(long, env = "COEL_TRUNK", value_name = "PRECISION")]
+    pub trunk: Option<Bounds>,
     /// `auto`, `cpu` or `cuda:N`.
     #[arg(long, env = "COEL_DEVICE", value_name = "DEVICE")]
     pub device: Option<String>,
@@ -99,6 +107,10 @@ pub struct Config {
     pub memory_bytes: u64,
     /// KV cache in tokens.
     pub kv_tokens: usize,
+    /// At which precisions experts are accepted.
+    pub precision: Bounds,
+    /// At which precisions the trunk is accepted.
+    pub trunk: Bounds,
     /// Where to compute.
     pub device: Device,
     /// Name of the node.
@@ -132,6 +144,8 @@ impl NodeArgs {
             peer: or(self.peer, below.peer),
             memory: self.memory.or(below.memory),
             kv_tokens: self.kv_tokens.or(below.kv_tokens),
+            precision: self.precision.or(below.precision),
+            trunk: self.trunk.or(below.trunk),
             device: self.device.or(below.device),
             name: self.name.or(below.name),
             mdns: self.mdns.or(below.mdns),
@@ -161,6 +175,8 @@ impl NodeArgs {
             peers: args.peer,
             memory_bytes: args.memory.map_or_else(default_memory, |size| size.0),
             kv_tokens: args.kv_tokens.unwrap_or(KV_TOKENS),
+            precision: args.precision.unwrap_or_default(),
+            trunk: args.trunk.unwrap_or_default(),
             device: args
                 .device
                 .as_deref()
@@ -224,8 +240,9 @@ mod tests {
     #[test]
     fn flags_go_over_the_file_and_the_file_over_defaults() {
         let flags = NodeArgs { name: Some("flag".into()), ..NodeArgs::default() };
-        let config = resolve("name = 'file'\nmemory = '70MiB'\nkv_tokens = 128", flags).unwrap();
+        let config = resolve("name = 'file'\nmemory = '70MiB'\nkv_tokens = 128\ntrunk = '..q8'", flags).unwrap();
         assert_eq!((config.name.as_str(), config.memory_bytes, config.kv_tokens), ("flag", 70 << 20, 128));
+        assert_eq!((config.precision, config.trunk.to_string().as_str()), (Bounds::AUTO, "..q8"));
         assert_eq!(config.api.to_string(), "127.0.0.1:4680");
     }
 
@@ -235,6 +252,8 @@ mod tests {
         assert!(error.contains("coel.toml") && error.contains("memmory"), "{error}");
         let error = resolve("memory = 'much'", NodeArgs::default()).unwrap_err().to_string();
         assert!(error.contains("'much' is not a size"), "{error}");
+        let error = resolve("precision = 'q5'", NodeArgs::default()).unwrap_err().to_string();
+        assert!(error.contains("q5") && error.contains("q4, q8, exact"), "{error}");
     }
 
     #[test]

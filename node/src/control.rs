@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use coel_store::Bounds;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -23,6 +24,8 @@ pub enum Request {
     Invite { uses: u32, ttl_s: u64 },
     /// Registers a checkpoint directory (absolute path); answers with a [`crate::service::ModelInfo`].
     Import { dir: PathBuf, name: Option<String> },
+    /// Says at which precisions the mesh is to hold experts; answers with nothing.
+    Precision { bounds: Bounds },
     /// Hands over what this node holds, leaves the mesh and stops.
     Leave,
     /// Stops the node.

@@ -3,6 +3,7 @@
 //! [`Generator`] is the node's [`Service`]. One task per generation drives a session of the engine, which computes the rows
 //! of all sessions together and turns to peers for experts it lacks. The task samples, and counts what its rows cost.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,13 +13,14 @@ use coel_model::sequence::{Sequence, SequenceError};
 use coel_model::session::{Advanced, Session};
 use coel_model::source::SourceError;
 use coel_model::text::TextError;
-use coel_store::{ExpertId, State};
+use coel_store::{ExpertId, Precision, State};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::{Instrument, info, info_span, warn};
 
 use crate::experts::dispatch::Missing;
+use crate::ids;
 use crate::library::{Known, run_blocking};
 use crate::service::{Event, GenerateRequest, ModelInfo, Prompt, Readiness, Service, ServiceError, Usage};
 use crate::shared::{Progress, Serving, Shared};
@@ -199,10 +201,18 @@ impl Generation {
         self.usage.rows_remote += advanced.pairs_elsewhere;
         self.shared.metrics.rows_local.inc_by(advanced.pairs_here);
         self.shared.metrics.rows_remote.inc_by(advanced.pairs_elsewhere);
-        let own = self.serving.class();
-        for class in advanced.classes.iter().filter(|class| **class != own) {
-            if !self.usage.other_classes.contains(class) {
-                self.usage.other_classes.push(class.clone());
+        let own = self.serving.class(&[Precision::Bf16].into());
+        let precisions: BTreeSet<_> = advanced.precisions.iter().map(|&p| ids::precision_to_store(p)).collect();
+        let mut classes = advanced.classes.clone();
+        if advanced.pairs_here > 0 && !precisions.is_empty() {
+            classes.push(self.serving.class(&precisions));
+        }
+        if self.serving.trunk != Precision::Bf16 {
+            classes.push(self.serving.class(&[self.serving.trunk].into()));
+        }
+        for class in classes {
+            if class != own && !self.usage.other_classes.contains(&class) {
+                self.usage.other_classes.push(class);
             }
         }
     }

@@ -18,7 +18,25 @@ pub fn to_model(expert: coel_store::ExpertId) -> coel_model::layout::ExpertId {
     coel_model::layout::ExpertId { layer: expert.layer, index: expert.index }
 }
 
+/// The model's name for a precision of the placement.
+pub fn precision(precision: coel_store::Precision) -> coel_model::slices::Precision {
+    match precision {
+        coel_store::Precision::Q4 => coel_model::slices::Precision::Q4,
+        coel_store::Precision::Q8 => coel_model::slices::Precision::Q8,
+        coel_store::Precision::Bf16 => coel_model::slices::Precision::Exact,
+    }
+}
+
 /// The placement's name for an expert of the model.
 pub fn to_store(expert: coel_model::layout::ExpertId) -> coel_store::ExpertId {
     coel_store::ExpertId { layer: expert.layer, index: expert.index }
+}
+
+/// The placement's name for a precision of the model.
+pub fn precision_to_store(precision: coel_model::slices::Precision) -> coel_store::Precision {
+    match precision {
+        coel_model::slices::Precision::Q4 => coel_store::Precision::Q4,
+        coel_model::slices::Precision::Q8 => coel_store::Precision::Q8,
+        coel_model::slices::Precision::Exact => coel_store::Precision::Bf16,
+    }
 }

@@ -12,7 +12,7 @@ use coel_model::footprint::Footprint;
 use coel_model::pages::PAGE_TOKENS;
 use coel_model::text::TextModel;
 use coel_store::manifest::MANIFEST_BYTES_MAX;
-use coel_store::{BlobEntry, BlobId, Blobs, CHUNK_BYTES, ExpertId, Manifest, Model, ModelId};
+use coel_store::{BlobEntry, BlobId, Blobs, Bounds, CHUNK_BYTES, ExpertId, Manifest, Model, ModelId, Precision};
 
 use crate::experts::wire;
 use crate::generation::RUNNING_MAX;
@@ -68,9 +68,9 @@ impl Known {
         Ok(Self { id, manifest, manifest_bytes, config: Arc::new(config), text, token_bytes_max, footprint })
     }
 
-    /// An expert's blob.
-    pub fn expert(&self, expert: ExpertId) -> Option<&BlobEntry> {
-        self.manifest.experts.get(&expert).map(|slices| &slices.exact)
+    /// Bytes of an expert at this precision; 0 for one that there is not.
+    pub fn expert_bytes(&self, expert: ExpertId, precision: Precision) -> u64 {
+        self.manifest.experts.get(&expert).and_then(|slices| slices.bytes(precision)).unwrap_or(0)
     }
 
     /// The KV pool of a node that was given `wanted` tokens for it: whole pages.
@@ -84,24 +84,35 @@ impl Known {
     }
 
     /// Bytes a node needs besides experts: trunk, KV cache, buffers.
-    pub fn fixed_bytes(&self, kv_tokens: usize) -> u64 {
+    pub fn fixed_bytes(&self, kv_tokens: usize, trunk: Precision) -> u64 {
         let kv = self.footprint.kv_bytes_per_token * self.kv_tokens(kv_tokens) as u64;
-        self.manifest.trunk_bytes() + kv + self.footprint.buffer_bytes(self.rows_max().max(CHUNK_ROWS))
+        self.manifest.trunk_bytes(trunk) + kv + self.footprint.buffer_bytes(self.rows_max().max(CHUNK_ROWS))
     }
 
-    /// Bytes of experts that a node with these facts may hold.
-    pub fn room_for_experts(&self, facts: &Facts) -> u64 {
-        facts.memory_bytes.saturating_sub(self.fixed_bytes(facts.kv_tokens as usize))
+    /// At which precision a node holds the trunk: the most exact one accepted that leaves room for its share of the experts at
+    /// the fewest bits, or else the least.
+    pub fn trunk_precision(&self, accepted: Bounds, memory_bytes: u64, kv_tokens: usize, nodes: usize) -> Precision {
+        let share = self.manifest.experts_bytes(Precision::Q4) / nodes.max(1) as u64;
+        let mut choices = Precision::ALL.into_iter().rev().filter(|precision| accepted.has(*precision));
+        let chosen = choices.find(|&precision| self.fixed_bytes(kv_tokens, precision) + share <= memory_bytes);
+        let chosen = chosen.unwrap_or(accepted.lowest());
+        let sliced = self.manifest.trunk.iter().any(|part| part.slices.at(chosen).is_some());
+        if sliced { chosen } else { Precision::Bf16 }
     }
 
-    /// Every blob a node gets that hosts these experts: files, trunk and the experts themselves, the manifest aside.
-    pub fn blobs_for<'a>(
-        &'a self,
-        experts: impl Iterator<Item = ExpertId> + 'a,
-    ) -> impl Iterator<Item = &'a BlobEntry> {
+    /// Bytes of experts that a node with these facts may hold; `None` until it has said how it holds the trunk.
+    pub fn room_for_experts(&self, facts: &Facts) -> Option<u64> {
+        Some(facts.memory_bytes.saturating_sub(self.fixed_bytes(facts.kv_tokens as usize, facts.trunk?)))
+    }
+
+    /// The blobs every node gets, whatever experts it hosts: files, and the trunk at this precision; the manifest aside.
+    pub fn fixed_blobs(&self, trunk: Precision) -> impl Iterator<Item = &BlobEntry> {
         let files = self.manifest.files.iter().map(|file| &file.blob);
-        let trunk = self.manifest.trunk.iter().map(|part| &part.blob);
-        files.chain(trunk).chain(experts.filter_map(|expert| self.expert(expert)))
+        let trunk = self.manifest.trunk.iter().flat_map(move |part| {
+            let precision = part.slices.nearest(trunk).0;
+            part.slices.at(precision).into_iter().flatten().map(|(_, blob)| blob)
+        });
+        files.chain(trunk)
     }
 }
 

@@ -3,9 +3,18 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use coel_model::engine::Activity;
+use coel_store::Precision;
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
+
+/// Precision as a label.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct At {
+    precision: &'static str,
+}
 
 /// The node's counters and gauges. Counters only grow while the process lives.
 #[derive(Debug)]
@@ -41,8 +50,10 @@ pub struct Metrics {
     kv_pages_used: Gauge,
     /// Pages of the KV pool.
     kv_pages: Gauge,
-    /// Experts loaded.
-    pub experts: Gauge,
+    /// Experts loaded, by precision.
+    experts: Family<At, Gauge>,
+    /// Their weights in bytes, by precision.
+    expert_bytes: Family<At, Gauge>,
     /// The ledger, in bytes.
     pub memory_bytes: Gauge,
     /// What the ledger may reach, in bytes.
@@ -75,7 +86,8 @@ impl Default for Metrics {
             sessions_waiting: Gauge::default(),
             kv_pages_used: Gauge::default(),
             kv_pages: Gauge::default(),
-            experts: Gauge::default(),
+            experts: Family::default(),
+            expert_bytes: Family::default(),
             memory_bytes: Gauge::default(),
             memory_budget_bytes: Gauge::default(),
             epoch: Gauge::default(),
@@ -109,7 +121,6 @@ impl Default for Metrics {
             registry.register_with_unit(name, help, Unit::Bytes, gauge.clone());
         }
         for (name, help, gauge) in [
-            ("experts", "Experts loaded", &metrics.experts),
             ("sessions_waiting", "Requests of sessions that wait for a batch", &metrics.sessions_waiting),
             ("kv_pages_used", "Pages of the KV pool that sessions have", &metrics.kv_pages_used),
             ("kv_pages", "Pages of the KV pool", &metrics.kv_pages),
@@ -118,6 +129,9 @@ impl Default for Metrics {
         ] {
             registry.register(name, help, gauge.clone());
         }
+        registry.register("experts", "Experts loaded", metrics.experts.clone());
+        let help = "Weights of the experts loaded";
+        registry.register_with_unit("expert_weights", help, Unit::Bytes, metrics.expert_bytes.clone());
         registry.register("coverage", "Share of experts with a ready replica on a live node", metrics.coverage.clone());
         metrics.registry = registry;
         metrics
@@ -137,6 +151,20 @@ impl Metrics {
         self.sessions_waiting.set(activity.waiting as i64);
         self.kv_pages_used.set(activity.pages_used as i64);
         self.kv_pages.set(activity.pages as i64);
+    }
+
+    /// Notes which experts are loaded, by precision and bytes of each.
+    pub fn note_experts(&self, experts: impl Iterator<Item = (Precision, u64)>) {
+        let mut totals = Precision::ALL.map(|precision| (precision, 0, 0));
+        for (precision, bytes) in experts {
+            let (_, count, sum) = &mut totals[precision as usize];
+            (*count, *sum) = (*count + 1, *sum + bytes as i64);
+        }
+        for (precision, count, bytes) in totals {
+            let at = At { precision: precision.name() };
+            self.experts.get_or_create(&at).set(count);
+            self.expert_bytes.get_or_create(&at).set(bytes);
+        }
     }
 
     /// The OpenMetrics text.
@@ -160,15 +188,14 @@ mod tests {
         let activity = Activity { flights: 3, parts: 8, rows: 70, waiting: 2, pages_used: 5, pages: 64 };
         metrics.note_engine(activity);
         metrics.note_engine(Activity { flights: 4, ..activity });
+        metrics.note_experts([(Precision::Q4, 10), (Precision::Bf16, 32), (Precision::Q4, 11)].into_iter());
+        const EXPERTS: &str = "coel_experts{precision=\"q4\"} 2";
+        const BYTES: &str = "coel_expert_weights_bytes{precision=\"q4\"} 21";
         let text = metrics.text();
-        for line in
-            ["coel_rows_remote_total 12", "coel_memory_bytes 4096", "coel_coverage 0.5", "# EOF"].into_iter().chain([
-                "coel_flights_total 4",
-                "coel_flight_rows_total 70",
-                "coel_sessions_waiting 2",
-                "coel_kv_pages_used 5",
-            ])
-        {
+        const FIXED: [&str; 4] = ["coel_rows_remote_total 12", "coel_memory_bytes 4096", "coel_coverage 0.5", "# EOF"];
+        const FLIGHTS: [&str; 2] = ["coel_flights_total 4", "coel_flight_rows_total 70"];
+        const QUEUES: [&str; 2] = ["coel_sessions_waiting 2", "coel_kv_pages_used 5"];
+        for line in FIXED.into_iter().chain(FLIGHTS).chain(QUEUES).chain([EXPERTS, BYTES]) {
             assert!(text.contains(line), "{line} not in\n{text}");
         }
     }

@@ -10,7 +10,7 @@ use crate::ids;
 use crate::mesh::facts::Facts;
 use crate::service::ModelInfo;
 use crate::shared::Shared;
-use crate::status::{NodeStatus, OwnStatus, ReplicaStatus, Status, expert_key};
+use crate::status::{Counts, NodeStatus, OwnStatus, ReplicaStatus, Status, expert_key};
 
 /// The node's view, now.
 pub fn status(shared: &Shared, api: &str) -> Status {
@@ -21,12 +21,18 @@ pub fn status(shared: &Shared, api: &str) -> Status {
     let placement = state.placement.as_ref();
     let voters = shared.log.voters();
     let placed_on = |node: NodeId| placement.map_or((0, 0), |placement| counts(placement, node));
+    let known = placement.and_then(|placement| shared.library.cached(placement.model));
+    let served = |node: NodeId| {
+        let placed = placement.into_iter().flat_map(move |placement| placement.of(node));
+        placed.filter_map(|(expert, replica)| Some((expert, replica.ready?)))
+    };
     let nodes = state.members.iter().map(|(&node_id, member)| {
         let peer = ids::peer_id(&member.peer);
         let view = peer.and_then(|peer| peers.get(&peer));
         let (experts, experts_ready) = placed_on(node_id);
         let is_self = node_id == own;
         let headroom = view.and_then(|view| view.status);
+        let facts = if is_self { Some(shared.facts()) } else { view.and_then(Facts::of) };
         NodeStatus {
             node_id,
             name: member.name.clone(),
@@ -43,13 +49,14 @@ pub fn status(shared: &Shared, api: &str) -> Status {
             rtt_ms: view.and_then(|view| view.rtt).map(|rtt| rtt.smoothed.as_secs_f64() * 1e3),
             memory_headroom: headroom.map(|status| f64::from(status.memory) / 255.0),
             compute_headroom: headroom.map(|status| f64::from(status.compute) / 255.0),
-            memory_budget_bytes: if is_self {
-                Some(shared.config.memory_bytes)
-            } else {
-                view.and_then(Facts::of).map(|facts| facts.memory_bytes)
-            },
+            memory_budget_bytes: facts.as_ref().map(|facts| facts.memory_bytes),
             experts,
             experts_ready,
+            precisions: Counts::of(served(node_id).map(|(_, precision)| precision)),
+            expert_bytes: known
+                .as_ref()
+                .map(|known| served(node_id).map(|(expert, precision)| known.expert_bytes(expert, precision)).sum()),
+            trunk: facts.and_then(|facts| facts.trunk),
         }
     });
     let info = |id: &coel_store::ModelId| {
@@ -59,7 +66,8 @@ pub fn status(shared: &Shared, api: &str) -> Status {
         let replicas = nodes.iter().map(|(&node, replica)| ReplicaStatus {
             node,
             precision: replica.precision,
-            ready: replica.ready,
+            serves: replica.ready,
+            ready: replica.is_settled(),
         });
         (expert_key(expert), replicas.collect())
     });
@@ -77,6 +85,7 @@ pub fn status(shared: &Shared, api: &str) -> Status {
         epoch: state.epoch().0,
         models: state.models.keys().filter_map(info).collect(),
         model: placement.and_then(|placement| info(&placement.model)),
+        precisions: state.precisions,
         coverage: readiness.coverage,
         replicas_min: placement.and_then(|placement| shared.live_replicas(placement).into_values().min()).unwrap_or(0),
         planner: shared.planner(),
@@ -88,7 +97,7 @@ pub fn status(shared: &Shared, api: &str) -> Status {
 }
 
 fn counts(placement: &Placement, node: NodeId) -> (usize, usize) {
-    placement.of(node).fold((0, 0), |(all, ready), (_, replica)| (all + 1, ready + usize::from(replica.ready)))
+    placement.of(node).fold((0, 0), |(all, ready), (_, replica)| (all + 1, ready + usize::from(replica.is_settled())))
 }
 
 /// Equal states encode to equal bytes.
@@ -101,6 +110,7 @@ fn own_status(shared: &Shared) -> OwnStatus {
     let metrics = &shared.metrics;
     OwnStatus {
         experts: shared.held.borrow().len(),
+        precisions: Counts::of(shared.held.borrow().values().copied()),
         bytes_fetched: metrics.bytes_fetched.get(),
         memory_bytes: ledger_bytes(shared),
         rss_before_bytes: shared.rss_before_bytes,

@@ -46,7 +46,8 @@ pub struct Usage {
     pub rows_local: u64,
     /// (row, expert) pairs computed by peers.
     pub rows_remote: u64,
-    /// Kernel classes and precisions other than the home's own that took part, e.g. `avx2/bf16`. Empty: one class throughout.
+    /// What took part beyond this node's kernel class at exact precision, e.g. `cpu/avx2/exact` or `cpu/avx512/q4+q8`. Empty: one
+    /// class throughout, and everything as in the checkpoint.
     pub other_classes: Vec<String>,
 }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use coel_gossip::{Handle, Liveness, PeerId, PeerView};
 use coel_model::engine::Engine;
-use coel_store::{Blobs, ExpertId, Log, Model, ModelId, NodeId, Placement, State};
+use coel_store::{Blobs, ExpertId, Log, Model, ModelId, NodeId, Placement, Precision, Slice, State};
 use rand::seq::SliceRandom;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -29,14 +29,21 @@ pub struct Serving {
     pub known: Arc<Known>,
     /// Where it computes.
     pub engine: Engine,
+    /// At which precision the trunk is loaded.
+    pub trunk: Precision,
 }
 
 impl Serving {
-    /// Kernel class and precision of this node, as told to other homes: `avx512/bf16`.
-    pub fn class(&self) -> String {
-        format!("{}/{}", self.engine.class(), coel_store::Precision::Bf16)
+    /// Kernel class and precisions of what is computed here, as told to other homes: `cpu/avx512/exact`, or
+    /// `cpu/avx512/q4+q8` where experts of both took part.
+    pub fn class(&self, precisions: &BTreeSet<Precision>) -> String {
+        let names: Vec<_> = precisions.iter().map(|precision| precision.name()).collect();
+        format!("{}/{}", self.engine.class(), names.join("+"))
     }
 }
+
+/// Experts that are loaded, and at which precision.
+pub type Held = BTreeMap<ExpertId, Precision>;
 
 /// How far this node is with what it was assigned.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -66,13 +73,17 @@ pub struct Shared {
     /// The model that is loaded here.
     pub serving: watch::Sender<Option<Serving>>,
     /// Experts loaded in the engine.
-    pub held: watch::Sender<Arc<BTreeSet<ExpertId>>>,
+    pub held: watch::Sender<Arc<Held>>,
+    /// At which precision this node holds the trunk, once it has decided that.
+    pub trunk: watch::Sender<Option<Precision>>,
     /// Models of which every blob lies here.
     pub complete: watch::Sender<Vec<ModelId>>,
     /// How far the node is.
     pub progress: watch::Sender<Progress>,
     /// What this node counts.
     pub metrics: Arc<Metrics>,
+    /// Held by the import that runs.
+    pub importing: tokio::sync::Mutex<()>,
     /// Asks every task to end.
     pub stopping: CancellationToken,
     /// This node has just been admitted, in this run of its process.
@@ -105,9 +116,11 @@ impl Shared {
             library: Library::default(),
             serving: watch::Sender::new(None),
             held: watch::Sender::default(),
+            trunk: watch::Sender::default(),
             complete: watch::Sender::default(),
             progress: watch::Sender::default(),
             metrics,
+            importing: tokio::sync::Mutex::default(),
             stopping: CancellationToken::new(),
             newcomer,
             left: watch::Sender::new(false),
@@ -156,6 +169,8 @@ impl Shared {
         Facts {
             memory_bytes: self.config.memory_bytes,
             kv_tokens: self.config.kv_tokens as u64,
+            accepts: self.config.precision,
+            trunk: *self.trunk.borrow(),
             complete_models: self.complete.borrow().clone(),
         }
     }
@@ -178,12 +193,15 @@ impl Shared {
         state.models.get(&id).map(|model| (id, model))
     }
 
-    /// Whom to ask for a blob: ready replicas of the expert in random order, then nodes that have the whole model, then the
-    /// other members that are there.
-    pub fn sources(&self, state: &State, model: ModelId, expert: Option<ExpertId>) -> Vec<Source> {
+    /// Whom to ask for a blob: nodes that hold this slice of the expert in random order, then nodes that have the whole model,
+    /// then the other members that are there. `None` is a part of the trunk.
+    pub fn sources(&self, state: &State, model: ModelId, expert: Option<(ExpertId, Slice)>) -> Vec<Source> {
         let facts = self.facts_of_members(state);
         let ready: BTreeSet<NodeId> = match (&state.placement, expert) {
-            (Some(placement), Some(expert)) => placement.hosts(expert).map(|(node, _)| node).collect(),
+            (Some(placement), Some((expert, slice))) => {
+                let hosts = placement.hosts(expert).filter(|(_, precision)| slice.is_part_of(*precision));
+                hosts.map(|(node, _)| node).collect()
+            }
             (Some(placement), None) => placement.trunk_ready.clone(),
             (None, _) => BTreeSet::new(),
         };
@@ -208,8 +226,9 @@ impl Shared {
     pub fn live_replicas(&self, placement: &Placement) -> BTreeMap<ExpertId, usize> {
         let (own, down, held) = (self.log.node_id(), self.down(), self.held.borrow().clone());
         let each = placement.replicas.iter().map(|(&expert, nodes)| {
-            let others = nodes.iter().filter(|(node, replica)| **node != own && replica.ready && !down.contains(node));
-            (expert, others.count() + usize::from(held.contains(&expert)))
+            let others =
+                nodes.iter().filter(|(node, replica)| **node != own && replica.ready.is_some() && !down.contains(node));
+            (expert, others.count() + usize::from(held.contains_key(&expert)))
         });
         each.collect()
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use coel_store::{ExpertId, NodeId, Precision};
+use coel_store::{Bounds, ExpertId, NodeId, Precision};
 use serde::{Deserialize, Serialize};
 
 use crate::service::{ModelInfo, Readiness};
@@ -36,6 +36,8 @@ pub struct Status {
     pub models: Vec<ModelInfo>,
     /// The model that is placed.
     pub model: Option<ModelInfo>,
+    /// At which precisions the mesh is to hold its experts.
+    pub precisions: Bounds,
     /// Share of its experts with a ready replica on a live node, as this node sees it.
     pub coverage: f64,
     /// Fewest such replicas of any expert.
@@ -77,8 +79,46 @@ pub struct NodeStatus {
     pub memory_budget_bytes: Option<u64>,
     /// Experts placed on it.
     pub experts: usize,
-    /// Of them, those it has reported ready.
+    /// Of them, those it has reported ready as they are wanted.
     pub experts_ready: usize,
+    /// Experts it has reported ready, by the precision at which they are.
+    pub precisions: Counts,
+    /// Bytes of those, as far as the node asked knows the model.
+    pub expert_bytes: Option<u64>,
+    /// At which precision it holds the trunk.
+    pub trunk: Option<Precision>,
+}
+
+/// Experts by precision.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    pub q4: usize,
+    pub q8: usize,
+    pub exact: usize,
+}
+
+/// `12 q4, 30 exact`, or `-` for none.
+impl std::fmt::Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let each = [(self.q4, Precision::Q4), (self.q8, Precision::Q8), (self.exact, Precision::Bf16)];
+        let each = each.iter().filter(|(count, _)| *count > 0).map(|(count, precision)| format!("{count} {precision}"));
+        let text = each.collect::<Vec<_>>().join(", ");
+        f.write_str(if text.is_empty() { "-" } else { &text })
+    }
+}
+
+impl Counts {
+    /// Counts these.
+    pub fn of(precisions: impl Iterator<Item = Precision>) -> Self {
+        precisions.fold(Self::default(), |mut counts, precision| {
+            *match precision {
+                Precision::Q4 => &mut counts.q4,
+                Precision::Q8 => &mut counts.q8,
+                Precision::Bf16 => &mut counts.exact,
+            } += 1;
+            counts
+        })
+    }
 }
 
 /// What a node knows of itself only.
@@ -86,6 +126,8 @@ pub struct NodeStatus {
 pub struct OwnStatus {
     /// Experts loaded.
     pub experts: usize,
+    /// Of them, by precision.
+    pub precisions: Counts,
     /// Bytes received over the weight stream since the node started.
     pub bytes_fetched: u64,
     /// The ledger: trunk, experts, KV cache and buffers, as reserved.
@@ -107,9 +149,11 @@ pub struct OwnStatus {
 pub struct ReplicaStatus {
     /// Who holds it.
     pub node: NodeId,
-    /// At which precision.
+    /// At which precision it is wanted.
     pub precision: Precision,
-    /// Verified, loaded and reported.
+    /// At which precision it is served now: verified, loaded and reported.
+    pub serves: Option<Precision>,
+    /// Whether that is as wanted.
     pub ready: bool,
 }
 

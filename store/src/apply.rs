@@ -6,7 +6,8 @@
 //! so a change of behaviour here is a change of the log's format.
 
 use crate::command::{Assignment, Command, Outcome, Refusal};
-use crate::ids::{Epoch, ExpertId, MeshId, ModelId, NodeId, Peer, Precision, TokenHash};
+use crate::ids::{Epoch, ExpertId, MeshId, ModelId, NodeId, Peer, TokenHash};
+use crate::precision::Precision;
 use crate::state::{Invite, Member, MemberInfo, Model, Placement, Replica, State};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -38,6 +39,10 @@ pub fn apply(state: &mut State, command: &Command) -> Outcome {
         Command::Leave { node } => leave(state, *node),
         Command::RegisterModel { id, model } => register(state, *id, model),
         Command::Place { expect, model, replicas } => place(state, *expect, *model, replicas),
+        Command::Precisions { bounds } => {
+            state.precisions = *bounds;
+            Ok(Outcome::Done)
+        }
         Command::Ready { node, epoch, experts, trunk } => ready(state, *node, *epoch, experts, *trunk),
         Command::NotReady { node, experts } => not_ready(state, *node, experts),
     };
@@ -145,6 +150,7 @@ fn register(state: &mut State, id: ModelId, model: &Model) -> Step {
     at_most("layers of the model", model.popularity.len(), usize::from(u16::MAX))?;
     let widest = model.popularity.iter().map(Vec::len).max().unwrap_or(0);
     at_most("experts of a layer", widest, usize::from(u16::MAX))?;
+    check_sensitivity(model)?;
     if let Some(known) = state.models.get(&id) {
         if known.name == model.name {
             return Ok(Outcome::Done);
@@ -156,6 +162,20 @@ fn register(state: &mut State, id: ModelId, model: &Model) -> Step {
     }
     state.models.insert(id, model.clone());
     Ok(Outcome::Done)
+}
+
+fn check_sensitivity(model: &Model) -> Result<(), Refusal> {
+    let Model { popularity, sensitivity, .. } = model;
+    let widths = |shape: &mut dyn Iterator<Item = usize>| shape.collect::<Vec<_>>();
+    let same = widths(&mut popularity.iter().map(Vec::len)) == widths(&mut sensitivity.iter().map(Vec::len));
+    if !sensitivity.is_empty() && !same {
+        return Err(Refusal::Sensitivity("it has another shape than their popularity".into()));
+    }
+    let is_loss = |loss: f32| loss.is_finite() && loss >= 0.0;
+    match sensitivity.iter().flatten().find(|loss| !is_loss(loss.q4) || !is_loss(loss.q8)) {
+        Some(loss) => Err(Refusal::Sensitivity(format!("{loss:?}"))),
+        None => Ok(()),
+    }
 }
 
 fn place(state: &mut State, expect: Epoch, id: ModelId, assignment: &Assignment) -> Step {
@@ -173,15 +193,13 @@ fn place(state: &mut State, expect: Epoch, id: ModelId, assignment: &Assignment)
         }
     }
     let old = state.placement.as_ref().filter(|old| old.model == id);
-    let was_ready = |expert: &ExpertId, node: &NodeId, precision: Precision| {
-        old.and_then(|old| old.replicas.get(expert)?.get(node))
-            .is_some_and(|replica| replica.ready && replica.precision == precision)
-    };
+    // A replica that is wanted at another precision goes on serving at the one it has.
+    let ready = |expert: &ExpertId, node: &NodeId| old.and_then(|old| old.replicas.get(expert)?.get(node)?.ready);
     let mut replicas: BTreeMap<ExpertId, BTreeMap<NodeId, Replica>> =
         model.experts().map(|expert| (expert, BTreeMap::new())).collect();
     for (expert, hosts) in assignment {
         let replica = |(node, precision): (&NodeId, &Precision)| {
-            (*node, Replica { precision: *precision, ready: was_ready(expert, node, *precision) })
+            (*node, Replica { precision: *precision, ready: ready(expert, node) })
         };
         replicas.insert(*expert, hosts.iter().map(replica).collect());
     }
@@ -191,7 +209,7 @@ fn place(state: &mut State, expect: Epoch, id: ModelId, assignment: &Assignment)
     Ok(Outcome::Epoch(epoch))
 }
 
-fn ready(state: &mut State, node: NodeId, epoch: Epoch, experts: &[ExpertId], trunk: bool) -> Step {
+fn ready(state: &mut State, node: NodeId, epoch: Epoch, experts: &BTreeMap<ExpertId, Precision>, trunk: bool) -> Step {
     member(state, node)?;
     let actual = state.epoch();
     let placement = match &mut state.placement {
@@ -200,9 +218,9 @@ fn ready(state: &mut State, node: NodeId, epoch: Epoch, experts: &[ExpertId], tr
             return Err(Refusal::StaleEpoch { expected: epoch, actual });
         }
     };
-    for expert in experts {
+    for (expert, precision) in experts {
         if let Some(replica) = placement.replicas.get_mut(expert).and_then(|hosts| hosts.get_mut(&node)) {
-            replica.ready = true;
+            replica.ready = Some(*precision);
         }
     }
     if trunk {
@@ -216,7 +234,7 @@ fn not_ready(state: &mut State, node: NodeId, experts: &[ExpertId]) -> Step {
     if let Some(placement) = &mut state.placement {
         for expert in experts {
             if let Some(replica) = placement.replicas.get_mut(expert).and_then(|hosts| hosts.get_mut(&node)) {
-                replica.ready = false;
+                replica.ready = None;
             }
         }
     }

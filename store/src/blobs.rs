@@ -5,7 +5,8 @@
 //! |---|---|
 //! | `blobs/ab/abcd...` | a blob's content, named by its hash |
 //! | `partial/abcd...` | a blob that is still arriving |
-//! | `index/` | a sled database: which blobs are held, and how |
+//! | `partial/draft-1` | a blob that is being made |
+//! | `index/` | a sled database: which blobs are held, and how; which parts of which checkpoint they are |
 //!
 //! Invariants: a blob is in the index only after its content is on the disk; its content was hashed
 //! as a whole before it got its name; what is given out as verified was hashed chunk by chunk as it
@@ -14,9 +15,11 @@
 //!
 //! All calls block on the disk. What a blob means, and from whom it comes, is not known here.
 
+mod draft;
 mod partial;
 mod segment;
 
+pub use draft::{Draft, NewPart, PartKey};
 pub use partial::Partial;
 pub use segment::Segment;
 
@@ -25,6 +28,7 @@ use crate::disk::{Batch, Disk, DiskError, OpenError, sync_folder};
 use crate::ids::{BlobId, hex};
 use crate::manifest::{BlobEntry, CHUNK_BYTES, ManifestError};
 use segment::{Keep, Record};
+use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -143,6 +147,11 @@ pub enum BlobError {
 }
 
 impl BlobError {
+    /// Whether there was no room left on the disk.
+    pub fn is_full_disk(&self) -> bool {
+        matches!(self, Self::Io { error, .. } if error.kind() == std::io::ErrorKind::StorageFull)
+    }
+
     /// Whether the blob here is no use and a fresh copy would be.
     pub fn is_damage(&self) -> bool {
         match self {
@@ -172,6 +181,15 @@ fn index_key(id: &BlobId) -> Vec<u8> {
     [b"B".as_slice(), &id.0].concat()
 }
 
+fn put_record(batch: &mut Batch, key: &[u8], value: &impl Serialize, limit: usize) -> Result<(), BlobError> {
+    let bytes = cbor::to_vec(value)?;
+    if bytes.len() > limit {
+        return Err(CborError::TooLong { bytes: bytes.len(), limit }.into());
+    }
+    batch.put(key, &bytes);
+    Ok(())
+}
+
 /// Creates a folder so that it survives a power cut.
 fn make_folder(path: &Path) -> Result<(), BlobError> {
     if !path.is_dir() {
@@ -192,6 +210,7 @@ impl Blobs {
         let (files, partial) = (dir.join("blobs"), dir.join("partial"));
         make_folder(&files)?;
         make_folder(&partial)?;
+        draft::sweep(&partial)?;
         Ok(Self(Arc::new(Inner { index, files, partial, receiving: Mutex::default() })))
     }
 
@@ -226,15 +245,9 @@ impl Blobs {
         }
     }
 
-    fn remember(&self, records: Vec<(BlobId, Record)>) -> Result<(), BlobError> {
+    fn remember(&self, id: &BlobId, record: &Record) -> Result<(), BlobError> {
         let mut batch = Batch::default();
-        for (id, record) in records {
-            let bytes = cbor::to_vec(&record)?;
-            if bytes.len() > RECORD_BYTES_MAX {
-                return Err(CborError::TooLong { bytes: bytes.len(), limit: RECORD_BYTES_MAX }.into());
-            }
-            batch.put(&index_key(&id), &bytes);
-        }
+        put_record(&mut batch, &index_key(id), record, RECORD_BYTES_MAX)?;
         Ok(self.0.index.write_blocking(batch)?)
     }
 
@@ -252,26 +265,6 @@ impl Blobs {
         }
         partial.finish()?;
         Ok(entry)
-    }
-
-    /// Keeps a blob without copying it: its content is the segments, one after the other.
-    pub fn put_reference(&self, entry: &BlobEntry, segments: Vec<Segment>) -> Result<(), BlobError> {
-        self.put_references([(entry.clone(), segments)])
-    }
-
-    /// Keeps many references with one write to the disk.
-    pub fn put_references(
-        &self,
-        references: impl IntoIterator<Item = (BlobEntry, Vec<Segment>)>,
-    ) -> Result<(), BlobError> {
-        let mut records = Vec::new();
-        for (entry, segments) in references {
-            entry.check()?;
-            let segments = segments.into_iter().map(Segment::absolute).collect::<Result<Vec<_>, _>>()?;
-            segment::check(&entry.id, entry.bytes, &segments)?;
-            records.push((entry.id, Record { bytes: entry.bytes, keep: Keep::Reference(segments) }));
-        }
-        self.remember(records)
     }
 
     /// Whether the blob is held, as far as a look at the files tells: indexed, and as long as it

@@ -4,7 +4,8 @@
 //! must compute the same answer from it, now or when it catches up next week. Commands may arrive
 //! twice (a proposer that lost the reply asks again), so each is written to be harmless then.
 
-use crate::ids::{Epoch, ExpertId, MeshId, ModelId, NodeId, Peer, Precision, TokenHash};
+use crate::ids::{Epoch, ExpertId, MeshId, ModelId, NodeId, Peer, TokenHash};
+use crate::precision::{Bounds, Precision};
 use crate::state::{MemberInfo, Model};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -82,14 +83,20 @@ pub enum Command {
         /// Who holds what. Experts of the model that are not named here have no replica.
         replicas: Assignment,
     },
-    /// A node holds, verified, what the placement of `epoch` assigned to it.
+    /// Says at which precisions experts may be placed from now on.
+    Precisions {
+        /// Those.
+        bounds: Bounds,
+    },
+    /// A node holds, verified and loaded, experts that the placement of `epoch` assigned to it.
     Ready {
         /// Which node.
         node: NodeId,
         /// The placement it looked at; another one refuses the report.
         epoch: Epoch,
-        /// Which of its experts; what is not assigned to it is ignored.
-        experts: Vec<ExpertId>,
+        /// Which of its experts, and at which precision, be it the one wanted or not; what is not
+        /// assigned to it is ignored.
+        experts: BTreeMap<ExpertId, Precision>,
         /// It holds the trunk too.
         trunk: bool,
     },
@@ -114,6 +121,7 @@ impl Command {
             Self::Leave { .. } => "leave",
             Self::RegisterModel { .. } => "register-model",
             Self::Place { .. } => "place",
+            Self::Precisions { .. } => "precisions",
             Self::Ready { .. } => "ready",
             Self::NotReady { .. } => "not-ready",
         }
@@ -190,6 +198,9 @@ pub enum Refusal {
     /// The model has no such expert.
     #[error("the model has no expert {0}")]
     UnknownExpert(ExpertId),
+    /// What was measured on a model cannot be so.
+    #[error("the sensitivity of the model's experts is not what was measured on them: {0}")]
+    Sensitivity(String),
     /// A part of the command is longer than the log accepts.
     #[error("{what}: {actual} is more than the {limit} allowed")]
     TooLarge {
@@ -218,6 +229,7 @@ impl Refusal {
             Self::NameTaken { .. } => "import it under another name",
             Self::RegisteredAs { .. } => "use that name",
             Self::UnknownExpert(_) => "plan again from the model's manifest",
+            Self::Sensitivity(_) => "import the model again",
             Self::TooLarge { .. } => "make it smaller",
         }
     }

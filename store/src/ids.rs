@@ -1,5 +1,5 @@
 //! Names of things, as plain values: who (`NodeId`, `Peer`, `MeshId`), what (`ModelId`, `BlobId`,
-//! `ExpertId`), and at which version (`Epoch`, `Precision`).
+//! `ExpertId`), and at which version (`Epoch`).
 //!
 //! Every byte-array id has one spelling for people (lower-case hex) and one for the disk and the
 //! wire (a CBOR byte string); a serialiser that says it is for people gets the first. Integers are
@@ -61,7 +61,7 @@ pub struct ParseIdError {
 }
 
 impl ParseIdError {
-    fn new(what: &'static str, text: &str, expected: impl Into<String>) -> Self {
+    pub(crate) fn new(what: &'static str, text: &str, expected: impl Into<String>) -> Self {
         Self { what, text: text.chars().take(80).collect(), expected: expected.into() }
     }
 }
@@ -288,41 +288,6 @@ impl<'de> Deserialize<'de> for ExpertId {
     }
 }
 
-/// At which precision a replica holds its expert.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// The base slice: 4 bits.
-    Q4,
-    /// Base and refine: 8 bits.
-    Q8,
-    /// As in the checkpoint.
-    Bf16,
-}
-
-impl fmt::Display for Precision {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Q4 => "q4",
-            Self::Q8 => "q8",
-            Self::Bf16 => "bf16",
-        })
-    }
-}
-
-impl FromStr for Precision {
-    type Err = ParseIdError;
-
-    fn from_str(text: &str) -> Result<Self, ParseIdError> {
-        match text {
-            "q4" => Ok(Self::Q4),
-            "q8" => Ok(Self::Q8),
-            "bf16" => Ok(Self::Bf16),
-            _ => Err(ParseIdError::new("precision", text, "q4, q8 or bf16")),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -338,9 +303,6 @@ mod tests {
         assert_eq!("3.17".parse(), Ok(ExpertId::new(3, 17)));
         assert_eq!(ExpertId::new(3, 17).to_string(), "3.17");
         assert!("3".parse::<ExpertId>().is_err());
-        for precision in [Precision::Q4, Precision::Q8, Precision::Bf16] {
-            assert_eq!(precision.to_string().parse(), Ok(precision));
-        }
     }
 
     #[test]

@@ -26,16 +26,18 @@ mod disk;
 pub mod ids;
 pub mod log;
 pub mod manifest;
+pub mod precision;
 pub mod state;
 
 pub use apply::apply;
-pub use blobs::{BlobError, Blobs, Partial, Segment};
+pub use blobs::{BlobError, Blobs, Draft, NewPart, PartKey, Partial, Segment};
 pub use cbor::CborError;
 pub use command::{Assignment, Command, Outcome, Refusal};
 pub use disk::{DiskError, OpenError};
-pub use ids::{BlobId, Epoch, ExpertId, MeshId, ModelId, NodeId, ParseIdError, Peer, Precision, TokenHash};
+pub use ids::{BlobId, Epoch, ExpertId, MeshId, ModelId, NodeId, ParseIdError, Peer, TokenHash};
 pub use log::{
     Log, LogError, ProposeError, RPC_BYTES_MAX, RpcRefusal, Timing, Transport, Unreachable, VOTERS_MAX, voters,
 };
-pub use manifest::{BlobEntry, BlobHasher, CHUNK_BYTES, FileEntry, Manifest, ManifestError, PartEntry, Slices};
-pub use state::{Invite, Member, MemberInfo, Model, Placement, Replica, State};
+pub use manifest::{BlobEntry, BlobHasher, CHUNK_BYTES, FileEntry, Manifest, ManifestError, PartEntry, Slice, Slices};
+pub use precision::{Bounds, Precision};
+pub use state::{Invite, Loss, Member, MemberInfo, Model, Placement, Replica, State};

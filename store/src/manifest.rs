@@ -1,21 +1,24 @@
 //! What a model consists of, by content: the document whose hash is the model's id.
 //!
-//! A manifest lists every blob (the files that describe the model, the parts of the trunk, each
-//! expert's slice) with its length and one BLAKE3 per 1 MiB chunk, so that a chunk from any peer,
+//! A manifest lists every blob (the files that describe the model, and the slices of every part of the
+//! trunk and of every expert) with its length and one BLAKE3 per 1 MiB chunk, so that a chunk from any peer,
 //! or from this disk, can be checked by itself. Whoever has the id can check the manifest, and
 //! whoever has the manifest can check every byte.
 //!
 //! Invariant: a decoded manifest is sound. Its sizes add up, every blob has the hashes that its
-//! length calls for, names are names and not paths, no expert is listed twice, and encoding it again
-//! gives the same bytes. What the bytes of a blob mean is not known here.
+//! length calls for, names are names and not paths, no expert is listed twice, a refine slice comes
+//! with its base, and encoding it again gives the same bytes. What the bytes of a blob mean is not
+//! known here. Nor is anything that was measured on the model: it is no part of its content, and two
+//! machines that import the same checkpoint must come to the same id.
 
 use crate::cbor::{self, CborError};
 use crate::ids::{BlobId, ExpertId, ModelId};
+use crate::precision::Precision;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// The format written and read here.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Bytes of a chunk; the last one of a blob may be shorter.
 pub const CHUNK_BYTES: usize = 1 << 20;
 /// Longest encoded manifest. A model of 700 GB has 22 MB of chunk hashes.
@@ -57,14 +60,74 @@ pub struct PartEntry {
     /// What the part is called.
     pub name: String,
     /// Its content.
-    pub blob: BlobEntry,
+    pub slices: Slices,
 }
 
-/// The slices of one expert.
+/// One of the blobs that an expert or a part of the trunk has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slice {
+    /// As in the checkpoint.
+    Exact,
+    /// The first 4 bits.
+    Base,
+    /// 4 more.
+    Refine,
+}
+
+impl Slice {
+    /// Whether whoever holds this precision has this slice.
+    pub fn is_part_of(self, precision: Precision) -> bool {
+        match self {
+            Self::Exact => precision == Precision::Bf16,
+            Self::Base => precision != Precision::Bf16,
+            Self::Refine => precision == Precision::Q8,
+        }
+    }
+}
+
+/// The slices of one expert, or of one part of the trunk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Slices {
     /// As in the checkpoint.
     pub exact: BlobEntry,
+    /// The first 4 bits of each weight. Absent where the weights have no slices.
+    pub base: Option<BlobEntry>,
+    /// 4 more bits of each; comes with the base.
+    pub refine: Option<BlobEntry>,
+}
+
+impl Slices {
+    /// Slices of weights that are only there exactly.
+    pub fn exact_only(exact: BlobEntry) -> Self {
+        Self { exact, base: None, refine: None }
+    }
+
+    /// The blobs that make up this precision, the base before its refine slice; `None` where there is no such precision.
+    pub fn at(&self, precision: Precision) -> Option<Vec<(Slice, &BlobEntry)>> {
+        match precision {
+            Precision::Q4 => Some(vec![(Slice::Base, self.base.as_ref()?)]),
+            Precision::Q8 => Some(vec![(Slice::Base, self.base.as_ref()?), (Slice::Refine, self.refine.as_ref()?)]),
+            Precision::Bf16 => Some(vec![(Slice::Exact, &self.exact)]),
+        }
+    }
+
+    /// Bytes at this precision.
+    pub fn bytes(&self, precision: Precision) -> Option<u64> {
+        Some(self.at(precision)?.into_iter().map(|(_, blob)| blob.bytes).sum())
+    }
+
+    /// This precision, or exact where there is no other, and its bytes.
+    pub fn nearest(&self, precision: Precision) -> (Precision, u64) {
+        match self.bytes(precision) {
+            Some(bytes) => (precision, bytes),
+            None => (Precision::Bf16, self.exact.bytes),
+        }
+    }
+
+    /// All blobs.
+    pub fn blobs(&self) -> impl Iterator<Item = &BlobEntry> {
+        std::iter::once(&self.exact).chain(&self.base).chain(&self.refine)
+    }
 }
 
 /// One blob: what it is, how long, and how to check it piece by piece.
@@ -273,6 +336,12 @@ impl Manifest {
                 return Err(ManifestError::Unsound(format!("{what} \"{name}\" is listed twice")));
             }
         }
+        if let Some(torn) = self.slices().find(|slices| slices.base.is_some() != slices.refine.is_some()) {
+            let exact = torn.exact.id;
+            return Err(ManifestError::Unsound(format!(
+                "blob {exact} has a base slice or a refine slice, but not both"
+            )));
+        }
         let mut lengths: BTreeMap<BlobId, u64> = BTreeMap::new();
         for blob in self.blobs() {
             blob.check()?;
@@ -285,18 +354,12 @@ impl Manifest {
 
     /// Every blob, in the order of the manifest. Equal contents are listed as often as they are used.
     pub fn blobs(&self) -> impl Iterator<Item = &BlobEntry> {
-        let files = self.files.iter().map(|file| &file.blob);
-        files.chain(self.trunk_blobs()).chain(self.experts.values().map(|slices| &slices.exact))
+        self.files.iter().map(|file| &file.blob).chain(self.slices().flat_map(Slices::blobs))
     }
 
-    /// The blobs of the trunk.
-    pub fn trunk_blobs(&self) -> impl Iterator<Item = &BlobEntry> {
-        self.trunk.iter().map(|part| &part.blob)
-    }
-
-    /// The blobs of these experts; experts that the model does not have are passed over.
-    pub fn blobs_of(&self, experts: impl IntoIterator<Item = ExpertId>) -> impl Iterator<Item = &BlobEntry> {
-        experts.into_iter().filter_map(|expert| self.experts.get(&expert)).map(|slices| &slices.exact)
+    /// The slices of every part of the trunk, then of every expert.
+    fn slices(&self) -> impl Iterator<Item = &Slices> {
+        self.trunk.iter().map(|part| &part.slices).chain(self.experts.values())
     }
 
     /// A file by name.
@@ -309,19 +372,14 @@ impl Manifest {
         self.blobs().find(|blob| blob.id == *id)
     }
 
-    /// Bytes of one expert as in the checkpoint.
-    pub fn expert_bytes(&self, expert: ExpertId) -> Option<u64> {
-        self.experts.get(&expert).map(|slices| slices.exact.bytes)
+    /// Bytes of the trunk at this precision.
+    pub fn trunk_bytes(&self, precision: Precision) -> u64 {
+        self.trunk.iter().map(|part| part.slices.nearest(precision).1).sum()
     }
 
-    /// Bytes of all experts.
-    pub fn experts_bytes(&self) -> u64 {
-        self.experts.values().map(|slices| slices.exact.bytes).sum()
-    }
-
-    /// Bytes of the trunk.
-    pub fn trunk_bytes(&self) -> u64 {
-        self.trunk_blobs().map(|blob| blob.bytes).sum()
+    /// Bytes of all experts, each once, at this precision.
+    pub fn experts_bytes(&self, precision: Precision) -> u64 {
+        self.experts.values().map(|slices| slices.nearest(precision).1).sum()
     }
 
     /// Bytes of everything, files included.

@@ -5,9 +5,11 @@
 //! down to the encoded byte.
 //!
 //! Invariants, kept by [`crate::apply`]: the epoch only grows; node ids are never reused; every
-//! replica is on a member; a replica is `ready` only by its own node's word for that placement.
+//! replica is on a member; a replica is `ready` only by its own node's word, at the precision that the
+//! node said.
 
-use crate::ids::{Epoch, ExpertId, MeshId, ModelId, NodeId, Peer, Precision, TokenHash};
+use crate::ids::{Epoch, ExpertId, MeshId, ModelId, NodeId, Peer, TokenHash};
+use crate::precision::{Bounds, Precision};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -26,6 +28,8 @@ pub struct State {
     pub models: BTreeMap<ModelId, Model>,
     /// Where the experts of the served model live, once that was decided.
     pub placement: Option<Placement>,
+    /// At which precisions experts may be placed.
+    pub precisions: Bounds,
 }
 
 /// How a node introduces itself.
@@ -61,8 +65,9 @@ pub struct Invite {
     pub expires_at_ms: u64,
 }
 
-/// A registered model; its content is in the manifest that its id hashes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A registered model; its content is in the manifest that its id hashes. Here is what was measured on
+/// it, which depends on a text and on who measured.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Model {
     /// The name people use; unique among the models.
     pub name: String,
@@ -73,6 +78,19 @@ pub struct Model {
     pub popularity: Vec<Vec<u32>>,
     /// Which text the popularity was counted on.
     pub popularity_text: String,
+    /// `[layer][expert]`: what an expert's output loses at Q4 and at Q8 on that text, as squared error
+    /// relative to what its layer puts out for a row. The shape is the popularity's; empty means that
+    /// nothing was measured.
+    pub sensitivity: Vec<Vec<Loss>>,
+}
+
+/// Relative squared error of an expert's output by precision; none where it is exact.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Loss {
+    /// At Q4.
+    pub q4: f32,
+    /// At Q8.
+    pub q8: f32,
 }
 
 impl Model {
@@ -99,8 +117,21 @@ impl Model {
 pub struct Replica {
     /// At which precision it is to be held.
     pub precision: Precision,
-    /// The node said that it holds it, verified.
-    pub ready: bool,
+    /// At which precision the node said that it holds it, verified and loaded. Another one than is
+    /// wanted serves until that is there.
+    pub ready: Option<Precision>,
+}
+
+impl Replica {
+    /// A replica that nothing was said of yet.
+    pub fn wanted(precision: Precision) -> Self {
+        Self { precision, ready: None }
+    }
+
+    /// Whether it is held as wanted.
+    pub fn is_settled(&self) -> bool {
+        self.ready == Some(self.precision)
+    }
 }
 
 /// Where each expert of the served model lives.
@@ -128,7 +159,7 @@ impl Placement {
 
     /// The smallest number of ready replicas of any expert.
     pub fn replicas_min(&self) -> usize {
-        let ready = |hosts: &BTreeMap<NodeId, Replica>| hosts.values().filter(|r| r.ready).count();
+        let ready = |hosts: &BTreeMap<NodeId, Replica>| hosts.values().filter(|r| r.ready.is_some()).count();
         self.replicas.values().map(ready).min().unwrap_or(0)
     }
 
@@ -137,19 +168,14 @@ impl Placement {
         self.replicas.iter().filter_map(move |(expert, hosts)| hosts.get(&node).map(|r| (*expert, *r)))
     }
 
-    /// The nodes that said they hold `expert`, in ascending order.
+    /// The nodes that said they hold `expert`, in ascending order, and at which precision they do.
     pub fn hosts(&self, expert: ExpertId) -> impl Iterator<Item = (NodeId, Precision)> + '_ {
-        self.replicas
-            .get(&expert)
-            .into_iter()
-            .flatten()
-            .filter(|(_, replica)| replica.ready)
-            .map(|(node, replica)| (*node, replica.precision))
+        self.replicas.get(&expert).into_iter().flatten().filter_map(|(node, replica)| Some((*node, replica.ready?)))
     }
 
     /// The experts without a ready replica.
     pub fn missing(&self) -> Vec<ExpertId> {
-        let lost = |hosts: &BTreeMap<NodeId, Replica>| !hosts.values().any(|r| r.ready);
+        let lost = |hosts: &BTreeMap<NodeId, Replica>| hosts.values().all(|r| r.ready.is_none());
         self.replicas.iter().filter(|(_, hosts)| lost(hosts)).map(|(expert, _)| *expert).collect()
     }
 }
@@ -177,8 +203,9 @@ mod tests {
     use super::*;
 
     fn placement(rows: &[(u16, &[(u64, bool)])]) -> Placement {
-        let replica =
-            |(node, ready): &(u64, bool)| (NodeId(*node), Replica { precision: Precision::Bf16, ready: *ready });
+        let replica = |(node, ready): &(u64, bool)| {
+            (NodeId(*node), Replica { precision: Precision::Bf16, ready: ready.then_some(Precision::Q8) })
+        };
         let expert =
             |(index, hosts): &(u16, &[(u64, bool)])| (ExpertId::new(0, *index), hosts.iter().map(replica).collect());
         Placement {
@@ -197,7 +224,8 @@ mod tests {
         assert_eq!((half.coverage(), half.replicas_min()), (0.5, 0));
         assert_eq!(half.missing(), [ExpertId::new(0, 1)]);
         assert_eq!(half.of(NodeId(2)).map(|(e, _)| e.index).collect::<Vec<_>>(), [0, 1]);
-        assert_eq!(half.hosts(ExpertId::new(0, 0)).collect::<Vec<_>>(), [(NodeId(1), Precision::Bf16)]);
+        assert_eq!(half.hosts(ExpertId::new(0, 0)).collect::<Vec<_>>(), [(NodeId(1), Precision::Q8)]);
+        assert!(!half.of(NodeId(1)).any(|(_, replica)| replica.is_settled()));
         assert_eq!(half.hosts(ExpertId::new(9, 9)).count(), 0);
         let lost = placement(&[(0, &[])]);
         assert_eq!((lost.coverage(), lost.replicas_min()), (0.0, 0));
@@ -211,6 +239,7 @@ mod tests {
             manifest_bytes: 1,
             popularity: vec![vec![1, 2], vec![3]],
             popularity_text: "none".into(),
+            sensitivity: Vec::new(),
         };
         assert!(model.has(ExpertId::new(1, 0)) && !model.has(ExpertId::new(1, 1)));
         assert_eq!(model.experts().map(|e| e.to_string()).collect::<Vec<_>>(), ["0.0", "0.1", "1.0"]);

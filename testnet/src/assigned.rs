@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use coel_node::status::Status;
-use coel_store::{ExpertId, Manifest, ModelId, NodeId};
+use coel_store::{ExpertId, Manifest, ModelId, NodeId, Precision};
 
 /// A registered model, by its blobs.
 #[derive(Debug)]
@@ -31,16 +31,15 @@ impl Assigned {
 
     /// Bytes of everything that a node gets by the placement in `status`.
     pub fn bytes(&self, status: &Status, node: NodeId) -> u64 {
-        let experts: Vec<ExpertId> = status
-            .placement
-            .iter()
-            .filter(|(_, replicas)| replicas.iter().any(|replica| replica.node == node))
-            .filter_map(|(expert, _)| expert.parse().ok())
-            .collect();
+        let held = status.placement.iter().filter_map(|(expert, replicas)| {
+            let replica = replicas.iter().find(|replica| replica.node == node)?;
+            Some((expert.parse::<ExpertId>().ok()?, replica.precision))
+        });
+        let experts = held.filter_map(|(expert, at)| self.manifest.experts.get(&expert)?.bytes(at));
         let files = self.manifest.files.iter().map(|file| file.blob.bytes);
-        let trunk = self.manifest.trunk_blobs().map(|blob| blob.bytes);
-        let experts = self.manifest.blobs_of(experts).map(|blob| blob.bytes);
-        self.manifest_bytes + files.chain(trunk).chain(experts).sum::<u64>()
+        let trunk = status.nodes.iter().find(|status| status.node_id == node).and_then(|status| status.trunk);
+        let trunk = self.manifest.trunk_bytes(trunk.unwrap_or(Precision::Bf16));
+        self.manifest_bytes + trunk + files.chain(experts).sum::<u64>()
     }
 }
 
@@ -62,13 +61,16 @@ mod tests {
     fn a_node_gets_the_trunk_and_its_own_experts() {
         let data = tempfile::tempdir().unwrap();
         let blob = |bytes: usize| BlobEntry::of(&vec![bytes as u8; bytes]);
-        let expert = |index, bytes| (ExpertId { layer: 0, index }, Slices { exact: blob(bytes) });
+        let expert = |index, bytes| {
+            let (base, refine) = (Some(blob(bytes - 4)), Some(blob(1)));
+            (ExpertId { layer: 0, index }, Slices { exact: blob(bytes), base, refine })
+        };
         let manifest = Manifest {
             format: FORMAT,
             name: "m".into(),
             architecture: "Test".into(),
             files: Vec::new(),
-            trunk: vec![PartEntry { name: "head".into(), blob: blob(100) }],
+            trunk: vec![PartEntry { name: "head".into(), slices: Slices::exact_only(blob(100)) }],
             experts: [expert(0, 10), expert(1, 7)].into(),
         };
         let (encoded, id) = manifest.encode().unwrap();
@@ -77,12 +79,13 @@ mod tests {
         std::fs::write(&path, &encoded).unwrap();
         let assigned = Assigned::read(data.path(), &id.to_string()).unwrap();
 
-        let on = |node: u64| json!([{"node": node, "precision": Precision::Bf16, "ready": true}]);
+        let on = |node: u64, at: Precision| json!([{"node": node, "precision": at, "serves": at, "ready": true}]);
         let mut status = status("node-1", &json!({}));
-        status.placement = serde_json::from_value(json!({"0.0": on(1), "0.1": on(2)})).unwrap();
+        let placement = json!({"0.0": on(1, Precision::Bf16), "0.1": on(2, Precision::Q8)});
+        status.placement = serde_json::from_value(placement).unwrap();
         let fixed = encoded.len() as u64 + 100;
         let found: Vec<_> = [1, 2, 3].map(|node| assigned.bytes(&status, NodeId(node))).into();
-        assert_eq!(found, [fixed + 10, fixed + 7, fixed]);
+        assert_eq!(found, [fixed + 10, fixed + 3 + 1, fixed]);
         std::fs::write(&path, &encoded[1..]).unwrap();
         assert!(Assigned::read(data.path(), &id.to_string()).is_err());
     }

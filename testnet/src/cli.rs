@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use coel_store::Bounds;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::fault::Fault;
@@ -42,6 +43,9 @@ struct Args {
     /// Share of the expert bytes that each node has room for.
     #[arg(long, value_name = "PERCENT", default_value_t = 70, value_parser = clap::value_parser!(u64).range(0..=1000))]
     budget: u64,
+    /// At which precisions each node accepts experts: `auto`, `q4`, `q8`, `exact`, or bounds such as `..q8`.
+    #[arg(long, value_name = "PRECISION", default_value_t)]
+    precision: Bounds,
     /// What to ask.
     #[arg(long, value_name = "TEXT", default_value = "What is the capital of France?")]
     question: String,
@@ -65,6 +69,7 @@ impl Args {
         Job {
             nodes: usize::from(self.nodes),
             percent: self.budget,
+            precision: self.precision,
             model: self.model.clone().unwrap_or_else(crate::bundled_model),
             model_name: self.model.as_deref().map_or_else(|| BUNDLED_NAME.into(), name),
             question: self.question.clone(),

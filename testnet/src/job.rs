@@ -11,6 +11,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use coel_node::control::Request;
 use coel_node::service::ModelInfo;
 use coel_node::status::Status;
+use coel_store::Bounds;
 
 use crate::ask::{self, Answer};
 use crate::assigned::Assigned;
@@ -36,6 +37,8 @@ pub struct Job {
     pub nodes: usize,
     /// Share of the expert bytes each node has room for.
     pub percent: u64,
+    /// At which precisions each node accepts experts.
+    pub precision: Bounds,
     /// Checkpoint folder.
     pub model: PathBuf,
     /// Name to register it under.
@@ -53,7 +56,7 @@ impl Job {
             name: format!("node-{number}"),
             memory_bytes: budget.bytes(self.percent),
             kv_tokens: budget.kv_tokens,
-            flags: Vec::new(),
+            flags: vec!["--precision".into(), self.precision.to_string().into()],
         }
     }
 

@@ -4,7 +4,7 @@
 //! the nodes' own, but for `rss_bytes` and `bytes_assigned`, which are found out without asking them.
 
 use coel_node::size::Size;
-use coel_node::status::Status;
+use coel_node::status::{Counts, Status};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::{Deserialize, Serialize};
 
@@ -56,6 +56,8 @@ pub struct NodeReport {
     pub data: String,
     /// Experts loaded.
     pub experts: usize,
+    /// Of them, by precision.
+    pub precisions: Counts,
     /// Bytes received over the weight stream.
     pub bytes_fetched: u64,
     /// Bytes of the blobs assigned to it, counted from manifest and placement.
@@ -115,8 +117,17 @@ impl Report {
 
     /// The table for people.
     pub fn table(&self) -> Table {
-        const HEADER: [&str; 8] =
-            ["node", "experts", "fetched", "memory", "of budget", "rows here", "rows by peers", "rows for peers"];
+        const HEADER: [&str; 9] = [
+            "node",
+            "experts",
+            "held at",
+            "fetched",
+            "memory",
+            "of budget",
+            "rows here",
+            "rows by peers",
+            "rows for peers",
+        ];
         let mut table = Table::new();
         table.load_style(presets::UTF8_FULL_CONDENSED).set_header(HEADER);
         for node in &self.nodes {
@@ -130,6 +141,7 @@ impl Report {
             table.add_row([
                 name,
                 node.experts.to_string(),
+                node.precisions.to_string(),
                 Size(node.bytes_fetched).to_string(),
                 Size(node.memory_bytes).to_string(),
                 Size(node.memory_budget_bytes).to_string(),
@@ -164,6 +176,7 @@ impl NodeReport {
             pid: outside.pid,
             data: outside.data.clone(),
             experts: own.experts,
+            precisions: own.precisions,
             bytes_fetched: own.bytes_fetched,
             bytes_assigned: outside.bytes_assigned,
             memory_bytes: own.memory_bytes,

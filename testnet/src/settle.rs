@@ -141,16 +141,20 @@ pub(crate) mod tests {
         let node = |id: u64| {
             json!({"node_id": id, "name": format!("node-{id}"), "peer_id": "p", "liveness": "up", "leaving": false,
                    "voter": true, "rtt_ms": null, "memory_headroom": null, "compute_headroom": null,
-                   "memory_budget_bytes": null, "experts": 2, "experts_ready": 2})
+                   "memory_budget_bytes": null, "experts": 2, "experts_ready": 2, "expert_bytes": 4, "trunk": "exact",
+                   "precisions": {"q4": 0, "q8": 0, "exact": 2}})
         };
-        let replicas = |a: u64, b: u64| json!([{"node": a, "precision": "bf16", "ready": true}, {"node": b, "precision": "bf16", "ready": true}]);
+        let replicas = |a: u64, b: u64| {
+            let on = |node: u64| json!({"node": node, "precision": "exact", "serves": "exact", "ready": true});
+            json!([on(a), on(b)])
+        };
         let mut status = json!({
             "mesh": "m", "node_id": 1, "name": name, "peer_id": "p", "api": "http://127.0.0.1:1", "device": "cpu",
-            "leader": 1, "term": 1, "applied": 40, "state_hash": "h", "epoch": 7, "models": [], "model": null,
+            "leader": 1, "term": 1, "applied": 40, "state_hash": "h", "epoch": 7, "precisions": "auto", "models": [], "model": null,
             "coverage": 1.0, "replicas_min": 2, "planner": null,
             "readiness": {"ready": true, "waiting_for": null, "problem": null, "coverage": 1.0, "bytes_assigned": 10, "bytes_held": 10},
             "nodes": [node(1), node(2), node(3)],
-            "own": {"experts": 2, "bytes_fetched": 10, "memory_bytes": 5, "rss_before_bytes": 1, "memory_budget_bytes": 6,
+            "own": {"experts": 2, "precisions": {"q4": 0, "q8": 0, "exact": 2}, "bytes_fetched": 10, "memory_bytes": 5, "rss_before_bytes": 1, "memory_budget_bytes": 6,
                     "rows_local": 0, "rows_remote": 0, "rows_served": 0},
             "placement": {"a": replicas(1, 2), "b": replicas(2, 3), "c": replicas(3, 1)},
         });

@@ -95,7 +95,7 @@ async fn a_prompt_longer_than_the_context_is_refused_with_both_numbers() {
 #[tokio::test]
 async fn budgets_that_cannot_cover_the_model_are_refused_with_the_missing_bytes() {
     let _turn = turn().await;
-    let refused = testnet(["--once", "--budget", "30"]).await;
+    let refused = testnet(["--once", "--budget", "30", "--precision", "exact"]).await;
     refused.refused(1, &["bytes are missing", "--memory"]);
 }
 

@@ -9,6 +9,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use coel_node::status::Status;
+use coel_store::Bounds;
 use coel_testnet::budget::Budget;
 use coel_testnet::job::Job;
 use coel_testnet::mesh::Mesh;
@@ -101,8 +102,15 @@ pub async fn coel_at<S: AsRef<OsStr>>(data: &Path, args: impl IntoIterator<Item 
 
 /// The main job's mesh of `nodes` nodes with room for `percent` of the experts, ready to be asked.
 pub async fn mesh(nodes: usize, percent: u64) -> (Mesh, Job, Budget) {
-    let job =
-        Job { nodes, percent, model: fixture(), model_name: MODEL.into(), question: QUESTION.into(), fault: None };
+    let job = Job {
+        nodes,
+        percent,
+        precision: Bounds::AUTO,
+        model: fixture(),
+        model_name: MODEL.into(),
+        question: QUESTION.into(),
+        fault: None,
+    };
     let mut mesh = Mesh::new(launcher()).unwrap();
     let budget = match job.assemble(&mut mesh, &mut Progress::new()).await {
         Ok(budget) => budget,

@@ -4,6 +4,8 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use coel_store::Bounds;
+
 use super::{Failure, Output, print};
 use crate::config::DataArgs;
 use crate::control::{Request, ask};
@@ -49,6 +51,18 @@ pub async fn import(dir: PathBuf, data: DataArgs, name: Option<String>, output: 
     }
     writeln!(std::io::stdout(), "{}  {}", model.name, model.id)?;
     Ok(())
+}
+
+/// `coel model precision`.
+pub async fn precision(bounds: Option<Bounds>, data: DataArgs) -> Result<(), Failure> {
+    match bounds {
+        Some(bounds) => Ok(ask::<()>(&data.data, &Request::Precision { bounds }, |_, _, _| ()).await?),
+        None => {
+            let status: Status = ask(&data.data, &Request::Status, |_, _, _| ()).await?;
+            writeln!(std::io::stdout(), "{}", status.precisions)?;
+            Ok(())
+        }
+    }
 }
 
 /// `coel model ls`.

@@ -13,6 +13,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use coel_store::Bounds;
 
 use crate::admission::invite::Invite;
 use crate::config::{DataArgs, NodeArgs};
@@ -124,6 +125,13 @@ enum Model {
         #[command(flatten)]
         output: Output,
     },
+    /// Show or say at which precision the mesh is to hold experts. Without a word from you the most exact that fits is chosen.
+    Precision {
+        /// `auto`, `q4`, `q8`, `exact`, or bounds such as `q8..` (at least) or `..q8` (at most).
+        bounds: Option<Bounds>,
+        #[command(flatten)]
+        data: DataArgs,
+    },
     /// What is in a model directory, in bytes per slice, and what of it fits a node.
     Inspect(folders::Inspect),
     /// Make slices of a checkpoint directory, at 4 and 8 bits a weight. Goes on where it was stopped.
@@ -200,6 +208,7 @@ fn execute(cli: Cli) -> Result<(), Failure> {
         }
         Command::Model(Model::Import { dir, data, name, output }) => block_on(client::import(dir, data, name, output)),
         Command::Model(Model::Ls { data, output }) => block_on(client::models(data, output)),
+        Command::Model(Model::Precision { bounds, data }) => block_on(client::precision(bounds, data)),
         Command::Model(Model::Inspect(inspect)) => inspect.run(),
         Command::Model(Model::Slice(slice)) => slice.run(),
         Command::Model(Model::Synth(synth)) => synth.run(),

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::time::Duration;
 
+use coel_store::Bounds;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -57,6 +58,9 @@ pub fn status(status: &Status) -> Result<(), Failure> {
     if let Some(planner) = &status.planner {
         writeln!(std::io::stdout(), "planner   {planner}")?;
     }
+    if status.precisions != Bounds::AUTO {
+        writeln!(std::io::stdout(), "precision {} is wanted", status.precisions)?;
+    }
     let rows = status.nodes.iter().map(|node| {
         let share = |share: Option<f64>| share.map_or("-".into(), |share| format!("{:.0} %", share * 100.0));
         vec![
@@ -65,13 +69,19 @@ pub fn status(status: &Status) -> Result<(), Failure> {
             if node.leaving { format!("{}, leaving", node.liveness) } else { node.liveness.clone() },
             if node.voter { "voter" } else { "learner" }.into(),
             format!("{}/{}", node.experts_ready, node.experts),
+            match node.expert_bytes {
+                Some(bytes) if bytes > 0 => format!("{} ({})", node.precisions, Size(bytes)),
+                _ => node.precisions.to_string(),
+            },
+            node.trunk.map_or("-".into(), |trunk| trunk.to_string()),
             node.memory_budget_bytes.map_or("-".into(), |bytes| Size(bytes).to_string()),
             share(node.memory_headroom),
             share(node.compute_headroom),
             node.rtt_ms.map_or("-".into(), |rtt| format!("{rtt:.1} ms")),
         ]
     });
-    let header = ["node", "name", "is", "log", "experts ready", "memory", "free memory", "free compute", "round trip"];
+    let header: Vec<_> =
+        "node|name|is|log|experts ready|held at|trunk|memory|free memory|free compute|round trip".split('|').collect();
     writeln!(std::io::stdout(), "{}", table(&header, 4, rows))?;
     Ok(())
 }
@@ -93,7 +103,11 @@ impl Progress {
     pub fn set(&mut self, what: &str, done: u64, total: u64) {
         if self.what != what && self.started.elapsed() > Duration::from_secs(1) {
             self.bar.finish_and_clear();
-            let style = ProgressStyle::with_template("{msg} {wide_bar} {percent} %").expect("a constant template");
+            let template = match what.ends_with("bytes") {
+                true => "{msg} {wide_bar} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}",
+                false => "{msg} {wide_bar} {percent} %",
+            };
+            let style = ProgressStyle::with_template(template).expect("constant templates");
             self.bar = ProgressBar::new(total).with_style(style).with_message(what.to_owned());
             self.what = what.to_owned();
         }

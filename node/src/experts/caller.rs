@@ -22,7 +22,7 @@ use super::dispatch::{Call, HostLoad, Missing, Pair, Replicas, assign};
 use super::hosts::Hosts;
 use super::wire::{CallHeader, PROTOCOL, ReplyHeader, VERSION, decode_reply, encode_call};
 use crate::ids;
-use crate::shared::{Serving, Shared};
+use crate::shared::{Held, Serving, Shared};
 
 /// Times that hosts which failed are asked again when nobody else is left: a connection may have broken, not the host.
 const SECOND_CHANCES: u32 = 2;
@@ -88,7 +88,7 @@ struct View<'a> {
     home: NodeId,
     state: &'a State,
     peers: &'a BTreeMap<PeerId, PeerView>,
-    held: &'a BTreeSet<ExpertId>,
+    held: &'a Held,
     hosts: &'a SharedHosts,
     now: Instant,
 }
@@ -107,7 +107,7 @@ impl Replicas for View<'_> {
     fn of(&self, expert: ExpertId) -> Vec<NodeId> {
         let placed = self.state.placement.iter().flat_map(|placement| placement.hosts(expert));
         let others = placed.map(|(node, _)| node).filter(|&node| node != self.home);
-        let mut nodes: Vec<_> = others.chain(self.held.contains(&expert).then_some(self.home)).collect();
+        let mut nodes: Vec<_> = others.chain(self.held.contains_key(&expert).then_some(self.home)).collect();
         nodes.sort_unstable();
         nodes
     }

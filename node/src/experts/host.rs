@@ -58,18 +58,20 @@ async fn compute(peer: PeerId, frame: &Frame, shared: &Shared) -> (ReplyHeader, 
         return (ReplyHeader::Refused(format!("rows of {hidden_size}, this model has {expected}")), Vec::new());
     }
     let held = shared.held.borrow().clone();
-    let missing: Vec<_> = work.iter().map(|work| named(work.expert)).filter(|expert| !held.contains(expert)).collect();
+    let missing: Vec<_> =
+        work.iter().map(|work| named(work.expert)).filter(|expert| !held.contains_key(expert)).collect();
     if !missing.is_empty() {
         return (ReplyHeader::NotHeld(missing), Vec::new());
     }
     let served = pairs(&work) as u64;
+    let class = serving.class(&work.iter().map(|work| held[&named(work.expert)]).collect());
     let calls =
         work.into_iter().map(|work| (work.expert, work.rows.into_iter().map(u32::from).collect::<Vec<_>>())).collect();
     match serving.engine.run_experts(layer, rows, calls).await {
         Ok(outputs) => {
             shared.metrics.rows_served.inc_by(served);
             span.in_scope(|| debug!(served, "computed"));
-            (ReplyHeader::Done { class: serving.class() }, outputs)
+            (ReplyHeader::Done { class }, outputs)
         }
         Err(coel_model::engine::EngineError::NotHeld(expert)) => {
             (ReplyHeader::NotHeld(vec![crate::ids::to_store(expert)]), Vec::new())

@@ -1,7 +1,7 @@
 //! What a node tells the others about itself when it changes: capacity and what it can give.
 
 use coel_gossip::PeerView;
-use coel_store::{ModelId, cbor};
+use coel_store::{Bounds, ModelId, Precision, cbor};
 use serde::{Deserialize, Serialize};
 
 /// Facts of one node, gossiped as opaque bytes.
@@ -11,6 +11,10 @@ pub struct Facts {
     pub memory_bytes: u64,
     /// KV cache it keeps, in tokens.
     pub kv_tokens: u64,
+    /// At which precisions it accepts experts.
+    pub accepts: Bounds,
+    /// At which precision it holds the trunk, once it knows a model.
+    pub trunk: Option<Precision>,
     /// Models of which it has every blob: sources for newcomers.
     pub complete_models: Vec<ModelId>,
 }

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use coel_gossip::Liveness;
-use coel_store::{Assignment, Command, ExpertId, NodeId, Outcome, Precision, State};
+use coel_store::{Assignment, Bounds, Command, Model, NodeId, Outcome, Placement, State};
 use tracing::{info, warn};
 
 use super::PROPOSE_DEADLINE;
 use super::facts::Facts;
 use crate::library::Known;
-use crate::placement::{Candidate, Plan, Popularity, keep_until_replaced, plan};
+use crate::placement::{Candidate, Choices, Current, Experts, Harm, Popularity, plan, within_reach};
 use crate::shared::Shared;
 
 /// How often the leader looks. Deaths and joins are looked at within this time.
@@ -43,9 +43,18 @@ impl Since {
     }
 }
 
+/// What a plan is made of, beside the model.
+#[derive(Debug, PartialEq)]
+struct Inputs {
+    candidates: Vec<Candidate>,
+    leaving: BTreeSet<NodeId>,
+    placement: Option<Placement>,
+}
+
 /// Does the leader's duties, while this node is the leader, until the node stops.
 pub async fn run(shared: Arc<Shared>) {
     let (mut down_since, mut mute_since) = (Since::default(), Since::default());
+    let mut settled = None;
     loop {
         tokio::time::sleep(PERIOD).await;
         let now = Instant::now();
@@ -53,6 +62,7 @@ pub async fn run(shared: Arc<Shared>) {
         mute_since.update(&mute(&shared), now);
         if shared.log.leader().borrow().as_ref() != Some(&shared.log.node_id()) {
             shared.set_planner(None);
+            settled = None;
             continue;
         }
         if let Err(error) = shared.log.reconcile(&down_since.longer_than(UNSEAT_AFTER, now)).await {
@@ -60,19 +70,24 @@ pub async fn run(shared: Arc<Shared>) {
         }
         let mut gone = down_since.longer_than(REPLACE_AFTER, now);
         gone.extend(mute_since.longer_than(MUTE_AFTER, now));
-        place(&shared, &gone).await;
+        place(&shared, &gone, &mut settled).await;
     }
 }
 
-/// Members that are up and have not said what they can hold.
+/// Members that are up and have not said what they can hold, although there is something to hold.
 fn mute(shared: &Shared) -> BTreeSet<NodeId> {
-    let facts = shared.facts_of_members(&shared.state());
-    let mute = facts.into_iter().filter(|(_, (liveness, facts))| *liveness == Liveness::Up && facts.is_none());
+    let state = shared.state();
+    if state.models.is_empty() {
+        return BTreeSet::new();
+    }
+    let facts = shared.facts_of_members(&state);
+    let says = |facts: &Option<Facts>| facts.as_ref().is_some_and(|facts| facts.trunk.is_some());
+    let mute = facts.into_iter().filter(|(_, (liveness, facts))| *liveness == Liveness::Up && !says(facts));
     mute.map(|(node, _)| node).collect()
 }
 
-/// Plans anew and proposes the plan where it differs from the placement.
-async fn place(shared: &Shared, gone: &BTreeSet<NodeId>) {
+/// Plans anew and proposes the plan where it differs from the placement. `settled` are inputs that gave nothing to propose.
+async fn place(shared: &Shared, gone: &BTreeSet<NodeId>, settled: &mut Option<Inputs>) {
     let state = shared.log.state().borrow().clone();
     let Some((model, registered)) = shared.model_to_place(&state) else {
         return shared.set_planner(None);
@@ -80,17 +95,23 @@ async fn place(shared: &Shared, gone: &BTreeSet<NodeId>) {
     let Some(known) = shared.library.cached(model) else {
         return;
     };
-    let Some(candidates) = candidates(shared, &state, &known, gone) else {
+    let Some(candidates) = candidates(shared, &state, &known, gone, state.precisions) else {
         return;
     };
-    let experts: BTreeMap<ExpertId, u64> =
-        known.manifest.experts.iter().map(|(&expert, slices)| (expert, slices.exact.bytes)).collect();
-    let placed = state.placement.as_ref().filter(|placement| placement.model == model);
-    let current: BTreeMap<_, BTreeSet<_>> = placed
-        .map(|placement| placement.replicas.iter().map(|(&e, nodes)| (e, nodes.keys().copied().collect())).collect())
-        .unwrap_or_default();
-    let popularity = Popularity::new(registered.popularity.clone());
-    let mut wanted = match plan(&experts, &candidates, &current, &popularity) {
+    let leaving = state.members.iter().filter(|(_, member)| member.leaving).map(|(&node, _)| node);
+    let inputs = Inputs {
+        candidates,
+        leaving: leaving.chain(gone.iter().copied()).collect(),
+        placement: state.placement.clone().filter(|placement| placement.model == model),
+    };
+    if settled.as_ref() == Some(&inputs) {
+        return;
+    }
+    let Inputs { candidates, leaving, placement: placed } = &inputs;
+    let experts = experts(&known);
+    let nothing = Current::new();
+    let current = placed.as_ref().map_or(&nothing, |placed| &placed.replicas);
+    let mut wanted = match plan(&experts, candidates, current, &harm(registered)) {
         Ok(plan) => {
             shared.set_planner(None);
             plan
@@ -99,30 +120,39 @@ async fn place(shared: &Shared, gone: &BTreeSet<NodeId>) {
             shared.set_planner(Some(shortfall.to_string()));
             // A first placement that cannot cover the model is not attempted; an existing one is kept true.
             if placed.is_none() {
+                *settled = Some(inputs);
                 return;
             }
             shortfall.partial
         }
     };
     if let Some(placed) = placed {
-        let leaving = state.members.iter().filter(|(_, member)| member.leaving).map(|(&node, _)| node);
-        let leaving = leaving.chain(gone.iter().copied()).collect();
-        keep_until_replaced(&mut wanted, placed, &leaving);
+        wanted = within_reach(wanted, placed, candidates, leaving, &experts);
     }
-    let unchanged = experts.keys().all(|expert| {
-        let of = |table: &BTreeMap<ExpertId, BTreeSet<NodeId>>| table.get(expert).cloned().unwrap_or_default();
-        of(&wanted.replicas) == of(&current)
-    });
-    if placed.is_some() && unchanged {
+    let replicas: Assignment =
+        experts.keys().map(|&expert| (expert, wanted.replicas.remove(&expert).unwrap_or_default())).collect();
+    let is_so = |(expert, nodes): (_, &BTreeMap<NodeId, _>)| {
+        let now = current.get(expert).into_iter().flatten().map(|(node, replica)| (*node, replica.precision));
+        now.eq(nodes.iter().map(|(node, precision)| (*node, *precision)))
+    };
+    if placed.is_some() && replicas.iter().all(is_so) {
+        *settled = Some(inputs);
         return;
     }
-    let expect = state.epoch();
-    let replicas = assignment(&experts, wanted);
+    let (expect, nodes) = (state.epoch(), candidates.len());
     match shared.log.propose(Command::Place { expect, model, replicas }, PROPOSE_DEADLINE).await {
-        Ok(Outcome::Epoch(epoch)) => info!(%epoch, nodes = candidates.len(), "placed"),
+        Ok(Outcome::Epoch(epoch)) => info!(%epoch, nodes, "placed"),
         Ok(outcome) => info!(?outcome, "the plan came too late; planning again"),
         Err(error) => warn!(%error, "the plan could not be proposed; trying again"),
     }
+}
+
+fn experts(known: &Known) -> Experts {
+    known.manifest.experts.iter().map(|(&expert, slices)| (expert, Choices::of(slices))).collect()
+}
+
+fn harm(registered: &Model) -> Harm {
+    Harm::new(Popularity::new(registered.popularity.clone()), registered.sensitivity.clone())
 }
 
 /// Whether the others could hold every expert without `node`.
@@ -130,28 +160,38 @@ async fn place(shared: &Shared, gone: &BTreeSet<NodeId>) {
 /// # Errors
 /// The missing bytes and the remedy, in words.
 pub fn can_spare(shared: &Shared, node: NodeId) -> Result<(), String> {
+    let precisions = shared.state().precisions;
+    let gone = shared.down().into_iter().chain([node]).collect();
+    could_place(shared, &gone, precisions).map_err(|shortfall| format!("without this node, {shortfall}"))
+}
+
+/// Whether every expert could be held at these precisions.
+///
+/// # Errors
+/// The missing bytes and the remedy, in words.
+pub fn can_hold(shared: &Shared, precisions: Bounds) -> Result<(), String> {
+    could_place(shared, &shared.down(), precisions).map_err(|shortfall| format!("at {precisions}, {shortfall}"))
+}
+
+fn could_place(shared: &Shared, gone: &BTreeSet<NodeId>, precisions: Bounds) -> Result<(), String> {
     let state = shared.state();
     let Some((model, registered)) = shared.model_to_place(&state) else { return Ok(()) };
     let known = shared.library.cached(model).ok_or("this node does not know the model yet; try again in a moment")?;
-    let gone = shared.down().into_iter().chain([node]).collect();
-    let candidates = candidates(shared, &state, &known, &gone)
+    let candidates = candidates(shared, &state, &known, gone, precisions)
         .ok_or("not every member has said yet what it can hold; try again in a moment")?;
-    let experts = known.manifest.experts.iter().map(|(&expert, slices)| (expert, slices.exact.bytes)).collect();
-    let popularity = Popularity::new(registered.popularity.clone());
-    match plan(&experts, &candidates, &BTreeMap::new(), &popularity) {
-        Ok(_) => Ok(()),
-        Err(shortfall) => Err(format!("without this node, {shortfall}")),
-    }
-}
-
-fn assignment(experts: &BTreeMap<ExpertId, u64>, mut plan: Plan) -> Assignment {
-    let exact = |nodes: BTreeSet<NodeId>| nodes.into_iter().map(|node| (node, Precision::Bf16)).collect();
-    experts.keys().map(|&expert| (expert, exact(plan.replicas.remove(&expert).unwrap_or_default()))).collect()
+    let planned = plan(&experts(&known), &candidates, &Current::new(), &harm(registered));
+    planned.map(drop).map_err(|shortfall| shortfall.to_string())
 }
 
 /// Nodes that may hold experts now, with the room their budgets leave. `None` while a member that is up has not said what it
 /// has: it will in a moment, and a plan without it would be made twice.
-fn candidates(shared: &Shared, state: &State, known: &Known, gone: &BTreeSet<NodeId>) -> Option<Vec<Candidate>> {
+fn candidates(
+    shared: &Shared,
+    state: &State,
+    known: &Known,
+    gone: &BTreeSet<NodeId>,
+    precisions: Bounds,
+) -> Option<Vec<Candidate>> {
     let facts = shared.facts_of_members(state);
     let held: BTreeSet<_> = state
         .placement
@@ -164,10 +204,14 @@ fn candidates(shared: &Shared, state: &State, known: &Known, gone: &BTreeSet<Nod
             continue;
         }
         match facts.get(&node) {
-            Some((_, Some(facts))) => {
-                candidates.push(Candidate { node, expert_bytes_max: known.room_for_experts(facts) });
+            Some((_, Some(facts))) if facts.trunk.is_some() => {
+                let room = known.room_for_experts(facts).unwrap_or(0);
+                // What the mesh wants and the node does not accept, it has no room for.
+                let both = facts.accepts.and(precisions);
+                let expert_bytes_max = both.map_or(0, |_| room);
+                candidates.push(Candidate { node, expert_bytes_max, accepts: both.unwrap_or(facts.accepts) });
             }
-            Some((Liveness::Up, None)) => return None,
+            Some((Liveness::Up, _)) => return None,
             // Just lost, and it holds something: wait until it is back or gone for good.
             _ if held.contains(&node) => return None,
             _ => {}

@@ -1,20 +1,90 @@
-//! Where experts go: the leader's planner, pure.
+//! Where experts go, and how exactly each is held there: the leader's planner, pure.
 //!
-//! Owns the decision which node holds which expert. Its input is what the log and gossip say, as plain values; its output is
-//! a complete table of replicas, or the reason why there can be none.
+//! Owns the decision which node holds which expert at which precision. Its input is what the log and gossip say, as plain values;
+//! its output is a complete table of replicas, or the reason why there can be none.
+//!
+//! Lossless first: while every expert fits once as the checkpoint has it, everything is exact. Only below that are experts held at
+//! fewer bits, and then by what it costs: each at the least that is accepted, the hot ones twice, and what room is left goes
+//! where it saves most harm per byte ([`raise`]; METHODS: popularity times measured sensitivity).
 //!
 //! Invariants, checked by the tests over random meshes:
-//! - a node never gets more expert bytes than its budget leaves;
-//! - nothing that is placed and still fits is moved (a move is a download);
+//! - a node never gets more expert bytes than its budget leaves, nor a precision that it does not accept;
+//! - nothing that is placed and still fits is moved (a move is a download), unless that makes answers more exact;
 //! - every expert is held once before any is held twice, and hot ones are held twice before cold ones;
+//! - no expert is taken from the only live node that has it before another one is ready ([`within_reach`]);
+//! - who holds what being equal, a larger budget never gives a worse plan;
 //! - the same input gives the same plan on every node.
 //!
 //! It does not know how replicas get to their nodes, who is alive (the caller leaves the dead out), or what an expert computes.
 
-mod handover;
+mod harm;
 mod planner;
 mod popularity;
+mod raise;
+mod reach;
+mod table;
 
-pub use handover::keep_until_replaced;
-pub use planner::{Candidate, Plan, Shortfall, plan};
+use std::collections::BTreeMap;
+
+use coel_store::{Assignment, Bounds, ExpertId, NodeId, Precision, Replica, Slices};
+
+pub use harm::Harm;
+pub use planner::{Shortfall, plan};
 pub use popularity::Popularity;
+pub use reach::within_reach;
+
+/// What the experts of a model take.
+pub type Experts = BTreeMap<ExpertId, Choices>;
+
+/// The replicas there are, as the log has them.
+pub type Current = BTreeMap<ExpertId, BTreeMap<NodeId, Replica>>;
+
+/// Bytes of an expert at the precisions that it has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Choices {
+    /// In the order of [`Precision::ALL`].
+    bytes: [Option<u64>; 3],
+}
+
+impl Choices {
+    /// Those of these slices.
+    pub fn of(slices: &Slices) -> Self {
+        Self { bytes: Precision::ALL.map(|precision| slices.bytes(precision)) }
+    }
+
+    /// Bytes at this precision.
+    pub fn bytes(&self, precision: Precision) -> Option<u64> {
+        self.bytes[precision as usize]
+    }
+
+    /// The precisions that are fewer bytes than every higher one, ascending.
+    fn sensible(self) -> impl Iterator<Item = Precision> {
+        let fewer = move |precision: &Precision| {
+            let higher = Precision::ALL.into_iter().filter(|higher| higher > precision);
+            let mut higher = higher.filter_map(|higher| self.bytes(higher));
+            self.bytes(*precision).is_some_and(|bytes| higher.all(|more| bytes < more))
+        };
+        Precision::ALL.into_iter().filter(fewer)
+    }
+}
+
+/// A node that may hold experts, with the bytes its budget leaves for them (trunk, KV cache and buffers already taken off).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Candidate {
+    /// The node.
+    pub node: NodeId,
+    /// Bytes of expert weights it may hold.
+    pub expert_bytes_max: u64,
+    /// At which precisions it may hold them.
+    pub accepts: Bounds,
+}
+
+/// A placement that fits: for each expert the nodes that hold it, and how exactly.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Every expert of the model; never empty sets.
+    pub replicas: Assignment,
+}
+
+#[cfg(test)]
+mod tests;

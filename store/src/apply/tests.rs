@@ -3,6 +3,8 @@
 mod histories;
 
 use super::*;
+use crate::precision::Bounds;
+use crate::state::Loss;
 
 fn info(peer: u8) -> MemberInfo {
     MemberInfo { peer: Peer(vec![peer]), name: format!("n{peer}"), addresses: vec![format!("/{peer}")] }
@@ -23,6 +25,7 @@ fn model(name: &str) -> Model {
         manifest_bytes: 10,
         popularity: vec![vec![1, 1], vec![1, 1]],
         popularity_text: "test".into(),
+        sensitivity: Vec::new(),
     }
 }
 
@@ -46,7 +49,7 @@ fn place_of(expect: u64, text: &str) -> Command {
 }
 
 fn ready_of(node: u64, epoch: u64, experts: &[&str], trunk: bool) -> Command {
-    let experts = experts.iter().map(|e| e.parse().unwrap()).collect();
+    let experts = experts.iter().map(|e| (e.parse().unwrap(), Precision::Bf16)).collect();
     Command::Ready { node: NodeId(node), epoch: Epoch(epoch), experts, trunk }
 }
 
@@ -156,12 +159,57 @@ fn readiness_survives_where_nothing_changed() {
     let ready = |expert: &str| placement.hosts(expert.parse().unwrap()).map(|h| h.0.0).collect::<Vec<_>>();
     assert_eq!((ready("0.0"), ready("0.1")), (vec![1], vec![2]));
     assert_eq!(placement.trunk_ready, BTreeSet::from([NodeId(1)]));
+}
 
-    // Another precision is another replica.
-    let mut replicas = assignment("0.0: 1 3 | 0.1: 2 3");
-    replicas.get_mut(&ExpertId::new(0, 0)).unwrap().insert(NodeId(1), Precision::Q4);
-    apply(&mut state, &Command::Place { expect: Epoch(2), model: ModelId([1; 32]), replicas });
-    assert_eq!(state.placement.as_ref().unwrap().hosts(ExpertId::new(0, 0)).count(), 0);
+#[test]
+fn a_replica_serves_at_the_precision_it_has_until_the_wanted_one_is_there() {
+    let mut state = three();
+    apply(&mut state, &place_of(0, "0.0: 1"));
+    let expert = ExpertId::new(0, 0);
+    let claim = |state: &mut State, precision| {
+        let epoch = state.epoch();
+        apply(state, &Command::Ready { node: NodeId(1), epoch, experts: [(expert, precision)].into(), trunk: false })
+    };
+    assert_eq!(claim(&mut state, Precision::Q4), Outcome::Done);
+    let replica = |state: &State| state.placement.as_ref().unwrap().replicas[&expert][&NodeId(1)];
+    assert_eq!(replica(&state), Replica { precision: Precision::Bf16, ready: Some(Precision::Q4) });
+
+    let replicas = [(expert, [(NodeId(1), Precision::Q8)].into())].into();
+    apply(&mut state, &Command::Place { expect: Epoch(1), model: ModelId([1; 32]), replicas });
+    assert_eq!(replica(&state), Replica { precision: Precision::Q8, ready: Some(Precision::Q4) });
+    assert_eq!(state.placement.as_ref().unwrap().missing().len(), 3, "the other experts, which nobody has");
+    claim(&mut state, Precision::Q8);
+    assert!(replica(&state).is_settled());
+}
+
+#[test]
+fn what_was_measured_has_the_shape_of_the_model() {
+    let mut state = three();
+    let register = |sensitivity| Command::RegisterModel {
+        id: ModelId([2; 32]),
+        model: Model { sensitivity, ..model("measured") },
+    };
+    let loss = |q4, q8| Loss { q4, q8 };
+    for bad in [
+        vec![vec![loss(0.1, 0.0); 2]],
+        vec![vec![loss(0.1, 0.0); 2], vec![loss(0.1, f32::NAN); 2]],
+        vec![vec![loss(-0.1, 0.0); 2], vec![loss(0.1, 0.0); 2]],
+    ] {
+        let before = state.clone();
+        let outcome = apply(&mut state, &register(bad));
+        assert!(matches!(outcome, Outcome::Refused(Refusal::Sensitivity(_))), "{outcome:?}");
+        assert_eq!(state, before);
+    }
+    assert_eq!(apply(&mut state, &register(vec![vec![loss(0.1, 0.0); 2]; 2])), Outcome::Done);
+}
+
+#[test]
+fn the_mesh_remembers_which_precisions_it_wants() {
+    let mut state = three();
+    assert_eq!(state.precisions, Bounds::AUTO);
+    let bounds = Bounds::only(Precision::Q8);
+    assert_eq!(apply(&mut state, &Command::Precisions { bounds }), Outcome::Done);
+    assert_eq!((state.precisions, state.epoch()), (bounds, Epoch(0)));
 }
 
 #[test]
@@ -226,6 +274,7 @@ fn every_refusal_says_what_to_do() {
         Refusal::NameTaken { name: "a".into(), id },
         Refusal::RegisteredAs { id, name: "a".into() },
         Refusal::UnknownExpert(ExpertId::new(0, 1)),
+        Refusal::Sensitivity("x".into()),
         Refusal::TooLarge { what: "x".into(), actual: 2, limit: 1 },
     ] {
         assert!(!refusal.to_string().is_empty() && !refusal.remedy().is_empty());

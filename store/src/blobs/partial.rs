@@ -135,7 +135,7 @@ impl Partial {
             fs::rename(&self.path, &path).map_err(io(&path))?;
             sync_folder(folder).map_err(io(folder))?;
         }
-        self.blobs.remember(vec![(id, Record { bytes: self.entry.bytes, keep: Keep::File })])
+        self.blobs.remember(&id, &Record { bytes: self.entry.bytes, keep: Keep::File })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Blobs on a real disk: kept, referenced, resumed, damaged.
 
 use super::*;
-use crate::manifest::BlobEntry;
+use crate::manifest::{BlobEntry, Slices};
 use std::io::{Seek, SeekFrom, Write};
 
 /// Content that differs from chunk to chunk.
@@ -174,16 +174,19 @@ fn a_checkpoint_is_referenced_in_place() {
         Segment::Inline(vec![]),
         range(2_000_000, 900_000),
     ];
-    blobs.put_reference(&entry, segments.clone()).unwrap();
+    let refer = |entry: &BlobEntry, segments| {
+        blobs.keep(vec![NewPart { key: [0; 32], exact: (entry.clone(), segments), slices: None }])
+    };
+    refer(&entry, segments.clone()).unwrap();
     assert_eq!(blobs.read_verified(&entry).unwrap(), whole);
     for chunk in 0..entry.chunks.len() as u32 {
         assert_eq!(blobs.read_chunk(&entry.id, chunk).unwrap(), piece(&whole, chunk));
     }
     assert_eq!(fs::read_dir(dir.path().join("blobs")).unwrap().count(), 0, "nothing was copied");
 
-    let short = blobs.put_reference(&entry, segments[..2].to_vec());
+    let short = refer(&entry, segments[..2].to_vec());
     assert!(matches!(short, Err(BlobError::Reference { .. })));
-    let beyond = blobs.put_reference(&BlobEntry::of(&file), vec![range(1, 3 * CHUNK_BYTES)]);
+    let beyond = refer(&BlobEntry::of(&file), vec![range(1, 3 * CHUNK_BYTES)]);
     assert!(matches!(beyond, Err(BlobError::Truncated { .. })));
 
     // The checkpoint changes under the reference.
@@ -194,6 +197,50 @@ fn a_checkpoint_is_referenced_in_place() {
     fs::remove_file(&checkpoint).unwrap();
     assert!(!blobs.has(&entry.id));
     assert!(blobs.read_verified(&entry).unwrap_err().is_damage());
+}
+
+#[test]
+fn what_an_import_kept_is_found_again() {
+    let (dir, blobs) = fresh();
+    let checkpoint = dir.path().join("model.safetensors");
+    fs::write(&checkpoint, content(5_000)).unwrap();
+    let slices = [content(CHUNK_BYTES + 9), content(77)];
+    let part = |blobs: &Blobs, key: u8, slices: Option<[&[u8]; 2]>| {
+        let drafts = slices.map(|slices| {
+            slices.map(|slice| {
+                let mut draft = blobs.draft().unwrap();
+                slice.chunks(1_000).for_each(|piece| draft.write_all(piece).unwrap());
+                draft
+            })
+        });
+        let segments = vec![Segment::File { path: checkpoint.clone(), offset: 0, bytes: 5_000 }];
+        NewPart { key: [key; 32], exact: (BlobEntry::of(&content(5_000)), segments), slices: drafts }
+    };
+    let with_slices = part(&blobs, 1, Some([&slices[0], &slices[1]]));
+    let kept = blobs.keep(vec![with_slices, part(&blobs, 2, None)]).unwrap();
+    assert_eq!(kept[0].base, Some(BlobEntry::of(&slices[0])));
+    assert_eq!(kept[1], Slices::exact_only(BlobEntry::of(&content(5_000))));
+    assert_eq!(blobs.read_verified(kept[0].refine.as_ref().unwrap()).unwrap(), slices[1]);
+    drop(blobs);
+
+    // A crash left a draft behind, which is nobody's.
+    fs::write(dir.path().join("partial/draft-3"), b"half").unwrap();
+    let blobs = Blobs::open(dir.path()).unwrap();
+    let unfinished = || fs::read_dir(dir.path().join("partial")).unwrap().count();
+    assert_eq!(unfinished(), 0);
+    assert_eq!(blobs.noted(&[1; 32]).unwrap(), Some(kept[0].clone()));
+    assert_eq!(blobs.noted(&[9; 32]).unwrap(), None);
+    drop(part(&blobs, 3, Some([&slices[0], &slices[1]])));
+    assert_eq!((unfinished(), blobs.noted(&[3; 32]).unwrap()), (0, None), "a part that was given up leaves nothing");
+
+    // One of its blobs is gone: it has to be made again.
+    fs::remove_file(blobs.path(&kept[0].base.as_ref().unwrap().id)).unwrap();
+    assert_eq!(blobs.noted(&[1; 32]).unwrap(), None);
+    assert_eq!(blobs.noted(&[2; 32]).unwrap(), Some(kept[1].clone()));
+    let again = blobs.keep(vec![part(&blobs, 1, Some([&slices[0], &slices[1]]))]).unwrap();
+    assert_eq!((&again[0], blobs.noted(&[1; 32]).unwrap()), (&kept[0], Some(kept[0].clone())));
+    fs::File::options().write(true).open(&checkpoint).unwrap().set_len(4_999).unwrap();
+    assert_eq!(blobs.noted(&[2; 32]).unwrap(), None, "the checkpoint was cut short");
 }
 
 #[test]

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 pub const RPC_BYTES_MAX: usize = 8 << 20;
 
 /// The version of these messages.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// A request in its envelope.
 #[derive(Debug, Serialize, Deserialize)]
@@ -242,7 +242,7 @@ mod tests {
         assert!(Envelope::decode(&bytes).is_ok());
         bytes[0] = 9;
         let refusal = Envelope::decode(&bytes).unwrap_err();
-        assert_eq!(refusal, RpcRefusal::Version { got: 9, known: 1 });
+        assert_eq!(refusal, RpcRefusal::Version { got: 9, known: 2 });
         assert!(matches!(Envelope::decode(&[]), Err(RpcRefusal::Malformed(_))));
     }
 

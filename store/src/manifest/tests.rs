@@ -13,10 +13,10 @@ fn sample() -> Manifest {
             FileEntry { name: "config.json".into(), blob: blob("{}") },
             FileEntry { name: "tokenizer.json".into(), blob: blob("tokens") },
         ],
-        trunk: vec![PartEntry { name: "embeddings".into(), blob: blob("trunk") }],
+        trunk: vec![PartEntry { name: "embeddings".into(), slices: Slices::exact_only(blob("trunk")) }],
         experts: BTreeMap::from([
-            (ExpertId::new(0, 0), Slices { exact: blob("first") }),
-            (ExpertId::new(0, 1), Slices { exact: blob("second!") }),
+            (ExpertId::new(0, 0), Slices::exact_only(blob("first"))),
+            (ExpertId::new(0, 1), Slices { exact: blob("second!"), base: Some(blob("2nd")), refine: Some(blob("!")) }),
         ]),
     }
 }
@@ -24,8 +24,8 @@ fn sample() -> Manifest {
 #[test]
 fn the_encoding_is_pinned() {
     let (bytes, id) = sample().encode().unwrap();
-    assert_eq!(bytes.len(), 592);
-    assert_eq!(id.to_string(), "255402d1eb54b0d8cc27a46c5754fe9ad6fe469785c2806ddf6e0066bb741960");
+    assert_eq!(bytes.len(), 813);
+    assert_eq!(id.to_string(), "1f301e982f0c9a7d8ca8b3b43be983d17f7c0e1234f314352b9c7205bac34c3c");
     assert_eq!(Manifest::decode(&bytes), Ok(sample()));
     assert_eq!(Manifest::decode_as(&bytes, id), Ok(sample()));
     let other = ModelId([0; 32]);
@@ -35,13 +35,18 @@ fn the_encoding_is_pinned() {
 #[test]
 fn sizes_add_up() {
     let manifest = sample();
-    assert_eq!(manifest.trunk_bytes(), 5);
-    assert_eq!(manifest.experts_bytes(), 12);
-    assert_eq!(manifest.total_bytes(), 2 + 6 + 5 + 12);
-    assert_eq!(manifest.expert_bytes(ExpertId::new(0, 1)), Some(7));
-    assert_eq!(manifest.expert_bytes(ExpertId::new(1, 0)), None);
-    let some = manifest.blobs_of([ExpertId::new(0, 1), ExpertId::new(9, 9)]);
-    assert_eq!(some.map(|blob| blob.bytes).collect::<Vec<_>>(), [7]);
+    let trunk = Precision::ALL.map(|precision| manifest.trunk_bytes(precision));
+    assert_eq!(trunk, [5; 3], "no part of the trunk has slices");
+    assert_eq!(Precision::ALL.map(|precision| manifest.experts_bytes(precision)), [5 + 3, 5 + 4, 5 + 7]);
+    assert_eq!(manifest.total_bytes(), 2 + 6 + 5 + 5 + 7 + 3 + 1);
+    let slices = &manifest.experts[&ExpertId::new(0, 1)];
+    assert_eq!(Precision::ALL.map(|precision| slices.bytes(precision)), [Some(3), Some(4), Some(7)]);
+    for (slice, _) in slices.at(Precision::Q8).unwrap() {
+        assert!(slice.is_part_of(Precision::Q8) && !slice.is_part_of(Precision::Bf16));
+        assert_eq!(slice.is_part_of(Precision::Q4), slice == Slice::Base, "what raises from Q4 is the refine slice");
+    }
+    let whole = |precision| slices.at(precision).unwrap().iter().map(|(_, blob)| blob.bytes).collect::<Vec<_>>();
+    assert_eq!((whole(Precision::Q8), whole(Precision::Bf16)), (vec![3, 1], vec![7]));
     assert_eq!(manifest.file("config.json").map(|blob| blob.bytes), Some(2));
     let id = BlobId::of(b"second!");
     assert_eq!(manifest.blob(&id).map(|blob| blob.id), Some(id));
@@ -89,20 +94,22 @@ fn what_contradicts_itself_is_refused_by_name() {
         assert!(refused(|m| m.files[0].name = name.into()).contains("not a name"), "{name}");
     }
     assert!(refused(|m| m.files[1].name = "config.json".into()).contains("listed twice"));
-    assert!(refused(|m| m.trunk[0].blob.bytes = 2 << 20).contains("2 chunks, but 1 hashes"));
-    assert!(refused(|m| m.trunk[0].blob.bytes = u64::MAX).contains("more than"));
-    assert!(refused(|m| m.trunk[0].blob.chunks.clear()).contains("1 chunks, but 0 hashes"));
-    assert!(refused(|m| m.trunk[0].blob.id = BlobId([1; 32])).contains("another hash"));
+    assert!(refused(|m| m.trunk[0].slices.exact.bytes = 2 << 20).contains("2 chunks, but 1 hashes"));
+    assert!(refused(|m| m.trunk[0].slices.exact.bytes = u64::MAX).contains("more than"));
+    assert!(refused(|m| m.trunk[0].slices.exact.chunks.clear()).contains("1 chunks, but 0 hashes"));
+    assert!(refused(|m| m.trunk[0].slices.exact.id = BlobId([1; 32])).contains("another hash"));
+    let torn = |m: &mut Manifest| m.experts.get_mut(&ExpertId::new(0, 1)).unwrap().refine = None;
+    assert!(refused(torn).contains("but not both"));
     assert!(refused(|m| m.name = "x".repeat(300)).contains("not a name"));
 }
 
 #[test]
 fn another_spelling_of_the_same_manifest_is_refused() {
     let (bytes, _) = sample().encode().unwrap();
-    // The first field's value, 1, spelled in two bytes instead of one.
-    let at = bytes.windows(7).position(|w| w == b"format\x01").unwrap() + 6;
+    // The first field's value, 2, spelled in two bytes instead of one.
+    let at = bytes.windows(7).position(|w| w == b"format\x02").unwrap() + 6;
     let mut longer = bytes.clone();
-    longer.splice(at..=at, [0x18, 0x01]);
+    longer.splice(at..=at, [0x18, 0x02]);
     let message = Manifest::decode(&longer).unwrap_err().to_string();
     assert!(message.contains("canonical"), "{message}");
     let mut trailing = bytes;

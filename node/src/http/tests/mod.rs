@@ -143,7 +143,7 @@ fn usage() -> Usage {
         completion_tokens: 6,
         rows_local: 40,
         rows_remote: 24,
-        other_classes: vec!["avx2/bf16".into()],
+        other_classes: vec!["avx2/exact".into()],
     }
 }
 

@@ -8,6 +8,10 @@ fn any_node() -> impl Strategy<Value = NodeId> {
     (0u64..6).prop_map(NodeId)
 }
 
+fn any_precision() -> impl Strategy<Value = Precision> {
+    prop::sample::select(Precision::ALL.as_slice())
+}
+
 fn any_experts() -> impl Strategy<Value = Vec<ExpertId>> {
     prop::collection::vec((0u16..3, 0u16..3).prop_map(|(l, i)| ExpertId::new(l, i)), 0..5)
 }
@@ -16,7 +20,7 @@ fn any_experts() -> impl Strategy<Value = Vec<ExpertId>> {
 fn any_command() -> impl Strategy<Value = Command> {
     let assignment = prop::collection::btree_map(
         (0u16..2, 0u16..2).prop_map(|(l, i)| ExpertId::new(l, i)),
-        prop::collection::btree_map(any_node(), prop_oneof![Just(Precision::Q4), Just(Precision::Bf16)], 0..3),
+        prop::collection::btree_map(any_node(), any_precision(), 0..3),
         0..4,
     );
     prop_oneof![
@@ -34,9 +38,13 @@ fn any_command() -> impl Strategy<Value = Command> {
             model: ModelId([model; 32]),
             replicas,
         }),
-        4 => (any_node(), 0u64..4, any_experts(), any::<bool>()).prop_map(|(node, epoch, experts, trunk)| {
-            Command::Ready { node, epoch: Epoch(epoch), experts, trunk }
-        }),
+        4 => (any_node(), 0u64..4, any_experts(), any_precision(), any::<bool>()).prop_map(
+            |(node, epoch, experts, precision, trunk)| {
+                let experts = experts.into_iter().map(|expert| (expert, precision)).collect();
+                Command::Ready { node, epoch: Epoch(epoch), experts, trunk }
+            }
+        ),
+        1 => any_precision().prop_map(|precision| Command::Precisions { bounds: Bounds::only(precision) }),
         1 => (any_node(), any_experts()).prop_map(|(node, experts)| Command::NotReady { node, experts }),
     ]
 }

@@ -1,12 +1,12 @@
-//! Registers a checkpoint directory with the mesh: cuts it into blobs, references them in place, counts popularity, and
-//! tells the log.
+//! Registers a checkpoint directory with the mesh: cuts it into blobs, counts popularity, and tells the log.
 //!
-//! Nothing is registered before everything is checked, so a bad checkpoint leaves no trace in the mesh. The weights are not
-//! copied: they stay in the checkpoint's files, which must stay where they are.
+//! Nothing is registered before everything is checked and kept, so a bad checkpoint or a full disk leaves no trace in the mesh;
+//! and what an import that was interrupted had kept, the next one finds ([`cut`]). The exact weights are not copied: they
+//! stay in the checkpoint's files, which must stay where they are.
+
+mod cut;
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -14,12 +14,10 @@ use coel_model::checkpoint::Checkpoint;
 use coel_model::device::Device;
 use coel_model::engine::block_on;
 use coel_model::generate::LocalModel;
-use coel_model::parts::{Part, PartKind, parts};
+use coel_model::parts::PartKind;
 use coel_model::popularity::{CALIBRATION_NAME, CALIBRATION_TEXT, Popularity, route_popularity};
 use coel_store::manifest::FORMAT;
-use coel_store::{
-    BlobEntry, BlobHasher, Blobs, Command, FileEntry, Manifest, Model, Outcome, PartEntry, Segment, Slices,
-};
+use coel_store::{Command, FileEntry, Manifest, Model, Outcome, PartEntry};
 use tracing::{info, instrument};
 
 use crate::hosting::check_budget;
@@ -28,6 +26,7 @@ use crate::library::{Known, run_blocking};
 use crate::mesh::PROPOSE_DEADLINE;
 use crate::service::ModelInfo;
 use crate::shared::Shared;
+use cut::Cut;
 
 /// A step of the import, for progress: what is counted, how many are done, of how many.
 pub type Progress<'a> = &'a mut (dyn FnMut(&str, u64, u64) + Send);
@@ -46,15 +45,16 @@ pub async fn import(
     let dir = std::fs::canonicalize(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
     let name =
         name.or_else(|| Some(dir.file_name()?.to_string_lossy().into_owned())).ok_or("give the model a --name")?;
-    let blobs = shared.blobs.clone();
-    let named = name.clone();
+    let _importing =
+        shared.importing.try_lock().map_err(|_| "this node imports another model; wait until it is done")?;
+    let (importing, named) = (shared.clone(), name.clone());
     let (known, counts) = run_blocking(move || {
-        let known = cut(&dir, named, &blobs, &mut progress)?;
+        let known = cut(&importing, &dir, named, &mut progress)?;
         let counts = count(&dir, &mut progress)?;
         Ok::<_, String>((known, counts))
     })
     .await?;
-    check_budget(&known, shared.config.memory_bytes, shared.config.kv_tokens)?;
+    check_budget(&known, shared.config.memory_bytes, shared.config.kv_tokens, shared.config.trunk)?;
 
     let state = shared.state();
     if let Some((id, model)) = shared.model_to_place(&state).filter(|(id, _)| *id != known.id) {
@@ -70,6 +70,7 @@ pub async fn import(
         manifest_bytes: known.manifest_bytes,
         popularity: counts.counts.iter().map(|layer| layer.iter().map(|&rows| saturate(rows)).collect()).collect(),
         popularity_text: counts.text,
+        sensitivity: Vec::new(),
     };
     let known = shared.library.insert(known);
     let (looking, seen) = (shared.clone(), known.clone());
@@ -84,15 +85,20 @@ pub async fn import(
     }
 }
 
-/// Cuts the checkpoint into blobs, by reference, and writes its manifest.
-fn cut(dir: &Path, name: String, blobs: &Blobs, progress: Progress<'_>) -> Result<Known, String> {
-    let checkpoint = Checkpoint::open(dir).map_err(|error| error.to_string())?;
+/// Cuts the checkpoint into blobs and writes its manifest.
+fn cut(shared: &Shared, dir: &Path, name: String, progress: Progress<'_>) -> Result<Known, String> {
+    let words = |error: &dyn std::fmt::Display| error.to_string();
+    let checkpoint = Checkpoint::open(dir).map_err(|error| words(&error))?;
     let mut files = BTreeMap::new();
     for (name, path) in checkpoint.files() {
         let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
         files.insert(name, bytes);
     }
-    let put = |bytes: &[u8]| blobs.put(bytes).map_err(|error| error.to_string());
+    let blobs = &shared.blobs;
+    let cut = Cut::new(&checkpoint, blobs, &shared.config.data).map_err(|error| words(&error))?;
+    let stopped = || shared.stopping.is_cancelled();
+    let slices = cut.run(progress, &stopped).map_err(|error| words(&error))?;
+    let put = |bytes: &[u8]| blobs.put(bytes).map_err(|error| words(&error));
     let listed = files.iter().map(|(name, bytes)| Ok(FileEntry { name: name.clone(), blob: put(bytes)? }));
     let mut manifest = Manifest {
         format: FORMAT,
@@ -102,32 +108,15 @@ fn cut(dir: &Path, name: String, blobs: &Blobs, progress: Progress<'_>) -> Resul
         trunk: Vec::new(),
         experts: BTreeMap::new(),
     };
-    let weights = checkpoint.weight_files();
-    let parts = parts(&checkpoint);
-    let total: u64 = parts.iter().map(Part::data_bytes).sum();
-    let mut done = 0;
-    let mut references = Vec::new();
-    for part in &parts {
-        progress("hashing weights, bytes", done, total);
-        let mut segments = vec![Segment::Inline(part.header())];
-        segments.extend(part.tensors.iter().map(|tensor| Segment::File {
-            path: weights[tensor.file].clone(),
-            offset: tensor.offset,
-            bytes: tensor.bytes,
-        }));
-        let blob = hash(&segments)?;
-        references.push((blob.clone(), segments));
+    for (part, slices) in cut.parts().iter().zip(slices) {
         match &part.kind {
-            PartKind::Trunk { name } => manifest.trunk.push(PartEntry { name: name.clone(), blob }),
+            PartKind::Trunk { name } => manifest.trunk.push(PartEntry { name: name.clone(), slices }),
             PartKind::Expert(expert) => {
-                manifest.experts.insert(ids::to_store(*expert), Slices { exact: blob });
+                manifest.experts.insert(ids::to_store(*expert), slices);
             }
         }
-        done += part.data_bytes();
     }
-    progress("hashing weights, bytes", total, total);
-    blobs.put_references(references).map_err(|error| error.to_string())?;
-    let (encoded, id) = manifest.encode().map_err(|error| error.to_string())?;
+    let (encoded, id) = manifest.encode().map_err(|error| words(&error))?;
     put(&encoded)?;
     Known::new(id, manifest, encoded.len() as u64, &files).map_err(|why| format!("{}: {why}", dir.display()))
 }
@@ -144,28 +133,4 @@ fn count(dir: &Path, progress: Progress<'_>) -> Result<Popularity, String> {
 
 fn saturate(rows: u64) -> u32 {
     u32::try_from(rows).unwrap_or(u32::MAX)
-}
-
-/// The blob that the segments make, read once.
-fn hash(segments: &[Segment]) -> Result<BlobEntry, String> {
-    let mut hasher = BlobHasher::default();
-    let mut buffer = vec![0; 1 << 20];
-    for segment in segments {
-        match segment {
-            Segment::Inline(bytes) => hasher.update(bytes),
-            Segment::File { path, offset, bytes } => {
-                let named = |error: std::io::Error| format!("{}: {error}", path.display());
-                let mut file = File::open(path).map_err(named)?;
-                file.seek(SeekFrom::Start(*offset)).map_err(named)?;
-                let mut left = *bytes as usize;
-                while left > 0 {
-                    let part = left.min(buffer.len());
-                    file.read_exact(&mut buffer[..part]).map_err(named)?;
-                    hasher.update(&buffer[..part]);
-                    left -= part;
-                }
-            }
-        }
-    }
-    Ok(hasher.finish())
 }

@@ -1,0 +1,166 @@
+//! Blobs that are made here, and the parts of a model that they belong to.
+//!
+//! Owns [`Draft`], a file that gets its name once its content is complete and hashed, and the notes of an import: which
+//! part of which checkpoint became which blobs, so that an import that was interrupted does not begin anew. The
+//! invariant: a note is written only after every blob it names is on the disk and in the index, with the same write.
+//! What a part is, and what its key is made of, is the importer's business.
+
+use super::segment::{self, Keep, Record};
+use super::{BlobError, Blobs, RECORD_BYTES_MAX, Segment, index_key, io, make_folder, put_record};
+use crate::cbor;
+use crate::disk::{Batch, sync_folder};
+use crate::manifest::{BlobEntry, BlobHasher, Slices};
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// How drafts are called in the folder of unfinished blobs.
+const PREFIX: &str = "draft-";
+/// Bytes gathered before they are hashed and written.
+const BUFFER_BYTES: usize = 1 << 18;
+/// Longest note: a part of 256 GB has 8 MB of hashes in each of its slices.
+const NOTE_BYTES_MAX: usize = 32 << 20;
+
+/// A blob in the making: what is written to it becomes its content. Dropping it deletes it.
+pub struct Draft {
+    file: BufWriter<Hashed>,
+    path: PathBuf,
+}
+
+/// A file that is hashed as it is written.
+struct Hashed {
+    file: File,
+    hasher: BlobHasher,
+}
+
+impl Write for Hashed {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Write for Draft {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        // Gone already if it was kept; what a crash leaves behind goes when the store is opened.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// What identifies a part of a checkpoint to [`Blobs::noted`].
+pub type PartKey = [u8; 32];
+
+/// A part of a model, ready to be kept.
+pub struct NewPart {
+    /// Under what it can be found again.
+    pub key: PartKey,
+    /// Its exact blob, and where that lies.
+    pub exact: (BlobEntry, Vec<Segment>),
+    /// Its base and its refine slice, if it has any.
+    pub slices: Option<[Draft; 2]>,
+}
+
+fn note_key(key: &PartKey) -> Vec<u8> {
+    [b"N".as_slice(), key].concat()
+}
+
+/// Deletes drafts that a crash left behind.
+pub(super) fn sweep(partial: &Path) -> Result<(), BlobError> {
+    for entry in fs::read_dir(partial).map_err(io(partial))? {
+        let entry = entry.map_err(io(partial))?;
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            fs::remove_file(entry.path()).map_err(io(&entry.path()))?;
+        }
+    }
+    Ok(())
+}
+
+impl Blobs {
+    /// A new blob with nothing in it yet.
+    pub fn draft(&self) -> Result<Draft, BlobError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let path = self.0.partial.join(format!("{PREFIX}{}", NEXT.fetch_add(1, Ordering::Relaxed)));
+        let file = File::options().write(true).create(true).truncate(true).open(&path).map_err(io(&path))?;
+        let hashed = Hashed { file, hasher: BlobHasher::new() };
+        Ok(Draft { file: BufWriter::with_capacity(BUFFER_BYTES, hashed), path })
+    }
+
+    /// Keeps parts, all with one write to the index; returns the entries of their blobs in the same order.
+    pub fn keep(&self, parts: Vec<NewPart>) -> Result<Vec<Slices>, BlobError> {
+        let mut batch = Batch::default();
+        let mut folders = BTreeSet::new();
+        let mut kept = Vec::with_capacity(parts.len());
+        for part in parts {
+            let (exact, segments) = part.exact;
+            let segments = segments.into_iter().map(Segment::absolute).collect::<Result<Vec<_>, _>>()?;
+            exact.check()?;
+            segment::check(&exact.id, exact.bytes, &segments)?;
+            index(&mut batch, &exact, Keep::Reference(segments))?;
+            let mut slices = Slices::exact_only(exact);
+            if let Some([base, refine]) = part.slices {
+                slices.base = Some(self.name(base, &mut batch, &mut folders)?);
+                slices.refine = Some(self.name(refine, &mut batch, &mut folders)?);
+            }
+            put_record(&mut batch, &note_key(&part.key), &slices, NOTE_BYTES_MAX)?;
+            kept.push(slices);
+        }
+        for folder in folders {
+            sync_folder(&folder).map_err(io(&folder))?;
+        }
+        self.0.index.write_blocking(batch)?;
+        Ok(kept)
+    }
+
+    /// Gives a draft the name of its content.
+    fn name(
+        &self,
+        mut draft: Draft,
+        batch: &mut Batch,
+        folders: &mut BTreeSet<PathBuf>,
+    ) -> Result<BlobEntry, BlobError> {
+        draft.file.flush().map_err(io(&draft.path))?;
+        draft.file.get_ref().file.sync_all().map_err(io(&draft.path))?;
+        let entry = std::mem::take(&mut draft.file.get_mut().hasher).finish();
+        let path = self.path(&entry.id);
+        if let Some(folder) = path.parent() {
+            make_folder(folder)?;
+            folders.insert(folder.to_owned());
+        }
+        fs::rename(&draft.path, &path).map_err(io(&path))?;
+        index(batch, &entry, Keep::File)?;
+        Ok(entry)
+    }
+
+    /// The blobs of a part that an earlier import kept, if all of them are still here as far as a look at the files
+    /// tells.
+    pub fn noted(&self, key: &PartKey) -> Result<Option<Slices>, BlobError> {
+        let Some(bytes) = self.0.index.get(&note_key(key))? else {
+            return Ok(None);
+        };
+        let slices: Slices = cbor::from_slice(&bytes, NOTE_BYTES_MAX)?;
+        let whole =
+            slices.blobs().all(|blob| self.has(&blob.id) && self.bytes(&blob.id).is_ok_and(|n| n == blob.bytes));
+        Ok(whole.then_some(slices))
+    }
+}
+
+fn index(batch: &mut Batch, entry: &BlobEntry, keep: Keep) -> Result<(), BlobError> {
+    put_record(batch, &index_key(&entry.id), &Record { bytes: entry.bytes, keep }, RECORD_BYTES_MAX)
+}
