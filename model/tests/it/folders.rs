@@ -9,7 +9,7 @@ use coel_model::{
     device::Device,
     engine::block_on,
     folder::ModelFolder,
-    generate::{LocalError, LocalModel},
+    generate::{LocalError, LocalModel, LocalOptions},
     inventory::Inventory,
     layout,
     parts::parts,
