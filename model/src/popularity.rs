@@ -1,7 +1,8 @@
 //! How often each expert is chosen on a text: what placement knows before there is traffic.
 //!
 //! Owns the built-in calibration text and [`Popularity`]. The invariant: counts of a layer add up to tokens times
-//! `num_experts_per_tok`, or there are none because the layer has no experts. It says what was counted on which text, and draws no conclusion from it.
+//! `num_experts_per_tok`, or there are none because the layer has no experts. It says what was counted on which text,
+//! and draws no conclusion from it.
 
 use serde::{Deserialize, Serialize};
 

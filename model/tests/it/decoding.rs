@@ -111,7 +111,9 @@ fn check_flights_together<K: Kernels>(make: impl Fn() -> K, checkpoint: &Checkpo
 #[test]
 fn sessions_fly_together_as_they_would_alone() {
     check_flights_together(Packed::default, &checkpoint(), &[1, 7, 32, 100]);
-    for shape in [json!({}), json!({"num_key_value_heads": 6}), json!({"num_key_value_heads": 1})] {
+    let normed = json!({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0], "intermediate_size": 61});
+    let clipped = json!({"architectures": ["OlmoeForCausalLM"], "intermediate_size": 61, "clip_qkv": 0.8});
+    for shape in [json!({}), json!({"num_key_value_heads": 6}), json!({"num_key_value_heads": 1}), normed, clipped] {
         let (_dir, checkpoint) = synthetic(shape, DType::BF16);
         for isa in Isa::available() {
             check_flights_together(|| Packed::new(isa, 2), &checkpoint, &[3, 32]);

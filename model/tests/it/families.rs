@@ -21,7 +21,8 @@ use coel_model::{
     layout::{self, ExpertId},
     parts::{PartKind, parts},
     popularity::route_popularity,
-    tensors::{ElementType, LoadError},
+    slices::Precision,
+    tensors::{ElementType, LoadError, Tensors},
 };
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -165,6 +166,31 @@ fn a_dense_layer_has_no_experts_to_load_or_count() {
     assert_eq!(shape, [(0, 0), (6, 2 * 47), (0, 0), (6, 2 * 47), (0, 0)]);
 }
 
+/// Relative to exact weights, the root mean square error of the logits of a few tokens.
+fn error_at(checkpoint: &Checkpoint, precision: Precision) -> f64 {
+    let logits = |precision| {
+        let sliced = |tensors: Tensors| tensors.sliced(precision).expect("widths are whole groups");
+        let trunk = sliced(checkpoint.trunk());
+        let mut whole = Whole::from_tensors(Packed::default(), checkpoint, trunk, |id| sliced(checkpoint.expert(id)));
+        let mut solo = whole.solo(24);
+        let tokens: Vec<u32> = (0..24).map(|index| index * 13 + 3).collect();
+        whole.advance(&mut solo, &tokens, Want::All, |_| {})
+    };
+    let (exact, found) = (logits(Precision::Exact), logits(precision));
+    let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|value| f64::from(value).powi(2)).sum::<f64>();
+    let wrong = squares(&mut exact.iter().zip(&found).map(|(a, b)| a - b));
+    (wrong / squares(&mut exact.iter().copied())).sqrt()
+}
+
+#[test]
+fn every_familys_matrices_can_be_sliced() {
+    for name in FAMILIES {
+        let checkpoint = open(name);
+        let [four, eight] = [Precision::Q4, Precision::Q8].map(|precision| error_at(&checkpoint, precision));
+        assert!(0.0 < eight && eight < 0.3 && eight < four / 2.0, "{name}: {four} at Q4, {eight} at Q8");
+    }
+}
+
 /// A small checkpoint of a family, changed before it is opened.
 fn open_changed(changes: &Value, change: impl FnOnce(&mut Vec<Stored>)) -> Result<Checkpoint, LoadError> {
     let dir = tempfile::tempdir().unwrap();
@@ -296,8 +322,8 @@ fn experts_in_one_tensor_are_cut_in_place() {
         let cut = Checkpoint::open(dir.path()).unwrap();
         let logits = |checkpoint: &Checkpoint| {
             let mut whole = Whole::new(Packed::default(), checkpoint);
-            let mut decoder = whole.decoder(8);
-            whole.advance(&mut decoder, &[5, 100, 300], Want::All, |_| {})
+            let mut solo = whole.solo(8);
+            whole.advance(&mut solo, &[5, 100, 300], Want::All, |_| {})
         };
         assert!(logits(&cut) == logits(&single), "{name}");
         let file = fs::read(&file).unwrap();
