@@ -43,7 +43,7 @@ struct Args {
     /// Share of the expert bytes that each node has room for.
     #[arg(long, value_name = "PERCENT", default_value_t = 70, value_parser = clap::value_parser!(u64).range(0..=1000))]
     budget: u64,
-    /// At which precisions each node accepts experts: `auto`, `q4`, `q8`, `exact`, or bounds such as `..q8`.
+    /// At which precisions each node accepts experts and the trunk: `auto`, `q4`, `q8`, `exact`, or bounds such as `..q8`.
     #[arg(long, value_name = "PRECISION", default_value_t)]
     precision: Bounds,
     /// What to ask.

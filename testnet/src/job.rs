@@ -37,7 +37,7 @@ pub struct Job {
     pub nodes: usize,
     /// Share of the expert bytes each node has room for.
     pub percent: u64,
-    /// At which precisions each node accepts experts.
+    /// At which precisions each node accepts experts and the trunk.
     pub precision: Bounds,
     /// Checkpoint folder.
     pub model: PathBuf,
@@ -52,11 +52,15 @@ pub struct Job {
 impl Job {
     /// What a node of this job is given.
     pub fn spec(&self, budget: &Budget, number: usize) -> NodeSpec {
+        let bounds = self.precision.to_string();
         NodeSpec {
             name: format!("node-{number}"),
             memory_bytes: budget.bytes(self.percent),
             kv_tokens: budget.kv_tokens,
-            flags: vec!["--precision".into(), self.precision.to_string().into()],
+            flags: ["--precision", "--trunk"]
+                .into_iter()
+                .flat_map(|flag| [flag.into(), bounds.clone().into()])
+                .collect(),
         }
     }
 

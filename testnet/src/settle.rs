@@ -192,7 +192,10 @@ pub(crate) mod tests {
             (json!({"readiness": {"ready": false, "waiting_for": "weights"}}), "node-3: weights"),
             (json!({"coverage": 0.9}), "experts are placed"),
             (json!({"replicas_min": 1}), "at least 1"),
-            (json!({"placement": {"a": [{"node": 1, "precision": "bf16", "ready": false}]}}), "replicas are ready"),
+            (
+                json!({"placement": {"a": [{"node": 1, "precision": "exact", "serves": null, "ready": false}]}}),
+                "replicas are ready",
+            ),
             (json!({"applied": 39}), "log"),
         ] {
             let verdict = check(&changes);

@@ -212,7 +212,7 @@ fn free_bytes(folder: &Path) -> io::Result<u64> {
         (libc::statvfs(path.as_ptr(), &mut found), found)
     };
     match done {
-        0 => Ok(found.f_bavail as u64 * found.f_frsize as u64),
+        0 => Ok(found.f_bavail * found.f_frsize),
         _ => Err(io::Error::last_os_error()),
     }
 }
