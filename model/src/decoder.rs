@@ -201,6 +201,11 @@ impl<K: Kernels> Flight<K> {
         &self.pieces
     }
 
+    /// What the layer's output will be added to, `[n, d]`.
+    pub(crate) fn residual(&self) -> Vec<f32> {
+        download(self.residual.clone())
+    }
+
     /// All that is awaited, as plain values.
     pub fn call(&self) -> ExpertCall {
         let rows = download(self.normed.clone());

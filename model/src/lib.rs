@@ -40,6 +40,7 @@ pub mod sliced;
 pub mod slices;
 pub mod slicing;
 pub mod source;
+pub mod survey;
 pub mod synth;
 pub mod tensors;
 pub mod text;

@@ -18,7 +18,7 @@ pub const CALIBRATION_NAME: &str = "coel-calibration-1";
 pub const CALIBRATION_TEXT: &str = include_str!("calibration.txt");
 
 /// Tokens counted in one go, without memory of what went before.
-const WINDOW_TOKENS: usize = 512;
+pub const WINDOW_TOKENS: usize = 256;
 
 /// Routed (row, expert) pairs counted on a text.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,7 +32,7 @@ pub struct Popularity {
 
 /// Counts the routes of `tokens`, a text called `text`, on an engine that holds every expert.
 ///
-/// Needs room for one session of at most 512 tokens.
+/// Needs room for one session of at most [`WINDOW_TOKENS`].
 pub async fn route_popularity(engine: &Engine, text: &str, tokens: &[u32]) -> Result<Popularity, EngineError> {
     let config = engine.config();
     let experts = |layer| if config.is_sparse(layer) { config.num_experts } else { 0 };

@@ -136,7 +136,7 @@ fn run<K: Kernels>(
 }
 
 #[cfg(target_os = "linux")]
-fn lower_priority() {
+pub(crate) fn lower_priority() {
     // SAFETY: plain system call; on Linux, process 0 means the calling thread.
     if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) } != 0 {
         tracing::debug!("the compute thread keeps its priority: {}", std::io::Error::last_os_error());
@@ -144,7 +144,7 @@ fn lower_priority() {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn lower_priority() {
+pub(crate) fn lower_priority() {
     tracing::debug!("thread priorities are lowered on Linux only");
 }
 

@@ -18,12 +18,12 @@ pub fn to_model(expert: coel_store::ExpertId) -> coel_model::layout::ExpertId {
     coel_model::layout::ExpertId { layer: expert.layer, index: expert.index }
 }
 
-/// The model's name for a precision of the placement.
-pub fn precision(precision: coel_store::Precision) -> coel_model::slices::Precision {
+/// The placement's name for a precision of the model.
+pub fn to_store_precision(precision: coel_model::slices::Precision) -> coel_store::Precision {
     match precision {
-        coel_store::Precision::Q4 => coel_model::slices::Precision::Q4,
-        coel_store::Precision::Q8 => coel_model::slices::Precision::Q8,
-        coel_store::Precision::Bf16 => coel_model::slices::Precision::Exact,
+        coel_model::slices::Precision::Q4 => coel_store::Precision::Q4,
+        coel_model::slices::Precision::Q8 => coel_store::Precision::Q8,
+        coel_model::slices::Precision::Exact => coel_store::Precision::Bf16,
     }
 }
 

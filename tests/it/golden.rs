@@ -13,7 +13,7 @@ use coel_model::device::Device;
 use coel_model::engine::block_on;
 use coel_model::generate::{Generation, LocalModel};
 use coel_model::parts::parts;
-use coel_model::popularity::CALIBRATION_TEXT;
+use coel_model::popularity::{CALIBRATION_TEXT, WINDOW_TOKENS};
 use coel_model::sampling::SamplingParams;
 use coel_model::sequence::GenerateParams;
 use coel_node::ids;
@@ -85,7 +85,7 @@ impl Alone {
     pub fn hot(&self) -> BTreeSet<String> {
         let mut counts = BTreeMap::<String, usize>::new();
         let tokens = self.model.text.tokenizer.encode(CALIBRATION_TEXT, true).unwrap();
-        for window in tokens.chunks(512) {
+        for window in tokens.chunks(WINDOW_TOKENS) {
             for expert in self.routes(window) {
                 *counts.entry(expert).or_default() += 1;
             }

@@ -9,5 +9,6 @@ mod kernels;
 mod kernels_sliced;
 mod part_blobs;
 mod slices;
+mod survey;
 mod synth;
 mod whole;

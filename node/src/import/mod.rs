@@ -1,4 +1,4 @@
-//! Registers a checkpoint directory with the mesh: cuts it into blobs, counts popularity, and tells the log.
+//! Registers a checkpoint directory with the mesh: cuts it into blobs, measures its experts, and tells the log.
 //!
 //! Nothing is registered before everything is checked and kept, so a bad checkpoint or a full disk leaves no trace in the mesh;
 //! and what an import that was interrupted had kept, the next one finds ([`cut`]). The exact weights are not copied: they
@@ -10,14 +10,18 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use coel_model::bytes::WeightBytes;
 use coel_model::checkpoint::Checkpoint;
-use coel_model::device::Device;
-use coel_model::engine::block_on;
-use coel_model::generate::LocalModel;
+use coel_model::layout::ExpertId;
 use coel_model::parts::PartKind;
-use coel_model::popularity::{CALIBRATION_NAME, CALIBRATION_TEXT, Popularity, route_popularity};
+use coel_model::popularity::{CALIBRATION_NAME, CALIBRATION_TEXT};
+use coel_model::slices::Precision;
+use coel_model::slices::blob::PartBlobs;
+use coel_model::survey::{self, Source, Survey, SurveyError, survey};
+use coel_model::tensors::{LoadError, Tensors};
+use coel_model::text::TextModel;
 use coel_store::manifest::FORMAT;
-use coel_store::{Command, FileEntry, Manifest, Model, Outcome, PartEntry};
+use coel_store::{Command, FileEntry, Loss, Manifest, Model, Outcome, PartEntry};
 use tracing::{info, instrument};
 
 use crate::hosting::check_budget;
@@ -26,7 +30,7 @@ use crate::library::{Known, run_blocking};
 use crate::mesh::PROPOSE_DEADLINE;
 use crate::service::ModelInfo;
 use crate::shared::Shared;
-use cut::Cut;
+use cut::{Cut, CutError};
 
 /// A step of the import, for progress: what is counted, how many are done, of how many.
 pub type Progress<'a> = &'a mut (dyn FnMut(&str, u64, u64) + Send);
@@ -48,10 +52,11 @@ pub async fn import(
     let _importing =
         shared.importing.try_lock().map_err(|_| "this node imports another model; wait until it is done")?;
     let (importing, named) = (shared.clone(), name.clone());
-    let (known, counts) = run_blocking(move || {
-        let known = cut(&importing, &dir, named, &mut progress)?;
-        let counts = count(&dir, &mut progress)?;
-        Ok::<_, String>((known, counts))
+    let (known, found) = run_blocking(move || {
+        let checkpoint = Checkpoint::open(&dir).map_err(|error| error.to_string())?;
+        let known = cut(&importing, &checkpoint, named, &mut progress)?;
+        let found = measure(&importing, &checkpoint, &known, &mut progress)?;
+        Ok::<_, String>((known, found))
     })
     .await?;
     check_budget(&known, shared.config.memory_bytes, shared.config.kv_tokens, shared.config.trunk)?;
@@ -68,9 +73,9 @@ pub async fn import(
     let model = Model {
         name: name.clone(),
         manifest_bytes: known.manifest_bytes,
-        popularity: counts.counts.iter().map(|layer| layer.iter().map(|&rows| saturate(rows)).collect()).collect(),
-        popularity_text: counts.text,
-        sensitivity: Vec::new(),
+        popularity: found.counts.iter().map(|layer| layer.iter().map(|&rows| saturate(rows)).collect()).collect(),
+        popularity_text: CALIBRATION_NAME.into(),
+        sensitivity: found.losses.iter().map(|layer| layer.iter().copied().map(loss).collect()).collect(),
     };
     let known = shared.library.insert(known);
     let (looking, seen) = (shared.clone(), known.clone());
@@ -86,16 +91,17 @@ pub async fn import(
 }
 
 /// Cuts the checkpoint into blobs and writes its manifest.
-fn cut(shared: &Shared, dir: &Path, name: String, progress: Progress<'_>) -> Result<Known, String> {
+fn cut(shared: &Shared, checkpoint: &Checkpoint, name: String, progress: Progress<'_>) -> Result<Known, String> {
     let words = |error: &dyn std::fmt::Display| error.to_string();
-    let checkpoint = Checkpoint::open(dir).map_err(|error| words(&error))?;
     let mut files = BTreeMap::new();
     for (name, path) in checkpoint.files() {
         let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
         files.insert(name, bytes);
     }
+    // What is wrong with these is said before hours of cutting.
+    TextModel::from_files(checkpoint.config(), &files).map_err(|error| words(&error))?;
     let blobs = &shared.blobs;
-    let cut = Cut::new(&checkpoint, blobs, &shared.config.data).map_err(|error| words(&error))?;
+    let cut = Cut::new(checkpoint, blobs, &shared.config.data).map_err(|error| words(&error))?;
     let stopped = || shared.stopping.is_cancelled();
     let slices = cut.run(progress, &stopped).map_err(|error| words(&error))?;
     let put = |bytes: &[u8]| blobs.put(bytes).map_err(|error| words(&error));
@@ -118,17 +124,58 @@ fn cut(shared: &Shared, dir: &Path, name: String, progress: Progress<'_>) -> Res
     }
     let (encoded, id) = manifest.encode().map_err(|error| words(&error))?;
     put(&encoded)?;
-    Known::new(id, manifest, encoded.len() as u64, &files).map_err(|why| format!("{}: {why}", dir.display()))
+    Known::new(id, manifest, encoded.len() as u64, &files)
+        .map_err(|why| format!("{}: {why}", checkpoint.dir().display()))
 }
 
-/// Counts how often each expert is chosen on the built-in text, with the weights where they are.
-fn count(dir: &Path, progress: Progress<'_>) -> Result<Popularity, String> {
-    progress("counting expert popularity", 0, 1);
-    let model = LocalModel::open(dir, Device::Cpu).map_err(|error| error.to_string())?;
-    let tokens = model.text.tokenizer.encode(CALIBRATION_TEXT, true).map_err(|error| error.to_string())?;
-    let counts = block_on(route_popularity(&model.engine, CALIBRATION_NAME, &tokens));
-    progress("counting expert popularity", 1, 1);
-    counts.map_err(|error| error.to_string())
+/// Counts and measures the experts on the built-in text, layer by layer, each read once more.
+fn measure(shared: &Shared, checkpoint: &Checkpoint, known: &Known, progress: Progress<'_>) -> Result<Survey, String> {
+    let tokens = known.text.tokenizer.encode(CALIBRATION_TEXT, true).map_err(|error| error.to_string())?;
+    let mut experts = Experts { shared, checkpoint, manifest: &known.manifest, progress };
+    experts.go_on(0, known.config.num_hidden_layers);
+    let found = survey(&known.config, &checkpoint.trunk(), &tokens, 0, &mut experts);
+    found.map_err(|error| match error {
+        SurveyError::Stopped => CutError::Stopped.to_string(),
+        error => error.to_string(),
+    })
+}
+
+/// The experts of a checkpoint that was just cut.
+struct Experts<'a> {
+    shared: &'a Shared,
+    checkpoint: &'a Checkpoint,
+    manifest: &'a Manifest,
+    progress: Progress<'a>,
+}
+
+impl Source for Experts<'_> {
+    fn expert(&mut self, id: ExpertId, precision: Precision) -> Result<Option<Tensors>, LoadError> {
+        if precision == Precision::Exact {
+            return Ok(Some(self.checkpoint.expert(id)));
+        }
+        let slices = self.manifest.experts.get(&ids::to_store(id));
+        let Some(entries) = slices.and_then(|slices| slices.at(ids::to_store_precision(precision))) else {
+            return Ok(None);
+        };
+        let file = || format!("{precision} of {id}");
+        let read = |entry| match self.shared.blobs.read_verified(entry) {
+            Ok(bytes) => Ok(WeightBytes::from(bytes)),
+            Err(error) => Err(LoadError::Io { file: file(), source: std::io::Error::other(error) }),
+        };
+        let mut blobs = entries.into_iter().map(|(_, entry)| read(entry)).collect::<Result<Vec<_>, _>>()?.into_iter();
+        let Some(main) = blobs.next() else { return Ok(None) };
+        Tensors::parse_part(PartBlobs { main, refine: blobs.next() }, &file()).map(Some)
+    }
+
+    fn go_on(&mut self, done: usize, total: usize) -> bool {
+        (self.progress)("measuring experts, layers", done as u64, total as u64);
+        !self.shared.stopping.is_cancelled()
+    }
+}
+
+fn loss(measured: Option<survey::Loss>) -> Loss {
+    // Where nothing was measured the planner takes the layer's mean.
+    measured.map_or(Loss::default(), |loss| Loss { q4: loss.q4, q8: loss.q8 })
 }
 
 fn saturate(rows: u64) -> u32 {
