@@ -202,7 +202,7 @@ impl Generation {
         self.shared.metrics.rows_local.inc_by(advanced.pairs_here);
         self.shared.metrics.rows_remote.inc_by(advanced.pairs_elsewhere);
         let own = self.serving.class(&[Precision::Bf16].into());
-        let precisions: BTreeSet<_> = advanced.precisions.iter().map(|&p| ids::precision_to_store(p)).collect();
+        let precisions: BTreeSet<_> = advanced.precisions.iter().map(|&p| ids::to_store_precision(p)).collect();
         let mut classes = advanced.classes.clone();
         if advanced.pairs_here > 0 && !precisions.is_empty() {
             classes.push(self.serving.class(&precisions));

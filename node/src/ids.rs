@@ -31,12 +31,3 @@ pub fn to_store_precision(precision: coel_model::slices::Precision) -> coel_stor
 pub fn to_store(expert: coel_model::layout::ExpertId) -> coel_store::ExpertId {
     coel_store::ExpertId { layer: expert.layer, index: expert.index }
 }
-
-/// The placement's name for a precision of the model.
-pub fn precision_to_store(precision: coel_model::slices::Precision) -> coel_store::Precision {
-    match precision {
-        coel_model::slices::Precision::Q4 => coel_store::Precision::Q4,
-        coel_model::slices::Precision::Q8 => coel_store::Precision::Q8,
-        coel_model::slices::Precision::Exact => coel_store::Precision::Bf16,
-    }
-}
