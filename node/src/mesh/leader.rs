@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use coel_gossip::Liveness;
-use coel_store::{Assignment, Bounds, Command, Model, NodeId, Outcome, Placement, State};
+use coel_store::{Assignment, Bounds, Command, Model, ModelId, NodeId, Outcome, Placement, State};
 use tracing::{info, warn};
 
 use super::PROPOSE_DEADLINE;
 use super::facts::Facts;
 use crate::library::Known;
-use crate::placement::{Candidate, Choices, Current, Experts, Harm, Popularity, plan, within_reach};
+use crate::placement::{Candidate, Choices, Current, Experts, Harm, Plan, Popularity, plan, within_reach};
 use crate::shared::Shared;
 
 /// How often the leader looks. Deaths and joins are looked at within this time.
@@ -51,10 +51,19 @@ struct Inputs {
     placement: Option<Placement>,
 }
 
+/// A plan on its way to being the placement. It stays the aim until what it was made of changes: made anew halfway, it would
+/// start from what is only passing, and move what is being fetched.
+#[derive(Debug)]
+struct Aim {
+    model: ModelId,
+    candidates: Vec<Candidate>,
+    plan: Plan,
+}
+
 /// Does the leader's duties, while this node is the leader, until the node stops.
 pub async fn run(shared: Arc<Shared>) {
     let (mut down_since, mut mute_since) = (Since::default(), Since::default());
-    let mut settled = None;
+    let (mut settled, mut aim) = (None, None);
     loop {
         tokio::time::sleep(PERIOD).await;
         let now = Instant::now();
@@ -62,7 +71,7 @@ pub async fn run(shared: Arc<Shared>) {
         mute_since.update(&mute(&shared), now);
         if shared.log.leader().borrow().as_ref() != Some(&shared.log.node_id()) {
             shared.set_planner(None);
-            settled = None;
+            (settled, aim) = (None, None);
             continue;
         }
         if let Err(error) = shared.log.reconcile(&down_since.longer_than(UNSEAT_AFTER, now)).await {
@@ -70,7 +79,7 @@ pub async fn run(shared: Arc<Shared>) {
         }
         let mut gone = down_since.longer_than(REPLACE_AFTER, now);
         gone.extend(mute_since.longer_than(MUTE_AFTER, now));
-        place(&shared, &gone, &mut settled).await;
+        place(&shared, &gone, &mut settled, &mut aim).await;
     }
 }
 
@@ -87,7 +96,7 @@ fn mute(shared: &Shared) -> BTreeSet<NodeId> {
 }
 
 /// Plans anew and proposes the plan where it differs from the placement. `settled` are inputs that gave nothing to propose.
-async fn place(shared: &Shared, gone: &BTreeSet<NodeId>, settled: &mut Option<Inputs>) {
+async fn place(shared: &Shared, gone: &BTreeSet<NodeId>, settled: &mut Option<Inputs>, aim: &mut Option<Aim>) {
     let state = shared.log.state().borrow().clone();
     let Some((model, registered)) = shared.model_to_place(&state) else {
         return shared.set_planner(None);
@@ -111,9 +120,12 @@ async fn place(shared: &Shared, gone: &BTreeSet<NodeId>, settled: &mut Option<In
     let experts = experts(&known);
     let nothing = Current::new();
     let current = placed.as_ref().map_or(&nothing, |placed| &placed.replicas);
-    let mut wanted = match plan(&experts, candidates, current, &harm(registered)) {
+    let aimed = aim.take().filter(|aim| aim.model == model && aim.candidates == *candidates).map(|aim| aim.plan);
+    let planned = aimed.map_or_else(|| plan(&experts, candidates, current, &harm(registered)), Ok);
+    let mut wanted = match planned {
         Ok(plan) => {
             shared.set_planner(None);
+            *aim = Some(Aim { model, candidates: candidates.clone(), plan: plan.clone() });
             plan
         }
         Err(shortfall) => {
