@@ -81,7 +81,7 @@ fn a_survey_counts_what_an_engine_routes_and_asks_for_each_expert_once() {
         for (loss, count) in losses.iter().zip(counts) {
             assert_eq!(loss.is_some(), *count > 0);
             let Some(loss) = loss else { continue };
-            assert!(0.0 < loss.q8 && loss.q8 < loss.q4 && loss.q4 < 0.1, "{loss:?}");
+            assert!(0.0 < loss.q8 && loss.q8 < loss.q4 && loss.q4 < 0.5, "{loss:?}");
             ratios.push(loss.q4 / loss.q8);
         }
     }
