@@ -139,24 +139,31 @@ struct Variant {
 }
 
 impl Work {
-    /// Does it over `experts` from `first` on: bytes read and multiply-adds done.
-    fn run(self, kernels: &mut Packed, experts: &[Gated<Weight>], first: usize) -> (usize, usize) {
+    /// Rows of input it takes.
+    fn rows(self) -> usize {
+        match self {
+            Work::Linear(rows) | Work::Decode(rows) => rows,
+            Work::Layer(rows) => rows * EXPERTS / TOP,
+        }
+    }
+
+    /// Does it over `experts` from `first` on, its rows from `input`: bytes read and multiply-adds done.
+    fn run(self, kernels: &mut Packed, input: &[f32], experts: &[Gated<Weight>], first: usize) -> (usize, usize) {
         let expert = |index: usize| &experts[(first + index) % experts.len()];
-        let input = |rows: usize| (0..rows * D).map(|index| (index as f32).sin()).collect();
-        let (count, each, n) = match self {
+        let n = self.rows();
+        let x = kernels.upload(input[..n * D].to_vec(), D);
+        let (count, each) = match self {
             Work::Linear(rows) => {
-                let x = kernels.upload(input(rows), D);
                 black_box(kernels.linear(&x, &expert(0).gate, None));
                 return (expert(0).gate.bytes(), rows * WIDTH * D);
             }
-            Work::Decode(rows) => (TOP * rows, 1, rows),
-            Work::Layer(rows) => (EXPERTS, rows, rows * EXPERTS / TOP),
+            Work::Decode(rows) => (TOP * rows, 1),
+            Work::Layer(rows) => (EXPERTS, rows),
         };
         let rows: Vec<Vec<u32>> =
             (0..count).map(|index| (0..each).map(|row| ((index * each + row) % n) as u32).collect()).collect();
         let work: Vec<_> =
             rows.iter().enumerate().map(|(index, rows)| ExpertWork { expert: expert(index), rows }).collect();
-        let x = kernels.upload(input(n), D);
         black_box(kernels.experts(&x, &work));
         (3 * count * expert(0).gate.bytes(), 3 * count * each * WIDTH * D)
     }
@@ -195,6 +202,8 @@ fn main() -> Result<(), String> {
             }
         }
     }
+    let rows = variants.iter().filter_map(|variant| Some(variant.kernels.as_ref()?.2.rows())).max().unwrap_or(0);
+    let input: Vec<f32> = (0..rows * D).map(|_| rng.random_range(-1.0..1.0)).collect();
     eprintln!("{} threads, {} MB of weights, {} rounds", pool.threads(), memory.len() >> 20, options.rounds);
     for _ in 0..options.rounds {
         variants.shuffle(&mut rng);
@@ -211,7 +220,7 @@ fn main() -> Result<(), String> {
             let (mut bytes, mut macs) = (0, 0);
             let now = Instant::now();
             while bytes < SAMPLE_BYTES && macs < SAMPLE_MACS {
-                let (read, done) = work.run(kernels, experts, first);
+                let (read, done) = work.run(kernels, &input, experts, first);
                 (first, bytes, macs) = (first + read.div_ceil(3 * experts[0].gate.bytes()), bytes + read, macs + done);
             }
             variant.samples.push((now.elapsed().as_secs_f64(), bytes, macs));

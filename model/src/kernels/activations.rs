@@ -2,7 +2,7 @@
 //!
 //! Owns [`Quantized`] and its arithmetic. A row's values are grouped by [`GROUP`] columns. With `a` the largest
 //! magnitude of a group, the scale is `d = a / 127` and a value becomes `x * (127 / a)`, rounded to the nearest integer
-//! (ties to even) and kept within +-127; beside the values stand `d` and `d * (their sum)`. A group whose largest
+//! (ties to even), which is within +-127; beside the values stand `d` and `d * (their sum)`. A group whose largest
 //! magnitude is below [`TINY`] is zero. A group with a NaN or an infinity has `d = NaN`, which every output that reads
 //! it becomes. Each step is one IEEE operation or exact, so every instruction set gives the same bits.
 //!
@@ -21,7 +21,6 @@ const TINY: f32 = 1e-35;
 
 /// Rows a worker quantizes at once: fewer are not worth a second thread.
 const ROWS_AT_ONCE: usize = 8;
-
 /// Rows of a batch, quantized.
 #[derive(Debug, Default)]
 pub struct Quantized {
@@ -134,11 +133,6 @@ impl<'a> View<'a> {
 /// Quantizes one group.
 pub fn quantize(isa: Isa, x: &[f32; GROUP], values: &mut Values) -> Scale {
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    fn avx512(x: &[f32; GROUP], values: &mut Values) -> Scale {
-        quantize_body(x, values)
-    }
-    #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2")]
     fn avx2(x: &[f32; GROUP], values: &mut Values) -> Scale {
         quantize_body(x, values)
@@ -150,30 +144,55 @@ pub fn quantize(isa: Isa, x: &[f32; GROUP], values: &mut Values) -> Scale {
         Level::Avx2 => unsafe { avx2(x, values) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { avx512(x, values) },
+        Level::Avx512 => unsafe { quantize_avx512(x, values) },
     }
+}
+
+/// [`quantize_body`] in two vectors; a conversion to integers rounds ties to even by itself.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn quantize_avx512(x: &[f32; GROUP], values: &mut Values) -> Scale {
+    use std::arch::x86_64::*;
+    let mask = _mm512_set1_epi32(MAGNITUDE as i32);
+    // SAFETY: both halves of the array.
+    let halves = unsafe { [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))] };
+    let [low, high] = halves.map(|half| _mm512_and_si512(_mm512_castps_si512(half), mask));
+    let Some((step, scale)) = scales(_mm512_reduce_max_epi32(_mm512_max_epi32(low, high)) as u32) else {
+        return quantize_body(x, values);
+    };
+    let scale = _mm512_set1_ps(scale);
+    let [low, high] = halves.map(|half| _mm512_cvtps_epi32(_mm512_mul_ps(half, scale)));
+    let packed = _mm256_set_m128i(_mm512_cvtsepi32_epi8(high), _mm512_cvtsepi32_epi8(low));
+    // SAFETY: the array's 32 bytes.
+    unsafe { _mm256_storeu_si256(values.0.as_mut_ptr().cast(), packed) };
+    Scale { step, sum: step * _mm512_reduce_add_epi32(_mm512_add_epi32(low, high)) as f32 }
+}
+
+/// The bits of a magnitude.
+const MAGNITUDE: u32 = 0x7FFF_FFFF;
+
+/// `d` and `127 / a` for a group whose largest magnitude has these bits; `None` if its values are not to be divided.
+#[inline(always)]
+fn scales(most: u32) -> Option<(f32, f32)> {
+    let most = f32::from_bits(most);
+    (TINY..f32::INFINITY).contains(&most).then(|| (most / 127.0, 127.0 / most))
 }
 
 #[inline(always)]
 fn quantize_body(x: &[f32; GROUP], values: &mut Values) -> Scale {
     // Magnitudes compare like their bits, infinity and NaN above everything else.
-    let bits = x.iter().fold(0, |most, x| most.max(x.to_bits() & 0x7FFF_FFFF));
-    let most = f32::from_bits(bits);
-    if !most.is_finite() {
+    let most = x.iter().fold(0, |most, x| most.max(x.to_bits() & MAGNITUDE));
+    let Some((step, scale)) = scales(most) else {
         *values = Values::default();
-        return Scale { step: f32::NAN, sum: f32::NAN };
-    }
-    if most < TINY {
-        *values = Values::default();
-        return Scale::default();
-    }
+        let step = if f32::from_bits(most).is_finite() { 0.0 } else { f32::NAN };
+        return Scale { step, sum: step };
+    };
     // Adding 1.5 * 2^23 rounds to an integer, ties to even, which is then found in the low bits.
     const ROUND: f32 = 12_582_912.0;
-    let (step, scale) = (most / 127.0, 127.0 / most);
     let mut sum = 0;
     for (value, x) in values.0.iter_mut().zip(x) {
+        // At most 127: the division and the product each round by half a unit in the last place.
         let whole = (x * scale + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
-        let whole = whole.clamp(-127, 127);
         sum += whole;
         *value = whole as i8;
     }
