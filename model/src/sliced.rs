@@ -22,7 +22,7 @@ use crate::{
     parts::{PartKind, kinds},
     slices::{
         Precision,
-        blob::{FORMAT, PartBlobs, PartBytes, Slice},
+        blob::{PartBlobs, PartBytes, READABLE, Slice},
     },
     tensors::{LoadError, Tensors},
 };
@@ -89,7 +89,7 @@ impl SlicedFolder {
         }
         let text = fs::read(&path).map_err(io)?;
         let listed: SlicesFile = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
-        if listed.format != FORMAT {
+        if !READABLE.contains(&listed.format.as_str()) {
             return Err(LoadError::Format { file, found: listed.format });
         }
         let mut listed: BTreeMap<String, PartFiles> =

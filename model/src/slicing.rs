@@ -90,8 +90,10 @@ pub fn write_slices<S: ReadAt + ?Sized>(
     let dir = || out.display().to_string();
     fs::create_dir_all(out).map_err(named(out))?;
     let marker = out.join(MARKER);
+    // Another version of coel may make other slices of the same origin: a folder is of one kind.
+    let origin = json!({"format": FORMAT, "of": material.origin});
     match fs::read(&marker) {
-        Ok(begun) if serde_json::from_slice::<Value>(&begun).ok() != Some(material.origin.clone()) => {
+        Ok(begun) if serde_json::from_slice::<Value>(&begun).ok().as_ref() != Some(&origin) => {
             return Err(SlicingError::Other { dir: dir() });
         }
         Ok(_) => {}
@@ -99,7 +101,7 @@ pub fn write_slices<S: ReadAt + ?Sized>(
             if out.join(SLICES).exists() || out.join("config.json").exists() {
                 return Err(SlicingError::Occupied { dir: dir() });
             }
-            write_file(out, MARKER, |file| file.write_all(material.origin.to_string().as_bytes()))
+            write_file(out, MARKER, |file| file.write_all(origin.to_string().as_bytes()))
                 .map_err(|error| failed(&marker, error, 0, material.parts.len()))?;
         }
         Err(source) => return Err(named(&marker)(source)),

@@ -13,7 +13,7 @@ use crate::{
     layout::{Pieces, TensorSpec},
     slices::{
         Precision, Sliced, Weight,
-        blob::{FORMAT, FORMAT_KEY, PartBlobs, SLICE_KEY, Slice, SliceError, is_sliced},
+        blob::{FORMAT_KEY, PartBlobs, READABLE, SLICE_KEY, Slice, SliceError, is_sliced},
         encode::slice_matrix,
     },
 };
@@ -64,7 +64,10 @@ pub enum LoadError {
     Type { file: String, tensor: String, found: String, accepted: &'static str },
     #[error("{file}: the shard index is malformed: {why}")]
     Index { file: String, why: String },
-    #[error("{file}: its slices have format {found:?}; this coel reads format {FORMAT}: use the version that wrote it")]
+    #[error(
+        "{file}: its slices have format {found:?}; this coel reads {formats}: use the version that wrote it",
+        formats = READABLE.join(" and ")
+    )]
     Format { file: String, found: String },
     #[error("{file}: the refine slice does not go with {base}: {why}; fetch both of the same model")]
     Refine { file: String, base: String, why: String },
@@ -388,7 +391,7 @@ fn slice_of(metadata: &HashMap<String, String>, file: &str) -> Result<Option<Sli
         return Ok(None);
     };
     let format = metadata.get(FORMAT_KEY).map_or("none", String::as_str);
-    if format != FORMAT {
+    if !READABLE.contains(&format) {
         return Err(LoadError::Format { file: file.to_owned(), found: format.to_owned() });
     }
     match Slice::ALL.into_iter().find(|slice| slice.name() == name) {

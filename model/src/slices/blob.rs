@@ -20,8 +20,10 @@ use crate::{
     parts::{Entry, Part, TensorRange, frame},
 };
 
-/// Version of the format, as blobs name it.
-pub const FORMAT: &str = "1";
+/// Version of the format, as blobs name it: which bytes a checkpoint becomes.
+pub const FORMAT: &str = "2";
+/// Versions that are read alike: the first differs in how scales and offsets were chosen.
+pub const READABLE: [&str; 2] = ["1", FORMAT];
 /// Metadata key of the version.
 pub const FORMAT_KEY: &str = "coel.format";
 /// Metadata key of the slice.

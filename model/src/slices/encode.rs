@@ -4,8 +4,11 @@
 //! and a fast one for AVX2. The invariant: both give the same bytes for every input, on every machine. So any node
 //! derives from a checkpoint the very blobs that any other did, and one hash verifies them all.
 //!
-//! For each group: `s = (max - min) / 247` and `m = min - 4 s` in f32, each then rounded to f16; with the rounded
-//! values `q = clamp(round_ties_even((w - m) / s), 0, 255)` in f32, product and sum never fused; `s = 0` gives `q = 0`.
+//! For each group: `s = (max - min) / 247` and `m = min - 4 s` in f32, each then rounded to f16, are where a search
+//! starts. Every way to lay 32 weights on sixteen levels has its own luck with roundings, and the best of fifty loses a
+//! fifth less than the first: [`LOWS`] by [`HIGHS`] at four bits, then [`NEAR`] that at four and eight bits together,
+//! with the constants as they will be read. With them `q = clamp(round_ties_even((w - m) / s), 0, 255)` in f32, product
+//! and sum never fused; `s = 0` gives `q = 0`. The search is made in whole numbers, which add up to the same in any order.
 //! A weight of -0.0 counts as 0.0, so that minimum and maximum are never a matter of taste. It does not know tensors'
 //! names: a [`Fault`] says where, and whoever has the name adds it.
 
@@ -17,6 +20,17 @@ use crate::bytes::{DType, Matrix};
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 mod portable;
+
+/// Places between a group's least weight and its greatest.
+const PLACES: f32 = 65535.0;
+/// 8-bit levels that the least weight is tried at,
+const LOWS: [i32; 5] = [0, 4, 8, 12, 16];
+/// and the greatest.
+const HIGHS: [i32; 5] = [255, 251, 247, 243, 239];
+/// How far from the best of them to look further.
+const NEAR: [f32; 5] = [-2.0, -1.0, 0.0, 1.0, 2.0];
+/// What the squared error at eight bits counts beside that at four, which is 256 times as large.
+const EIGHT_WEIGHT: i32 = 32;
 
 /// Why a group of weights has no slices.
 #[derive(Clone, Copy, Debug, PartialEq)]

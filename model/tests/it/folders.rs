@@ -199,7 +199,7 @@ fn damaged_folders_are_named() {
         listed.replacen(from, to, 1).into_bytes()
     };
     with("slices.json", b"{", &["slices.json", "slice the checkpoint again"]);
-    with("slices.json", &change("\"format\": \"1\"", "\"format\": \"9\""), &["format \"9\""]);
+    with("slices.json", &change("\"format\": \"2\"", "\"format\": \"9\""), &["format \"9\""]);
     with("slices.json", &change("\"head\"", "\"tail\""), &["lacks the part head"]);
     with("slices.json", &change("head.base.safetensors", "../head.base.safetensors"), &["leads out"]);
     with("slices.json", &change("head.base.safetensors", "/etc/passwd"), &["leads out"]);

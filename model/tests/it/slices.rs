@@ -117,9 +117,9 @@ fn check_distance(sliced: &Sliced, dtype: DType, bytes: &[u8]) {
         for (exact, found) in exact[row * cols..].chunks_exact(GROUP).zip(found.chunks_exact(GROUP)) {
             let max = exact.iter().copied().fold(f32::MIN, f32::max);
             let min = exact.iter().copied().fold(f32::MAX, f32::min);
-            // Half a step, a scale rounded by up to half of the smallest f16 over 255 steps, an offset rounded likewise.
+            // Half the widest step, a scale rounded by up to half of the smallest f16 over 255 steps, an offset rounded likewise.
             let tiny = 2f32.powi(-25) * 257.0;
-            let bound = 0.51 * (max - min) / 247.0 + tiny + (min.abs() + max.abs()) / 1024.0;
+            let bound = 0.51 * (max - min) / 219.0 + tiny + (min.abs() + max.abs()) / 1024.0;
             for (exact, found) in exact.iter().zip(found) {
                 assert!((exact - found).abs() <= bound, "{exact} became {found} in a group from {min} to {max}");
             }
@@ -212,7 +212,7 @@ fn the_error_on_gaussian_weights_is_below_that_of_the_usual_formats() {
     let (four, eight) = other_formats(&values);
     let ratio_4 = error(Precision::Q4) / squared_error(&values, &four);
     let ratio_8 = error(Precision::Q8) / squared_error(&values, &eight);
-    assert!((0.965..0.985).contains(&ratio_4) && (0.78..0.80).contains(&ratio_8), "{ratio_4} {ratio_8}");
+    assert!((0.78..0.80).contains(&ratio_4) && (0.64..0.67).contains(&ratio_8), "{ratio_4} {ratio_8}");
 }
 
 fn golden(name: &str) -> Vec<u8> {
@@ -317,7 +317,9 @@ fn a_strangers_slices_are_refused_not_trusted() {
         Tensors::parse_part(PartBlobs { main: base.clone().into(), refine: Some(refine.clone().into()) }, "x").is_ok()
     );
     check(base[..base.len() - 1].to_vec(), None, &["truncated"]);
-    check(replace(&base, r#"format":"1""#, r#"format":"2""#), None, &["format \"2\"", "format 1"]);
+    check(replace(&base, r#"format":"2""#, r#"format":"3""#), None, &["format \"3\"", "reads 1 and 2"]);
+    let older = replace(&base, r#"format":"2""#, r#"format":"1""#);
+    assert!(Tensors::parse_part(PartBlobs::from(WeightBytes::from(older)), "x").is_ok(), "it is read alike");
     check(replace(&base, r#"slice":"base""#, r#"slice":"bass""#), None, &["bass", "no slice"]);
     check(replace(&base, "coel.slice", "coel.slide"), None, &["U8"]);
     // 2 x 2 x 320 bytes in another shape.

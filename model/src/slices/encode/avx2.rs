@@ -1,12 +1,18 @@
 //! The encoder for x86 with AVX2 and F16C: sixteen rows of a group together.
 //!
 //! The same roundings in the same order as the portable one: subtraction and division are IEEE's, nothing is fused, and
-//! clamping before rounding equals clamping after because both ends are whole numbers.
+//! clamping before rounding equals clamping after because both ends are whole numbers. [`search`] looks for scales and
+//! offsets, in whole numbers but for a few constants of a group.
 
 use std::arch::x86_64::*;
 
 use super::Block;
+use crate::bytes::DType;
 use crate::slices::{BASE_CELL, BLOCK_ROWS, GROUP, NIBBLES, REFINE_CELL};
+
+mod search;
+
+use search::Groups;
 
 /// Vectors of a group.
 const VECTORS: usize = GROUP / 8;
@@ -20,7 +26,7 @@ pub(super) unsafe fn encode(block: Block<'_>, base: &mut [[u8; BASE_CELL]], refi
     let rows = block.rows();
     let mut weights = [[0.0f32; GROUP]; BLOCK_ROWS];
     for (group, (base, refine)) in base.iter_mut().zip(refine).enumerate() {
-        block.widen(group, &mut weights);
+        widen(block, group, &mut weights);
         let Some((scales, offsets)) = constants(&weights, base) else {
             return false;
         };
@@ -32,6 +38,25 @@ pub(super) unsafe fn encode(block: Block<'_>, base: &mut [[u8; BASE_CELL]], refi
         }
     }
     true
+}
+
+/// Widens one group of every row; rows that are not there keep what they have.
+#[target_feature(enable = "avx2,f16c")]
+fn widen(block: Block<'_>, group: usize, weights: &mut [[f32; GROUP]; BLOCK_ROWS]) {
+    if block.dtype != DType::F16 {
+        return block.widen(group, weights);
+    }
+    let rows = block.bytes.chunks_exact(2 * block.cols);
+    for (row, weights) in rows.zip(weights) {
+        let raw = &row[2 * group * GROUP..][..2 * GROUP];
+        for index in 0..VECTORS {
+            // SAFETY: eight halves of the group's 32, into as many floats.
+            unsafe {
+                let eight = _mm_loadu_si128(raw.as_ptr().add(16 * index).cast());
+                _mm256_storeu_ps(weights.as_mut_ptr().add(8 * index), _mm256_cvtph_ps(eight));
+            }
+        }
+    }
 }
 
 /// Scales and offsets of sixteen rows, as written into the cell and then as f32; `None` if a weight is not finite or a
@@ -63,20 +88,13 @@ fn constants(
         return None;
     }
     let (mut scales, mut offsets) = ([0.0f32; BLOCK_ROWS], [0.0f32; BLOCK_ROWS]);
-    let f16_max = _mm_set1_epi16(0x7bff);
     for half in 0..2 {
         let at = 8 * half;
         // SAFETY: eight of sixteen elements each, and the cell has 2 * 16 constants of two bytes after its nibbles.
         unsafe {
             let (min, max) = (_mm256_loadu_ps(mins.as_ptr().add(at)), _mm256_loadu_ps(maxs.as_ptr().add(at)));
-            let s = _mm256_div_ps(_mm256_sub_ps(max, min), _mm256_set1_ps(247.0));
-            let m = _mm256_sub_ps(min, _mm256_mul_ps(_mm256_set1_ps(4.0), s));
-            let s = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(s);
-            let m = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(m);
-            let sizes = _mm_max_epi16(s, _mm_and_si128(m, _mm_set1_epi16(0x7fff)));
-            if _mm_movemask_epi8(_mm_cmpgt_epi16(sizes, f16_max)) != 0 {
-                return None;
-            }
+            let eight = weights[at..at + 8].try_into().expect("half of sixteen");
+            let (s, m) = Groups::of(eight, min, max)?.best();
             let into = base.as_mut_ptr().add(NIBBLES + 2 * at);
             _mm_storeu_si128(into.cast(), s);
             _mm_storeu_si128(into.add(2 * BLOCK_ROWS).cast(), m);

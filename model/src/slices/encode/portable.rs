@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{Block, Fault, FaultKind};
+use super::{Block, EIGHT_WEIGHT, Fault, FaultKind, HIGHS, LOWS, NEAR, PLACES};
 use crate::slices::{BASE_CELL, BLOCK_ROWS, GROUP, NIBBLES, REFINE_CELL};
 
 pub(super) fn encode(
@@ -46,10 +46,83 @@ fn constants(weights: &[f32; GROUP]) -> Result<(f16, f16), FaultKind> {
         min = if w < min { w } else { min };
         max = if w > max { w } else { max };
     }
-    let s = (max - min) / 247.0;
+    let range = max - min;
+    let s = range / 247.0;
     let m = min - 4.0 * s;
     let (s, m) = (f16::from_f32(s), f16::from_f32(m));
-    if s.is_finite() && m.is_finite() { Ok((s, m)) } else { Err(FaultKind::Range { min, max }) }
+    if !s.is_finite() || !m.is_finite() {
+        return Err(FaultKind::Range { min, max });
+    }
+    if s == f16::ZERO {
+        return Ok((s, m));
+    }
+    let per_range = PLACES / range;
+    let places = weights.map(|w| ((w - min) * per_range).round_ties_even() as u32);
+    let (low, high) = coarse(&places);
+    Ok(fine(&places, min, range, [low, high], (s, m)))
+}
+
+/// The levels of minimum and maximum at which four bits err least.
+fn coarse(places: &[u32; GROUP]) -> (f32, f32) {
+    let (mut least, mut best) = (f32::INFINITY, (0.0, 0.0));
+    for low in LOWS {
+        for high in HIGHS {
+            let (span, at) = (high - low, 256 * low);
+            let [four, _] = energies(places, (256 * span) as u32, at);
+            let cost = four as f32 / (span * span) as f32;
+            if cost < least {
+                (least, best) = (cost, (low as f32, high as f32));
+            }
+        }
+    }
+    best
+}
+
+/// The scale and the offset, as they will be read, with which four and eight bits together err least, minimum and
+/// maximum being near the levels `ends`; `first` where nothing is better.
+fn fine(places: &[u32; GROUP], min: f32, range: f32, ends: [f32; 2], first: (f16, f16)) -> (f16, f16) {
+    let cost = |(s, m): (f16, f16)| {
+        let (s, m) = (s.to_f32(), m.to_f32());
+        if !(s > 0.0 && s.is_finite() && m.is_finite()) {
+            return f32::INFINITY;
+        }
+        let (at, span) = ((min - m) / s * 256.0, range / s * 256.0);
+        let below = (-128.0 - at).max(0.0);
+        let above = (at + span - 65408.0).max(0.0);
+        let rounded = |value: f32, least: f32, most: f32| value.clamp(least, most).round_ties_even() as i32;
+        let [four, eight] = energies(places, rounded(span, 0.0, 65535.0) as u32, rounded(at, -30000.0, 30000.0));
+        let inside = (four + EIGHT_WEIGHT * eight) as f32;
+        (inside + outside(below) + outside(above)) * (s * s)
+    };
+    let (mut least, mut best) = (cost(first), first);
+    for lower in NEAR {
+        for upper in NEAR {
+            let (low, high) = (ends[0] + lower, ends[1] + upper);
+            let s = range / (high - low);
+            let m = min - low * s;
+            let found = (f16::from_f32(s), f16::from_f32(m));
+            let cost = cost(found);
+            if cost < least {
+                (least, best) = (cost, found);
+            }
+        }
+    }
+    best
+}
+
+/// What the extreme weight adds by lying `beyond` the last level's reach.
+fn outside(beyond: f32) -> f32 {
+    beyond * (32.0 * (beyond + 768.0))
+}
+
+/// Sums of the squared distances to the nearest 4-bit and 8-bit level, in 256ths of an 8-bit step, where the minimum is
+/// at `at` and the maximum at `at + span`. Levels have no end here.
+fn energies(places: &[u32; GROUP], span: u32, at: i32) -> [i32; 2] {
+    places.iter().fold([0; 2], |[four, eight], place| {
+        let at = ((place * span) >> 16) as i32 + at + 128;
+        let (coarse, fine) = ((at & 4095) - 2048, (at & 255) - 128);
+        [four + coarse * coarse, eight + fine * fine]
+    })
 }
 
 fn level(w: f32, s: f32, m: f32) -> u8 {
