@@ -12,7 +12,7 @@ use crate::{
     device::Device,
     engine::{Engine, EngineError, EngineOptions, block_on},
     folder::ModelFolder,
-    layout,
+    layout::{self, ExpertId},
     sequence::{Emitted, FinishReason, GenerateParams, Sequence, SequenceError, Usage},
     slices::Precision,
     tensors::LoadError,
@@ -91,6 +91,11 @@ impl LocalModel {
             block_on(engine.load_expert_tensors(id, folder.expert(id, options.experts)?))?;
         }
         Ok(Self { engine, text })
+    }
+
+    /// Holds one expert at another precision from now on, as `folder` has it.
+    pub fn hold(&self, folder: &ModelFolder, id: ExpertId, precision: Precision) -> Result<(), LocalError> {
+        Ok(block_on(self.engine.load_expert_tensors(id, folder.expert(id, precision)?))?)
     }
 
     /// Answers one user turn; `show` sees every step as it happens.

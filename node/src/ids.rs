@@ -31,3 +31,12 @@ pub fn to_store_precision(precision: coel_model::slices::Precision) -> coel_stor
 pub fn to_store(expert: coel_model::layout::ExpertId) -> coel_store::ExpertId {
     coel_store::ExpertId { layer: expert.layer, index: expert.index }
 }
+
+/// The model's name for a precision of the placement.
+pub fn to_model_precision(precision: coel_store::Precision) -> coel_model::slices::Precision {
+    match precision {
+        coel_store::Precision::Q4 => coel_model::slices::Precision::Q4,
+        coel_store::Precision::Q8 => coel_model::slices::Precision::Q8,
+        coel_store::Precision::Bf16 => coel_model::slices::Precision::Exact,
+    }
+}

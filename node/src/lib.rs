@@ -6,7 +6,7 @@
 //! | room | what it decides or does |
 //! |---|---|
 //! | [`admission`], [`mesh`] | who gets in; the log's transport; the leader's duties |
-//! | [`placement`] | pure: which node holds which expert |
+//! | [`placement`], [`policies`] | pure: which node holds which expert, how exactly; other rules to compare that with |
 //! | [`hosting`], [`weights`], [`library`] | gets, verifies, loads and reports what the placement assigned |
 //! | [`experts`] | one layer's rows to their hosts and back; failover |
 //! | [`generation`], [`service`], [`http`] | a prompt to an answer, and OpenAI's words for it |
@@ -30,6 +30,7 @@ pub mod library;
 pub mod mesh;
 pub mod metrics;
 pub mod placement;
+pub mod policies;
 pub mod report;
 pub mod runtime;
 pub mod service;

@@ -40,6 +40,31 @@ pub struct Closeness {
     pub same_top: f64,
 }
 
+impl TextReport {
+    /// The figures of several texts as of one: means over all that was predicted. `None` of none.
+    pub fn together(reports: &[TextReport]) -> Option<TextReport> {
+        let window = reports.first()?.window;
+        let sum = |of: fn(&TextReport) -> usize| reports.iter().map(of).sum::<usize>();
+        let predicted = sum(|report| report.predicted);
+        let mean = |of: &dyn Fn(&TextReport) -> f64| {
+            reports.iter().map(|report| report.predicted as f64 * of(report)).sum::<f64>() / predicted as f64
+        };
+        let of = |each: fn(&Closeness) -> f64| mean(&|report| report.closeness.as_ref().map_or(0.0, each));
+        let closeness = reports.iter().all(|report| report.closeness.is_some()).then(|| Closeness {
+            kl_divergence: of(|closeness| closeness.kl_divergence),
+            same_top: of(|closeness| closeness.same_top),
+        });
+        Some(TextReport {
+            tokens: sum(|report| report.tokens),
+            predicted,
+            window,
+            perplexity: mean(&|report| report.perplexity.ln()).exp(),
+            closeness,
+            passed: reports.iter().all(|report| report.passed),
+        })
+    }
+}
+
 /// Cuts the tokens of a whole file into consecutive windows without overlap. The first token of each window is not
 /// predicted; a last window of one token contributes nothing.
 pub fn eval_text(model: &LocalModel, file: &Path, window: usize) -> Result<TextReport, EvalError> {
@@ -149,5 +174,26 @@ mod tests {
         assert!((divergence(&p, &q) - 0.25 * 2f64.ln()).abs() < 1e-6);
         assert_eq!(divergence(&p, &p), 0.0);
         assert_eq!((top(&p), top(&q), top(&[1.0, 3.0, 3.0])), (0, 1, 1));
+    }
+
+    #[test]
+    fn several_texts_count_by_what_was_predicted_of_each() {
+        let report = |predicted, nats: f64, kl_divergence| TextReport {
+            tokens: predicted + 1,
+            predicted,
+            window: 8,
+            perplexity: nats.exp(),
+            closeness: Some(Closeness { kl_divergence, same_top: 1.0 }),
+            passed: true,
+        };
+        let (one, two) = (report(1, 2.0, 0.5), report(3, 6.0, 0.1));
+        let both = TextReport::together(&[one.clone(), two.clone()]).unwrap();
+        assert_eq!((both.tokens, both.predicted), (6, 4));
+        assert!((both.perplexity.ln() - 5.0).abs() < 1e-12, "{both:?}");
+        assert!((both.closeness.unwrap().kl_divergence - 0.2).abs() < 1e-12, "{both:?}");
+        let alone = TextReport { closeness: None, passed: false, ..two };
+        let mixed = TextReport::together(&[one, alone]).unwrap();
+        assert!(mixed.closeness.is_none() && !mixed.passed, "a figure that is not of all is not of the whole");
+        assert_eq!(TextReport::together(&[]), None);
     }
 }

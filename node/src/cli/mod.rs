@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod client;
 mod folders;
+mod policies;
 mod print;
 
 use std::ffi::OsString;

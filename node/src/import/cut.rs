@@ -16,7 +16,7 @@ use coel_model::checkpoint::Checkpoint;
 use coel_model::parts::{Part, PartKind, parts};
 use coel_model::slices::blob::{FORMAT, PartBytes, ReadAt, SliceError, part_bytes, write_part};
 use coel_model::slices::encode::first_not_finite;
-use coel_store::{BlobEntry, BlobError, BlobHasher, Blobs, NewPart, PartKey, Segment, Slices};
+use coel_store::{BlobEntry, BlobError, BlobHasher, Blobs, Draft, NewPart, PartKey, Segment, Slices};
 use tracing::warn;
 
 use super::Progress;
@@ -152,19 +152,31 @@ impl<'a> Cut<'a> {
             let [mut base, mut refine] = [self.blobs.draft()?, self.blobs.draft()?];
             match write_part(part, &by_the_way, &mut base, &mut refine) {
                 Ok(()) => slices = Some([base, refine]),
-                // Such weights are rare and not damaged: they are only held exactly.
-                Err(range @ SliceError::Range { .. }) => warn!(part = %part.kind, %range, "no slices of this part"),
+                // Such weights are rare and not damaged: they are only held exactly. What slicing did not come to was looked
+                // through by nobody.
+                Err(range @ SliceError::Range { .. }) => {
+                    warn!(part = %part.kind, %range, "no slices of this part");
+                    let again = ByTheWay::new(&self.files, part);
+                    let exact = again.finish(true).map_err(failed)?;
+                    return Ok(self.part(index, exact, None));
+                }
                 Err(error) => return Err(failed(error)),
             }
         }
         let exact = by_the_way.finish(slices.is_none()).map_err(failed)?;
+        Ok(self.part(index, exact, slices))
+    }
+
+    /// A part whose exact blob stays where it is.
+    fn part(&self, index: usize, exact: BlobEntry, slices: Option<[Draft; 2]>) -> NewPart {
+        let part = &self.parts[index];
         let mut segments = vec![Segment::Inline(part.header())];
         segments.extend(part.tensors.iter().map(|tensor| Segment::File {
             path: self.checkpoint.weight_files()[tensor.file].clone(),
             offset: tensor.offset,
             bytes: tensor.bytes,
         }));
-        Ok(NewPart { key: self.keys[index], exact: (exact, segments), slices })
+        NewPart { key: self.keys[index], exact: (exact, segments), slices }
     }
 
     /// Whether what is still to be cut has room.

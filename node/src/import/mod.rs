@@ -28,6 +28,8 @@ use crate::hosting::check_budget;
 use crate::ids;
 use crate::library::{Known, run_blocking};
 use crate::mesh::PROPOSE_DEADLINE;
+use crate::placement::Popularity;
+use crate::policies::Measured;
 use crate::service::ModelInfo;
 use crate::shared::Shared;
 use cut::{Cut, CutError};
@@ -73,9 +75,9 @@ pub async fn import(
     let model = Model {
         name: name.clone(),
         manifest_bytes: known.manifest_bytes,
-        popularity: found.counts.iter().map(|layer| layer.iter().map(|&rows| saturate(rows)).collect()).collect(),
+        popularity: counts(&found),
         popularity_text: CALIBRATION_NAME.into(),
-        sensitivity: found.losses.iter().map(|layer| layer.iter().copied().map(loss).collect()).collect(),
+        sensitivity: losses(&found),
     };
     let known = shared.library.insert(known);
     let (looking, seen) = (shared.clone(), known.clone());
@@ -171,6 +173,19 @@ impl Source for Experts<'_> {
         (self.progress)("measuring experts, layers", done as u64, total as u64);
         !self.shared.stopping.is_cancelled()
     }
+}
+
+/// What a survey found, as the planner reads it.
+pub fn measured(found: &Survey) -> Measured {
+    Measured { popularity: Popularity::new(counts(found)), sensitivity: losses(found) }
+}
+
+fn counts(found: &Survey) -> Vec<Vec<u32>> {
+    found.counts.iter().map(|layer| layer.iter().map(|&rows| saturate(rows)).collect()).collect()
+}
+
+fn losses(found: &Survey) -> Vec<Vec<Loss>> {
+    found.losses.iter().map(|layer| layer.iter().copied().map(loss).collect()).collect()
 }
 
 fn loss(measured: Option<survey::Loss>) -> Loss {

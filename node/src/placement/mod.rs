@@ -18,6 +18,7 @@
 //! It does not know how replicas get to their nodes, who is alive (the caller leaves the dead out), or what an expert computes.
 
 mod harm;
+mod mix;
 mod planner;
 mod popularity;
 mod raise;
@@ -29,6 +30,7 @@ use std::collections::BTreeMap;
 use coel_store::{Assignment, Bounds, ExpertId, NodeId, Precision, Replica, Slices};
 
 pub use harm::Harm;
+pub use mix::mix;
 pub use planner::{Shortfall, plan};
 pub use popularity::Popularity;
 pub use reach::within_reach;
@@ -47,6 +49,11 @@ pub struct Choices {
 }
 
 impl Choices {
+    /// Those given, in the order of [`Precision::ALL`].
+    pub fn new(bytes: [Option<u64>; 3]) -> Self {
+        Self { bytes }
+    }
+
     /// Those of these slices.
     pub fn of(slices: &Slices) -> Self {
         Self { bytes: Precision::ALL.map(|precision| slices.bytes(precision)) }

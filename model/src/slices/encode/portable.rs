@@ -57,18 +57,18 @@ fn constants(weights: &[f32; GROUP]) -> Result<(f16, f16), FaultKind> {
         return Ok((s, m));
     }
     let per_range = PLACES / range;
-    let places = weights.map(|w| ((w - min) * per_range).round_ties_even() as u32);
+    let places = weights.map(|w| ((w - min) * per_range).round_ties_even() as u16);
     let (low, high) = coarse(&places);
     Ok(fine(&places, min, range, [low, high], (s, m)))
 }
 
 /// The levels of minimum and maximum at which four bits err least.
-fn coarse(places: &[u32; GROUP]) -> (f32, f32) {
+fn coarse(places: &[u16; GROUP]) -> (f32, f32) {
     let (mut least, mut best) = (f32::INFINITY, (0.0, 0.0));
     for low in LOWS {
         for high in HIGHS {
             let (span, at) = (high - low, 256 * low);
-            let [four, _] = energies(places, (256 * span) as u32, at);
+            let [four, _] = energies(places, (256 * span) as u16, at);
             let cost = four as f32 / (span * span) as f32;
             if cost < least {
                 (least, best) = (cost, (low as f32, high as f32));
@@ -80,7 +80,7 @@ fn coarse(places: &[u32; GROUP]) -> (f32, f32) {
 
 /// The scale and the offset, as they will be read, with which four and eight bits together err least, minimum and
 /// maximum being near the levels `ends`; `first` where nothing is better.
-fn fine(places: &[u32; GROUP], min: f32, range: f32, ends: [f32; 2], first: (f16, f16)) -> (f16, f16) {
+fn fine(places: &[u16; GROUP], min: f32, range: f32, ends: [f32; 2], first: (f16, f16)) -> (f16, f16) {
     let cost = |(s, m): (f16, f16)| {
         let (s, m) = (s.to_f32(), m.to_f32());
         if !(s > 0.0 && s.is_finite() && m.is_finite()) {
@@ -90,7 +90,7 @@ fn fine(places: &[u32; GROUP], min: f32, range: f32, ends: [f32; 2], first: (f16
         let below = (-128.0 - at).max(0.0);
         let above = (at + span - 65408.0).max(0.0);
         let rounded = |value: f32, least: f32, most: f32| value.clamp(least, most).round_ties_even() as i32;
-        let [four, eight] = energies(places, rounded(span, 0.0, 65535.0) as u32, rounded(at, -30000.0, 30000.0));
+        let [four, eight] = energies(places, rounded(span, 0.0, 65535.0) as u16, rounded(at, -30000.0, 30000.0));
         let inside = (four + EIGHT_WEIGHT * eight) as f32;
         (inside + outside(below) + outside(above)) * (s * s)
     };
@@ -116,13 +116,18 @@ fn outside(beyond: f32) -> f32 {
 }
 
 /// Sums of the squared distances to the nearest 4-bit and 8-bit level, in 256ths of an 8-bit step, where the minimum is
-/// at `at` and the maximum at `at + span`. Levels have no end here.
-fn energies(places: &[u32; GROUP], span: u32, at: i32) -> [i32; 2] {
-    places.iter().fold([0; 2], |[four, eight], place| {
-        let at = ((place * span) >> 16) as i32 + at + 128;
-        let (coarse, fine) = ((at & 4095) - 2048, (at & 255) - 128);
-        [four + coarse * coarse, eight + fine * fine]
-    })
+/// at `at` and the maximum at `at + span`. Levels have no end here: positions wrap, and so 16 bits of them will do, which
+/// compilers turn into the widest instructions there are.
+fn energies(places: &[u16; GROUP], span: u16, at: i32) -> [i32; 2] {
+    let at = (at + 128) as u16;
+    let (mut four, mut eight) = (0, 0);
+    for place in places {
+        let at = (((u32::from(*place) * u32::from(span)) >> 16) as u16).wrapping_add(at);
+        let (coarse, fine) = ((at & 4095) as i16 - 2048, (at & 255) as i16 - 128);
+        four += i32::from(coarse) * i32::from(coarse);
+        eight += i32::from(fine) * i32::from(fine);
+    }
+    [four, eight]
 }
 
 fn level(w: f32, s: f32, m: f32) -> u8 {

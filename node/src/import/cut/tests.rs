@@ -136,6 +136,16 @@ fn weights_beyond_the_slices_are_kept_exactly_only() {
     let (_, slices) = run(dir.path(), data.path(), None).unwrap();
     let without = slices.iter().filter(|slices| slices.base.is_none()).count();
     assert_eq!((without, slices.last().unwrap().base.is_none()), (1, true));
+
+    // An infinity in the next group of the same row, which slicing does not come to any more.
+    let dir = spoilt(|header, data| {
+        let at = start(header, EXPERT);
+        data[at..][..2].copy_from_slice(&[0x80, 0x71]);
+        data[at + 2 * 40..][..2].copy_from_slice(&[0x80, 0x7f]);
+    });
+    let data = tempfile::tempdir().unwrap();
+    let error = run(dir.path(), data.path(), None).unwrap_err().to_string();
+    assert!(error.contains(EXPERT) && error.contains("row 0, column 40: not a finite number"), "{error}");
 }
 
 #[test]

@@ -1,0 +1,140 @@
+//! Rules by which experts get more bits than the fewest, to be compared at the same number of bytes.
+//!
+//! Owns [`Policy`] and what each claims for every expert. The invariant: the choice itself is the planner's
+//! ([`mix`]) under every policy; they differ in nothing but the harm it is told to avoid. It measures nothing.
+
+use std::collections::BTreeMap;
+
+use coel_store::{Bounds, ExpertId, Loss, Precision};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+use crate::placement::{Experts, Harm, Popularity, mix};
+
+/// A rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Policy {
+    /// All alike: as many of every layer, evenly spread.
+    Uniform,
+    /// By lot.
+    Random {
+        /// Same seed, same lots.
+        seed: u64,
+    },
+    /// The most popular first: the paper's rule.
+    Popularity,
+    /// Popularity times measured sensitivity: what the planner goes by.
+    Harm,
+}
+
+impl Policy {
+    /// As tables spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Uniform => "uniform",
+            Self::Random { .. } => "random",
+            Self::Popularity => "popularity",
+            Self::Harm => "harm",
+        }
+    }
+
+    /// What this rule takes each of `experts` to cost, given what was measured.
+    pub fn harm(self, experts: &Experts, measured: &Measured) -> Harm {
+        // Alike in all but their turn: the nth of a sequence that leaves no gaps, or of none.
+        let turns = |turn: &mut dyn FnMut(u32) -> u32| {
+            let layers = experts.keys().map(|expert| usize::from(expert.layer) + 1).max().unwrap_or(0);
+            let mut counts = vec![Vec::new(); layers];
+            for (n, expert) in (0..).zip(experts.keys()) {
+                let layer: &mut Vec<u32> = &mut counts[usize::from(expert.layer)];
+                layer.resize(layer.len().max(usize::from(expert.index) + 1), 0);
+                layer[usize::from(expert.index)] = turn(n) >> 8;
+            }
+            Harm::new(Popularity::new(counts), Vec::new())
+        };
+        match self {
+            // Multiples of the golden ratio lie evenly, however many of them are taken.
+            Self::Uniform => turns(&mut |n| n.wrapping_mul(2_654_435_769)),
+            Self::Random { seed } => {
+                let mut random = SmallRng::seed_from_u64(seed);
+                turns(&mut |_| random.random())
+            }
+            Self::Popularity => Harm::new(measured.popularity.clone(), Vec::new()),
+            Self::Harm => Harm::new(measured.popularity.clone(), measured.sensitivity.clone()),
+        }
+    }
+
+    /// The precision of each expert, Q4 or Q8, in at most `bytes_max`; `None` if not even Q4 fits.
+    pub fn mix(self, experts: &Experts, bytes_max: u64, measured: &Measured) -> Option<BTreeMap<ExpertId, Precision>> {
+        let accepts = Bounds::new(Precision::Q4, Precision::Q8).expect("in order");
+        mix(experts, bytes_max, accepts, &self.harm(experts, measured))
+    }
+}
+
+/// What a survey found, as the planner reads it.
+#[derive(Debug, Clone)]
+pub struct Measured {
+    /// How often experts were chosen.
+    pub popularity: Popularity,
+    /// What their outputs lose, `[layers][experts]`.
+    pub sensitivity: Vec<Vec<Loss>>,
+}
+
+/// What experts of `q4` bytes at Q4 and `q8` at Q8 take at so many bits a weight, where Q4 is 5 and Q8 is 9 of them.
+pub fn bytes_at(bits: f64, q4: u64, q8: u64) -> u64 {
+    q4 + ((bits - 5.0) / 4.0 * q8.saturating_sub(q4) as f64) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::placement::Choices;
+
+    const LAYERS: u16 = 6;
+    const PER_LAYER: u16 = 24;
+
+    fn experts() -> Experts {
+        let all = (0..LAYERS).flat_map(|layer| (0..PER_LAYER).map(move |index| ExpertId { layer, index }));
+        all.map(|expert| (expert, Choices::new([Some(500), Some(900), Some(1600)]))).collect()
+    }
+
+    /// Popular at the end of every layer, sensitive in the first.
+    fn measured() -> Measured {
+        let loss = |layer| Loss { q4: if layer == 0 { 0.3 } else { 0.02 }, q8: 0.0 };
+        Measured {
+            popularity: Popularity::new(vec![(0..u32::from(PER_LAYER)).map(|n| 10 * n).collect(); usize::from(LAYERS)]),
+            sensitivity: (0..LAYERS).map(|layer| vec![loss(layer); usize::from(PER_LAYER)]).collect(),
+        }
+    }
+
+    fn raised(policy: Policy) -> Vec<ExpertId> {
+        let experts = experts();
+        let bytes = bytes_at(6.0, 144 * 500, 144 * 900);
+        let mixed = policy.mix(&experts, bytes, &measured()).unwrap();
+        assert_eq!(mixed.len(), experts.len());
+        mixed.into_iter().filter(|(_, precision)| *precision == Precision::Q8).map(|(expert, _)| expert).collect()
+    }
+
+    #[test]
+    fn every_rule_raises_a_quarter_at_six_bits() {
+        for policy in [Policy::Uniform, Policy::Random { seed: 1 }, Policy::Popularity, Policy::Harm] {
+            assert_eq!(raised(policy).len(), 36, "{policy:?}");
+        }
+        let (none, all) = (bytes_at(5.0, 144 * 500, 144 * 900), bytes_at(9.0, 144 * 500, 144 * 900));
+        assert_eq!((none, all), (144 * 500, 144 * 900));
+        assert!(Policy::Uniform.mix(&experts(), none - 1, &measured()).is_none());
+    }
+
+    #[test]
+    fn rules_raise_what_they_say() {
+        let in_layer = |experts: &[ExpertId], layer| experts.iter().filter(|expert| expert.layer == layer).count();
+        let uniform = raised(Policy::Uniform);
+        assert!((0..LAYERS).all(|layer| (5..=7).contains(&in_layer(&uniform, layer))), "{uniform:?}");
+        let popular = raised(Policy::Popularity);
+        assert!(popular.iter().all(|expert| expert.index >= PER_LAYER - 6), "{popular:?}");
+        let harmful = raised(Policy::Harm);
+        assert!(in_layer(&harmful, 0) > 18, "{harmful:?}");
+        let random = |seed| raised(Policy::Random { seed });
+        assert_eq!(random(1), random(1));
+        assert_ne!(random(1), random(2));
+    }
+}
