@@ -14,6 +14,8 @@ use std::{
     time::Instant,
 };
 
+use burn_cuda::CudaDevice;
+use cubecl::{cuda::CudaRuntime, wgpu::WgpuRuntime};
 use tokio::sync::{
     mpsc::{self, error::TryRecvError},
     oneshot,
@@ -22,10 +24,10 @@ use tokio::sync::{
 use crate::{
     block::block_until,
     decoder::Want,
-    device::Device,
+    device::{Device, vulkan},
     engine::{EngineError, JOBS_MAX, Shared},
     flights::{Flights, Turn},
-    kernels::{Kernels, download, isa::Isa, packed::Packed, plain::Plain},
+    kernels::{Kernels, cube::Cube, isa::Isa, packed::Packed, works},
     layout::ExpertId,
     machine::Machine,
     scheduler::SessionId,
@@ -89,12 +91,16 @@ pub(crate) fn start(device: Device, shared: Arc<Shared>, queue: mpsc::Receiver<J
         }
         match device {
             Device::Cuda(index) => {
-                let device = burn_cuda::CudaDevice::new(index);
-                run(move || Plain::<burn_cuda::Cuda>::new(device), shared, queue, ready);
+                let make = move || Ok(Cube::<CudaRuntime>::new(CudaDevice::new(index), "cuda".into()));
+                run(make, shared, queue, ready);
+            }
+            Device::Vulkan(number) => {
+                let make = move || vulkan::open(number).map(Cube::<WgpuRuntime>::on);
+                run(make, shared, queue, ready);
             }
             Device::Cpu | Device::Auto => {
                 let threads = shared.options.threads;
-                run(move || Packed::new(Isa::best(), threads), shared, queue, ready);
+                run(move || Ok(Packed::new(Isa::best(), threads)), shared, queue, ready);
             }
         }
     };
@@ -104,19 +110,23 @@ pub(crate) fn start(device: Device, shared: Arc<Shared>, queue: mpsc::Receiver<J
 }
 
 fn run<K: Kernels>(
-    make: impl FnOnce() -> K,
+    make: impl FnOnce() -> Result<K, String>,
     shared: Arc<Shared>,
     mut queue: mpsc::Receiver<Job>,
     ready: sync_mpsc::Sender<Result<String, EngineError>>,
 ) {
     // A device backend may panic where a driver is broken: that is a device that does not start, no more.
     let first = catch_unwind(AssertUnwindSafe(|| {
-        let kernels = make();
-        let probe = download(kernels.upload(vec![1.0, 2.0], 2) + kernels.upload(vec![1.0, 1.0], 2));
-        (probe == [2.0, 3.0]).then_some(kernels)
+        let mut kernels = make()?;
+        works(&mut kernels).then_some(kernels).ok_or_else(|| "its first computation came out wrong".to_owned())
     }));
-    let Ok(Some(kernels)) = first else {
-        return; // dropping `ready` says so
+    let kernels = match first {
+        Ok(Ok(kernels)) => kernels,
+        Ok(Err(why)) => {
+            let _ = ready.send(Err(EngineError::Start(why)));
+            return;
+        }
+        Err(_) => return, // dropping `ready` says so
     };
     let _ = ready.send(Ok(kernels.class())); // whoever started the thread waits for this
     let mut worker = Worker::new(kernels, shared);
