@@ -14,8 +14,6 @@ use std::{
     time::Instant,
 };
 
-use burn_cuda::CudaDevice;
-use cubecl::{cuda::CudaRuntime, wgpu::WgpuRuntime};
 use tokio::sync::{
     mpsc::{self, error::TryRecvError},
     oneshot,
@@ -27,7 +25,13 @@ use crate::{
     device::{Device, vulkan},
     engine::{EngineError, JOBS_MAX, Shared},
     flights::{Flights, Turn},
-    kernels::{Kernels, cube::Cube, isa::Isa, packed::Packed, works},
+    kernels::{
+        Kernels,
+        cube::{CudaCube, VulkanCube},
+        isa::Isa,
+        packed::Packed,
+        works,
+    },
     layout::ExpertId,
     machine::Machine,
     scheduler::SessionId,
@@ -91,12 +95,10 @@ pub(crate) fn start(device: Device, shared: Arc<Shared>, queue: mpsc::Receiver<J
         }
         match device {
             Device::Cuda(index) => {
-                let make = move || Ok(Cube::<CudaRuntime>::new(CudaDevice::new(index), "cuda".into()));
-                run(make, shared, queue, ready);
+                run(move || Ok(CudaCube::at(index)), shared, queue, ready);
             }
             Device::Vulkan(number) => {
-                let make = move || vulkan::open(number).map(Cube::<WgpuRuntime>::on);
-                run(make, shared, queue, ready);
+                run(move || vulkan::open(number).map(VulkanCube::on), shared, queue, ready);
             }
             Device::Cpu | Device::Auto => {
                 let threads = shared.options.threads;

@@ -24,7 +24,8 @@ pub struct Opened {
 }
 
 fn adapters() -> (Instance, Vec<Adapter>) {
-    let descriptor = InstanceDescriptor { backends: Backends::VULKAN, ..InstanceDescriptor::new_without_display_handle() };
+    let descriptor =
+        InstanceDescriptor { backends: Backends::VULKAN, ..InstanceDescriptor::new_without_display_handle() };
     let instance = Instance::new(descriptor);
     let adapters = block_on(instance.enumerate_adapters(Backends::VULKAN));
     (instance, adapters)
@@ -55,8 +56,22 @@ fn best(kinds: impl Iterator<Item = DeviceType>) -> Option<usize> {
     gpus.min().map(|(_, number)| number)
 }
 
+/// Whether this machine may have a GPU at all. Asking the drivers of one that has none would load a software renderer,
+/// compiler included, into a process that is not going to use it.
+fn may_have_gpu() -> bool {
+    let nodes = |dir: &str, prefix: &str| {
+        let names = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
+        names.into_iter().any(|name| name.to_string_lossy().starts_with(prefix))
+    };
+    // Mesa's drivers, NVIDIA's, and Windows' under WSL.
+    !cfg!(target_os = "linux") || nodes("/dev/dri", "renderD") || nodes("/dev", "nvidia") || nodes("/dev", "dxg")
+}
+
 /// The number of a real GPU.
 pub(super) fn gpu() -> Option<usize> {
+    if !may_have_gpu() {
+        return None;
+    }
     best(adapters().1.iter().map(|adapter| adapter.get_info().device_type))
 }
 

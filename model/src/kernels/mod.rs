@@ -29,7 +29,6 @@ mod lanes;
 pub mod math;
 pub mod packed;
 pub mod paged;
-pub mod plain;
 mod product;
 pub mod sliced;
 pub mod threads;

@@ -10,10 +10,17 @@
 
 use std::cell::RefCell;
 
-use bytemuck::NoUninit;
 use burn::tensor::{DType as BurnDType, Tensor, TensorPrimitive};
 use burn_cubecl::{CubeBackend, CubeRuntime, kernel::into_contiguous, tensor::CubeTensor};
-use cubecl::{CubeCount, CubeDim, client::ComputeClient, prelude::ArrayArg, server::Handle, wgpu::WgpuRuntime};
+use bytemuck::NoUninit;
+use cubecl::{
+    CubeCount, CubeDim,
+    client::ComputeClient,
+    cuda::{CudaDevice, CudaRuntime},
+    prelude::ArrayArg,
+    server::Handle,
+    wgpu::WgpuRuntime,
+};
 
 use self::{
     arena::Arena,
@@ -42,6 +49,10 @@ mod ranges;
 /// The backend whose tensors the kernels take.
 pub type Backend<R> = CubeBackend<R, f32, i32, u32>;
 type DeviceRows<R> = Tensor<Backend<R>, 2>;
+
+/// On CUDA and on Vulkan.
+pub type CudaCube = Cube<CudaRuntime>;
+pub type VulkanCube = Cube<WgpuRuntime>;
 
 /// Cubes along the first axis of a launch that has more.
 const CUBES_WIDE: usize = 32768;
@@ -79,7 +90,14 @@ pub struct Cube<R: CubeRuntime> {
     spans: Option<Sent<Vec<u32>>>,
 }
 
-impl Cube<WgpuRuntime> {
+impl CudaCube {
+    /// On the CUDA device of this number, which is there. Every CUDA device rounds alike.
+    pub fn at(index: usize) -> Self {
+        Self::new(CudaDevice::new(index), "cuda".into())
+    }
+}
+
+impl VulkanCube {
     /// On an open Vulkan device. What a driver rounds and fuses is its own, so its name is part of the class.
     pub fn on(opened: Opened) -> Self {
         Self::new(opened.device, format!("vulkan-{}", opened.name))
@@ -87,8 +105,8 @@ impl Cube<WgpuRuntime> {
 }
 
 impl<R: CubeRuntime> Cube<R> {
-    /// On `device`, which is there; `class` names what gives equal bits.
-    pub fn new(device: R::Device, class: String) -> Self {
+    /// `class` names what gives equal bits.
+    fn new(device: R::Device, class: String) -> Self {
         let client = R::client(&device);
         let arena = RefCell::new(Arena::new(client.clone()));
         Self { device, client, class, arena, angles: None, spans: None }
@@ -209,11 +227,7 @@ impl<R: CubeRuntime> Kernels for Cube<R> {
         self.rows(self.send(&values), values.len() / width, width)
     }
 
-    fn linears(
-        &mut self,
-        x: &DeviceRows<R>,
-        matrices: &[(&CubeMatrix, Option<&CubeVector>)],
-    ) -> Vec<DeviceRows<R>> {
+    fn linears(&mut self, x: &DeviceRows<R>, matrices: &[(&CubeMatrix, Option<&CubeVector>)]) -> Vec<DeviceRows<R>> {
         let [n, width] = x.dims();
         let inputs = self.inputs(self.handle(x), n * width, matrices.iter().map(|(matrix, _)| *matrix));
         // Each output begins where a binding may.
@@ -288,27 +302,14 @@ impl<R: CubeRuntime> Kernels for Cube<R> {
         CubeCache::new(&self.client, shape)
     }
 
-    fn append(
-        &mut self,
-        cache: &mut CubeCache,
-        layer: usize,
-        spans: &[Span<'_>],
-        k: DeviceRows<R>,
-        v: DeviceRows<R>,
-    ) {
+    fn append(&mut self, cache: &mut CubeCache, layer: usize, spans: &[Span<'_>], k: DeviceRows<R>, v: DeviceRows<R>) {
         let n = k.dims()[0];
         let (k, v) = (self.handle(&k), self.handle(&v));
         let (spans, words) = self.spans(spans);
         cache.append(&self.client, layer, (k, v), n, (spans, words));
     }
 
-    fn attention(
-        &mut self,
-        q: DeviceRows<R>,
-        cache: &CubeCache,
-        layer: usize,
-        spans: &[Span<'_>],
-    ) -> DeviceRows<R> {
+    fn attention(&mut self, q: DeviceRows<R>, cache: &CubeCache, layer: usize, spans: &[Span<'_>]) -> DeviceRows<R> {
         let [n, width] = q.dims();
         let most = spans.iter().map(|span| span.past + span.rows).max().unwrap_or(0);
         let (q, out) = (self.handle(&q), self.floats(n * width));

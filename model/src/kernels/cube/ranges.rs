@@ -72,7 +72,10 @@ mod tests {
         assert_eq!(ranges.take(1), None);
         assert_eq!(ranges.add_slab(256), 0);
         let taken: Vec<Range> = [64, 1, 128].iter().map(|words| ranges.take(*words).unwrap()).collect();
-        assert_eq!(taken.iter().map(|range| (range.at, range.words)).collect::<Vec<_>>(), [(0, 64), (64, 64), (128, 128)]);
+        assert_eq!(
+            taken.iter().map(|range| (range.at, range.words)).collect::<Vec<_>>(),
+            [(0, 64), (64, 64), (128, 128)]
+        );
         assert_eq!(ranges.take(1), None);
         for index in [0, 2, 1] {
             ranges.give_back(taken[index]);

@@ -18,7 +18,15 @@ const STRIDE: usize = LANES + 1;
 
 /// Where `position` of a session lies in a cache, in floats.
 #[cube]
-fn place(spans: &Array<u32>, table: usize, position: usize, head: usize, heads: usize, tokens: usize, dim: usize) -> usize {
+fn place(
+    spans: &Array<u32>,
+    table: usize,
+    position: usize,
+    head: usize,
+    heads: usize,
+    tokens: usize,
+    dim: usize,
+) -> usize {
     let page = spans[table + position / tokens] as usize;
     ((page * heads + head) * tokens + position % tokens) * dim
 }

@@ -9,6 +9,9 @@
 //! Kernels use 32-bit words only, integers and floats: no 8-bit or 16-bit types, no operations across a plane, no atomics.
 //! Every Vulkan device has these.
 
+// The language of kernels has fewer methods and constants than Rust.
+#![allow(clippy::approx_constant, clippy::manual_div_ceil, clippy::manual_range_contains)]
+
 pub(super) mod attention;
 pub(super) mod exact;
 pub(super) mod memory;

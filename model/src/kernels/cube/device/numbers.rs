@@ -38,9 +38,9 @@ pub fn exp(x: f32) -> f32 {
     let second = f32::reinterpret(u32::cast_from(whole - half + 127i32) << 23u32);
     let value = mantissa * first * second;
     let value = select(x < low, 0.0f32, value);
-    // Infinity and NaN are no constants of every shading language, so they come from x.
+    // Infinity and NaN are no constants of every shading language, and comparisons may be held to be of numbers.
     let value = select(x > high, x * 3.0e38f32, value);
-    select(x == x, value, x)
+    select(u32::reinterpret(x) & 0x7FFF_FFFFu32 > 0x7F80_0000u32, x, value)
 }
 
 /// `kernels::math::silu`.

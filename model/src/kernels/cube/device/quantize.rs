@@ -52,11 +52,13 @@ fn put(value: f32, group: usize, groups: usize, pairs: &mut Array<i32>, scales: 
             for index in 0..GROUP {
                 sum += values[first + index];
             }
-            // Of infinity and of NaN, NaN; nothing of what is tiny.
             let step = select(most < TINY, 0.0f32, magnitude / 127.0f32);
-            let step = select(most < 0x7F80_0000u32, step, magnitude - magnitude);
-            scales[2usize * group] = step;
-            scales[2usize * group + 1usize] = step * f32::cast_from(sum);
+            let product = step * f32::cast_from(sum);
+            // Of infinity and of NaN, NaN: made of bits, since a compiler may hold that there are none.
+            let none = most | 0x7FC0_0000u32;
+            let finite = most < 0x7F80_0000u32;
+            scales[2usize * group] = f32::reinterpret(select(finite, u32::reinterpret(step), none));
+            scales[2usize * group + 1usize] = f32::reinterpret(select(finite, u32::reinterpret(product), none));
         }
     }
 }

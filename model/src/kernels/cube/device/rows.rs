@@ -56,7 +56,15 @@ pub fn rms_norm(x: &Array<f32>, slab: &Array<u32>, out: &mut Array<f32>, at: u32
 
 /// `x [n, heads, 2 * half]` turned by `cos` and `sin`, `[n, half]` each.
 #[cube(launch_unchecked)]
-pub fn rotate(x: &Array<f32>, cos: &Array<f32>, sin: &Array<f32>, out: &mut Array<f32>, rows: u32, heads: u32, half: u32) {
+pub fn rotate(
+    x: &Array<f32>,
+    cos: &Array<f32>,
+    sin: &Array<f32>,
+    out: &mut Array<f32>,
+    rows: u32,
+    heads: u32,
+    half: u32,
+) {
     let (heads, half) = (heads as usize, half as usize);
     let index = ABSOLUTE_POS;
     if index < rows as usize * heads * half {
