@@ -1,31 +1,33 @@
 //! Which device computes, and whether it is really there.
 //!
-//! Owns [`Device`] and the probe that must pass before any CUDA code runs: the CUDA backend panics where a driver or
-//! the run-time compiler is missing, and a machine without a GPU must start quietly on its CPU. The probe only opens
-//! libraries and counts devices; it allocates nothing on them.
+//! Owns [`Device`] and the probes that must pass before any GPU code runs: the CUDA backend panics where a driver or
+//! the run-time compiler is missing, and a machine without a GPU must start quietly on its CPU. A probe only opens
+//! libraries and lists devices; it allocates nothing on them.
 
 use std::{fmt, str::FromStr};
+
+pub mod vulkan;
 
 /// The device asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Device {
-    /// CUDA if it is complete, else the CPU.
+    /// CUDA if it is complete, else Vulkan where that is a real GPU, else the CPU.
     #[default]
     Auto,
     Cpu,
     /// The CUDA device of this number.
     Cuda(usize),
+    /// The Vulkan device of this number, as the drivers list them. A software one only if it is asked for.
+    Vulkan(usize),
 }
 
 /// Why a device cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
-    #[error("{0:?} is no device; give auto, cpu or cuda:N")]
+    #[error("{0:?} is no device; give auto, cpu, cuda:N or vulkan:N")]
     Unknown(String),
-    #[error("vulkan:{0} cannot be used: this version computes on cpu and cuda:N")]
-    Vulkan(usize),
-    #[error("cuda:{device} cannot be used: {missing}; --device cpu works without it")]
-    Cuda { device: usize, missing: String },
+    #[error("{device} cannot be used: {missing}; --device cpu works without it")]
+    Missing { device: Device, missing: String },
 }
 
 impl FromStr for Device {
@@ -37,7 +39,7 @@ impl FromStr for Device {
             None if text == "auto" => Ok(Device::Auto),
             None if text == "cpu" => Ok(Device::Cpu),
             Some(("cuda", number)) => Ok(Device::Cuda(number.parse().map_err(|_| unknown())?)),
-            Some(("vulkan", number)) => Err(DeviceError::Vulkan(number.parse().map_err(|_| unknown())?)),
+            Some(("vulkan", number)) => Ok(Device::Vulkan(number.parse().map_err(|_| unknown())?)),
             _ => Err(unknown()),
         }
     }
@@ -49,6 +51,7 @@ impl fmt::Display for Device {
             Device::Auto => f.write_str("auto"),
             Device::Cpu => f.write_str("cpu"),
             Device::Cuda(number) => write!(f, "cuda:{number}"),
+            Device::Vulkan(number) => write!(f, "vulkan:{number}"),
         }
     }
 }
@@ -56,18 +59,20 @@ impl fmt::Display for Device {
 impl Device {
     /// The device to use: `Auto` becomes one that is there, an explicit one must be.
     pub fn resolve(self) -> Result<Self, DeviceError> {
+        let missing = |missing| DeviceError::Missing { device: self, missing };
         match self {
             Device::Cpu => Ok(Device::Cpu),
-            Device::Cuda(device) => match cuda::probe(device) {
-                Ok(()) => Ok(self),
-                Err(missing) => Err(DeviceError::Cuda { device, missing }),
-            },
+            Device::Cuda(device) => cuda::probe(device).map(|()| self).map_err(missing),
+            Device::Vulkan(device) => vulkan::probe(device).map(|()| self).map_err(missing),
             Device::Auto => match cuda::probe(0) {
                 Ok(()) => Ok(Device::Cuda(0)),
-                Err(missing) => {
-                    tracing::debug!(missing, "no CUDA; computing on the CPU");
-                    Ok(Device::Cpu)
-                }
+                Err(missing) => Ok(vulkan::gpu().map_or_else(
+                    || {
+                        tracing::debug!(missing, "no CUDA, and Vulkan lists no GPU; computing on the CPU");
+                        Device::Cpu
+                    },
+                    Device::Vulkan,
+                )),
             },
         }
     }
@@ -168,24 +173,25 @@ mod tests {
 
     #[test]
     fn devices_are_read_as_written() {
-        for text in ["auto", "cpu", "cuda:0", "cuda:3"] {
+        for text in ["auto", "cpu", "cuda:0", "cuda:3", "vulkan:1"] {
             assert_eq!(text.parse::<Device>().unwrap().to_string(), text);
         }
-        for text in ["", "cuda", "cuda:", "cuda:x", "gpu", "cpu:0"] {
+        for text in ["", "cuda", "cuda:", "cuda:x", "vulkan", "vulkan:-1", "gpu", "cpu:0"] {
             assert_eq!(text.parse::<Device>(), Err(DeviceError::Unknown(text.into())));
         }
-        assert_eq!("vulkan:1".parse::<Device>(), Err(DeviceError::Vulkan(1)));
     }
 
     #[test]
     fn auto_always_finds_something() {
-        assert!(matches!(Device::Auto.resolve(), Ok(Device::Cpu | Device::Cuda(0))));
+        assert!(matches!(Device::Auto.resolve(), Ok(Device::Cpu | Device::Cuda(0) | Device::Vulkan(_))));
         assert_eq!(Device::Cpu.resolve(), Ok(Device::Cpu));
     }
 
     #[test]
     fn a_device_that_is_not_there_is_an_error_that_says_what_is_missing() {
-        let error = Device::Cuda(4096).resolve().unwrap_err().to_string();
-        assert!(error.starts_with("cuda:4096 cannot be used: "), "{error}");
+        for device in [Device::Cuda(4096), Device::Vulkan(4096)] {
+            let error = device.resolve().unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{device} cannot be used: ")), "{error}");
+        }
     }
 }

@@ -22,10 +22,16 @@ use tokio::sync::{
 use crate::{
     block::block_until,
     decoder::Want,
-    device::Device,
+    device::{Device, vulkan},
     engine::{EngineError, JOBS_MAX, Shared},
     flights::{Flights, Turn},
-    kernels::{Kernels, download, isa::Isa, packed::Packed, plain::Plain},
+    kernels::{
+        Kernels,
+        cube::{CudaCube, VulkanCube},
+        isa::Isa,
+        packed::Packed,
+        works,
+    },
     layout::ExpertId,
     machine::Machine,
     scheduler::SessionId,
@@ -89,12 +95,14 @@ pub(crate) fn start(device: Device, shared: Arc<Shared>, queue: mpsc::Receiver<J
         }
         match device {
             Device::Cuda(index) => {
-                let device = burn_cuda::CudaDevice::new(index);
-                run(move || Plain::<burn_cuda::Cuda>::new(device), shared, queue, ready);
+                run(move || Ok(CudaCube::at(index)), shared, queue, ready);
+            }
+            Device::Vulkan(number) => {
+                run(move || vulkan::open(number).map(VulkanCube::on), shared, queue, ready);
             }
             Device::Cpu | Device::Auto => {
                 let threads = shared.options.threads;
-                run(move || Packed::new(Isa::best(), threads), shared, queue, ready);
+                run(move || Ok(Packed::new(Isa::best(), threads)), shared, queue, ready);
             }
         }
     };
@@ -104,19 +112,23 @@ pub(crate) fn start(device: Device, shared: Arc<Shared>, queue: mpsc::Receiver<J
 }
 
 fn run<K: Kernels>(
-    make: impl FnOnce() -> K,
+    make: impl FnOnce() -> Result<K, String>,
     shared: Arc<Shared>,
     mut queue: mpsc::Receiver<Job>,
     ready: sync_mpsc::Sender<Result<String, EngineError>>,
 ) {
     // A device backend may panic where a driver is broken: that is a device that does not start, no more.
     let first = catch_unwind(AssertUnwindSafe(|| {
-        let kernels = make();
-        let probe = download(kernels.upload(vec![1.0, 2.0], 2) + kernels.upload(vec![1.0, 1.0], 2));
-        (probe == [2.0, 3.0]).then_some(kernels)
+        let mut kernels = make()?;
+        works(&mut kernels).then_some(kernels).ok_or_else(|| "its first computation came out wrong".to_owned())
     }));
-    let Ok(Some(kernels)) = first else {
-        return; // dropping `ready` says so
+    let kernels = match first {
+        Ok(Ok(kernels)) => kernels,
+        Ok(Err(why)) => {
+            let _ = ready.send(Err(EngineError::Start(why)));
+            return;
+        }
+        Err(_) => return, // dropping `ready` says so
     };
     let _ = ready.send(Ok(kernels.class())); // whoever started the thread waits for this
     let mut worker = Worker::new(kernels, shared);

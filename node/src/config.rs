@@ -64,7 +64,7 @@ pub struct NodeArgs {
     /// experts [default: auto].
     #[arg(long, env = "COEL_TRUNK", value_name = "PRECISION")]
     pub trunk: Option<Bounds>,
-    /// `auto`, `cpu` or `cuda:N`.
+    /// `auto`, `cpu`, `cuda:N` or `vulkan:N`.
     #[arg(long, env = "COEL_DEVICE", value_name = "DEVICE")]
     pub device: Option<String>,
     /// Name of the node, for people [default: the host's name].

@@ -20,7 +20,7 @@ pub struct Status {
     pub peer_id: String,
     /// Where its HTTP listens: `http://127.0.0.1:PORT`.
     pub api: String,
-    /// `cpu` or `cuda:N`, with the kernel class, e.g. `cpu/avx512`.
+    /// `cpu`, `cuda:N` or `vulkan:N`, with the kernel class, e.g. `cpu/avx512`.
     pub device: Option<String>,
     /// The leader, as far as this node knows.
     pub leader: Option<NodeId>,

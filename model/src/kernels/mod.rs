@@ -2,21 +2,26 @@
 //!
 //! [`Kernels`] extends a burn [`Backend`] by the operations whose order of additions matters: packed matrix times
 //! rows, norm, rotary embedding, cached attention, gated feed-forward. Two classes exist. [`packed::Packed`] runs on
-//! `Flex` and is plain Rust over packed weights, exact or sliced, used in place, on several threads. [`plain::Plain`]
-//! runs on any backend with nothing but burn's own operations, one row at a time, so that no operation's shape depends
-//! on the batch: it is what CUDA runs, and it runs on `Flex` too, where a test compares the classes.
+//! `Flex` and is plain Rust over packed weights, exact or sliced, used in place, on several threads. [`cube::Cube`] runs on
+//! GPUs, CUDA's and Vulkan's, and is CubeCL over weights packed in device memory.
 //!
 //! The invariant for every class: a row's result has the same bits alone and in any batch. Everything else (lookups,
 //! residual additions) is elementwise and done with burn tensors. Kernels do not know layers' names or sessions.
 
 use burn::tensor::{Tensor, backend::Backend};
+use half::f16;
 
 pub use self::paged::{CacheShape, Span};
-use crate::{rope::Angles, slices::Weight};
+use crate::{
+    bytes::{DType, Matrix},
+    rope::Angles,
+    slices::{BLOCK_ROWS, GROUP, NIBBLES, Sliced, Weight},
+};
 
 pub mod activations;
 pub mod attention;
 pub mod cpu;
+pub mod cube;
 pub mod exact;
 mod feed_forward;
 pub mod isa;
@@ -24,7 +29,6 @@ mod lanes;
 pub mod math;
 pub mod packed;
 pub mod paged;
-pub mod plain;
 mod product;
 pub mod sliced;
 pub mod threads;
@@ -120,6 +124,24 @@ pub trait Kernels: Send + 'static {
     fn experts(&mut self, x: &Rows<Self>, work: &[ExpertWork<'_, Self::Matrix>]) -> Rows<Self>
     where
         Self: Sized;
+}
+
+/// Whether a first computation, of a matrix of either kind, comes out right: what must be known of a device before it is
+/// trusted with a model.
+pub fn works<K: Kernels>(kernels: &mut K) -> bool {
+    // Every level is 3, the scale 2, the offset 1: a weight is 1 + 2 * (16 * 3 + 7.5).
+    let [scale, offset] = [f16::from_f32(2.0), f16::ONE].map(|constant| [constant.to_le_bytes(); BLOCK_ROWS]);
+    let cell = [&[0x33; NIBBLES][..], scale.as_flattened(), offset.as_flattened()].concat();
+    let sliced = Sliced::new(BLOCK_ROWS, GROUP, cell.into(), None).expect("one cell");
+    let ones = f32::to_le_bytes(1.0).repeat(BLOCK_ROWS * GROUP);
+    let exact = Matrix::new(ones.into(), DType::F32, BLOCK_ROWS, GROUP).expect("whole rows");
+    let matrices = [Weight::Sliced(sliced), Weight::Exact(exact)].map(|weight| kernels.matrix(weight));
+    // As int8 exactly what they are: the greatest magnitude is 127.
+    let x = kernels.upload([127.0, -2.0].repeat(GROUP / 2), GROUP);
+    let sum = 125.0 * (GROUP / 2) as f32;
+    let outputs = kernels.linears(&x, &[(&matrices[0], None), (&matrices[1], None)]);
+    let outputs = outputs.into_iter().map(download);
+    outputs.zip([sum * 112.0, sum]).all(|(output, expected)| output == [expected; BLOCK_ROWS])
 }
 
 /// The values of `rows`, row-major.

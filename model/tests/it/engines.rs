@@ -199,7 +199,7 @@ fn blobs_that_are_not_what_they_claim_are_refused() {
 fn an_absent_gpu_is_an_error_and_auto_finds_the_cpu() {
     let (_dir, checkpoint) = small();
     let explicit = Engine::start(Device::Cuda(4096), checkpoint.config().clone(), EngineOptions::default());
-    assert!(matches!(explicit, Err(EngineError::Device(DeviceError::Cuda { device: 4096, .. }))));
+    assert!(matches!(explicit, Err(EngineError::Device(DeviceError::Missing { device: Device::Cuda(4096), .. }))));
     let auto = Engine::start(Device::Auto, checkpoint.config().clone(), EngineOptions::default()).unwrap();
     assert_ne!(auto.device(), Device::Auto);
     assert!(!auto.class().is_empty());

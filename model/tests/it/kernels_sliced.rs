@@ -1,7 +1,6 @@
 //! Kernels over every precision: instruction sets, threads and batches against the portable path on one thread, and
 //! that against sums in f64.
 
-use burn::backend::flex::{Flex, FlexDevice};
 use coel_model::{
     bytes::{DType, Matrix, WeightBytes},
     kernels::{
@@ -10,7 +9,6 @@ use coel_model::{
         download,
         isa::Isa,
         packed::Packed,
-        plain::Plain,
     },
     slices::{BASE_CELL, GROUP, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, cells},
 };
@@ -20,7 +18,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// A matrix of random levels, scales and offsets, or of random BF16 values.
-fn weight(precision: Precision, rows: usize, cols: usize, rng: &mut ChaCha8Rng) -> Weight {
+pub fn weight(precision: Precision, rows: usize, cols: usize, rng: &mut ChaCha8Rng) -> Weight {
     if precision == Precision::Exact {
         let values = (0..rows * cols).flat_map(|_| bf16::from_f32(rng.random_range(-0.3..0.3)).to_le_bytes());
         return Matrix::new(values.collect::<Vec<u8>>().into(), DType::BF16, rows, cols).unwrap().into();
@@ -43,23 +41,23 @@ fn weight(precision: Precision, rows: usize, cols: usize, rng: &mut ChaCha8Rng) 
     Weight::Sliced(Sliced::new(rows, cols, base.into(), refine).expect("lengths fit"))
 }
 
-fn rows(n: usize, cols: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
+pub fn rows(n: usize, cols: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
     (0..n * cols).map(|_| rng.random_range(-4.0f32..4.0)).collect()
 }
 
-fn rng(seed: u64) -> ChaCha8Rng {
+pub fn rng(seed: u64) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed)
 }
 
-fn bits(values: &[f32]) -> Vec<u32> {
+pub fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
-fn oracle() -> Packed {
+pub fn oracle() -> Packed {
     Packed::new(Isa::available()[0], 1)
 }
 
-fn linear<K: Kernels>(kernels: &mut K, x: &[f32], weight: &Weight) -> Vec<f32> {
+pub fn linear<K: Kernels>(kernels: &mut K, x: &[f32], weight: &Weight) -> Vec<f32> {
     let (matrix, x) = (kernels.matrix(weight.clone()), kernels.upload(x.to_vec(), weight.cols()));
     download(kernels.linear(&x, &matrix, None))
 }
@@ -78,7 +76,7 @@ fn as_read(x: &[f32], precision: Precision) -> Vec<f64> {
 }
 
 /// Products in f64, each with the sum of the magnitudes of its terms.
-fn reference(x: &[f32], weight: &Weight) -> Vec<(f64, f64)> {
+pub fn reference(x: &[f32], weight: &Weight) -> Vec<(f64, f64)> {
     let mut row = vec![0.0; weight.cols()];
     let batch: Vec<Vec<f64>> = x.chunks(weight.cols()).map(|x| as_read(x, weight.precision())).collect();
     let mut products = vec![(0.0, 0.0); batch.len() * weight.rows()];
@@ -96,7 +94,7 @@ fn reference(x: &[f32], weight: &Weight) -> Vec<(f64, f64)> {
 }
 
 #[track_caller]
-fn check_close(found: &[f32], expected: &[(f64, f64)], tolerance: f64) {
+pub fn check_close(found: &[f32], expected: &[(f64, f64)], tolerance: f64) {
     assert_eq!(found.len(), expected.len());
     for (index, (found, (expected, size))) in found.iter().zip(expected).enumerate() {
         let error = (f64::from(*found) - expected).abs();
@@ -124,7 +122,7 @@ fn every_instruction_set_gives_the_oracles_bits() {
 }
 
 /// Three experts of different precisions, their down matrices of another precision than the others.
-fn mixed(d: usize, width: usize, rng: &mut ChaCha8Rng) -> Vec<Gated<Weight>> {
+pub fn mixed(d: usize, width: usize, rng: &mut ChaCha8Rng) -> Vec<Gated<Weight>> {
     let [q4, q8, exact] = Precision::ALL;
     let plans = [[q4; 3], [q8; 3], [exact; 3], [q4, q8, exact], [exact, q4, q8]];
     let experts = plans.map(|[gate, up, down]| Gated {
@@ -135,7 +133,7 @@ fn mixed(d: usize, width: usize, rng: &mut ChaCha8Rng) -> Vec<Gated<Weight>> {
     experts.into()
 }
 
-fn experts<K: Kernels>(
+pub fn experts<K: Kernels>(
     kernels: &mut K,
     x: &[f32],
     experts: &[Gated<Weight>],
@@ -244,32 +242,6 @@ fn a_feed_forward_block_is_what_its_parts_are() {
         // The library's exponential differs in last bits, which may move a value to the next int8 step.
         check_close(&found, &reference(&hidden, &expert.down), 2e-3);
     }
-}
-
-#[test]
-fn plain_operations_read_the_same_slices() {
-    let mut rng = rng(6);
-    for precision in Precision::ALL {
-        let weight = weight(precision, 1043, 96, &mut rng);
-        let x = rows(2, 96, &mut rng);
-        let found = linear(&mut Plain::<Flex>::new(FlexDevice), &x, &weight);
-        let mut row = vec![0.0; 96];
-        let expected: Vec<(f64, f64)> = (0..2 * 1043)
-            .map(|output| {
-                weight.widen_row(output % 1043, &mut row);
-                let terms = row.iter().zip(&x[output / 1043 * 96..]).map(|(w, x)| f64::from(*w) * f64::from(*x));
-                terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()))
-            })
-            .collect();
-        check_close(&found, &expected, 2e-6);
-    }
-    let plans = mixed(64, 96, &mut rng);
-    let (x, work) = (rows(4, 64, &mut rng), [(0, vec![3, 1]), (1, vec![]), (4, vec![0, 2, 3])]);
-    let found = experts(&mut Plain::<Flex>::new(FlexDevice), &x, &plans, &work).concat();
-    let packed = experts(&mut oracle(), &x, &plans, &work).concat();
-    let size = packed.iter().fold(0.0f32, |most, value| most.max(value.abs()));
-    // The one quantizes activations, the other does not.
-    assert!(found.iter().zip(&packed).all(|(a, b)| (a - b).abs() < 0.02 * size));
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod decoding;
 mod engines;
 mod families;
 mod folders;
+mod gpu;
 mod kernels;
 mod kernels_sliced;
 mod part_blobs;

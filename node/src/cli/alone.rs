@@ -21,7 +21,7 @@ pub struct Local {
     /// Model directory: a checkpoint, or slices that `coel model slice` made of one.
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// `auto`, `cpu` or `cuda:N`.
+    /// `auto`, `cpu`, `cuda:N` or `vulkan:N`.
     #[arg(long, env = "COEL_DEVICE", default_value = "auto")]
     device: String,
     /// How exactly experts are held: `q4`, `q8`, or `exact` as in the checkpoint.

@@ -1,0 +1,140 @@
+//! The device's memory for weights.
+//!
+//! Owns [`Arena`]: a few large slabs that hold every matrix and vector, so that one launch reads the experts of a layer from
+//! one binding, and [`Place`], the words of one of them, given back when it is dropped. The arena grows by an eighth of
+//! what it has, within bounds, and never shrinks: what one expert leaves the next one takes. What is written goes through a
+//! buffer of bounded size, so loading takes no second copy of a large matrix.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cubecl::{
+    CubeDim, Runtime, client::ComputeClient, future::block_on, prelude::ArrayArg, server::Handle, server::ServerError,
+};
+
+use super::{
+    cubes,
+    device::memory,
+    ranges::{Range, Ranges},
+};
+
+/// Smallest and largest slab, in bytes.
+const SLAB_LEAST: u64 = 16 << 20;
+const SLAB_MOST: u64 = 256 << 20;
+/// Bytes written at once, and bytes that may be on their way.
+const PIECE: usize = 16 << 20;
+const PIECES_AHEAD: usize = 4;
+const COPY_THREADS: u32 = 256;
+
+/// Weights' memory on one device.
+pub(super) struct Arena<R: Runtime> {
+    client: ComputeClient<R>,
+    slabs: Vec<(Handle, u32)>,
+    ranges: Arc<Mutex<Ranges>>,
+    /// Bytes written since the device was waited for.
+    ahead: usize,
+}
+
+/// Words of a slab, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Place {
+    range: Range,
+    ranges: Arc<Mutex<Ranges>>,
+}
+
+impl Place {
+    pub(super) fn slab(&self) -> usize {
+        self.range.slab
+    }
+
+    /// The first word.
+    pub(super) fn at(&self) -> u32 {
+        self.range.at
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner).give_back(self.range);
+    }
+}
+
+impl<R: Runtime> Arena<R> {
+    pub(super) fn new(client: ComputeClient<R>) -> Self {
+        Self { client, slabs: Vec::new(), ranges: Arc::default(), ahead: 0 }
+    }
+
+    /// Most bytes of one place.
+    pub(super) fn place_most(&self) -> usize {
+        // A device's limit may be any number; slabs are whole ranges.
+        (SLAB_MOST.min(self.client.properties().memory.max_page_size) & !0xFFFF) as usize
+    }
+
+    /// Slab `slab` as an argument of a kernel.
+    pub(super) fn slab(&self, slab: usize) -> ArrayArg<R> {
+        let (handle, words) = &self.slabs[slab];
+        // SAFETY: the handle is of so many words.
+        unsafe { ArrayArg::from_raw_parts(handle.clone(), *words as usize) }
+    }
+
+    /// Brings `parts`, one behind the other and each of whole words, to the device.
+    pub(super) fn put(&mut self, parts: &[&[u8]]) -> Place {
+        let bytes: usize = parts.iter().map(|part| part.len()).sum();
+        assert!(bytes <= self.place_most() && parts.iter().all(|part| part.len().is_multiple_of(4)));
+        let place = self.place((bytes / 4) as u32);
+        let mut at = place.at();
+        for piece in parts.iter().flat_map(|part| part.chunks(PIECE)) {
+            self.write(place.slab(), at, piece);
+            at += (piece.len() / 4) as u32;
+        }
+        place
+    }
+
+    fn place(&mut self, words: u32) -> Place {
+        let ranges = self.ranges.clone();
+        let mut free = ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        let range = free.take(words).unwrap_or_else(|| {
+            let slab = free.add_slab(self.grow(words));
+            debug_assert_eq!(slab + 1, self.slabs.len());
+            free.take(words).expect("a place is no larger than a slab")
+        });
+        drop(free);
+        Place { range, ranges }
+    }
+
+    /// Adds a slab of at least `words` words, and says of how many.
+    fn grow(&mut self, words: u32) -> u32 {
+        let held: u64 = self.slabs.iter().map(|(_, words)| 4 * u64::from(*words)).sum();
+        let most = self.place_most() as u64;
+        let wanted = (held / 8).max(4 * u64::from(words)).next_multiple_of(SLAB_LEAST).min(most);
+        let slab = self.client.memory_persistent_allocation((), |()| self.client.empty(wanted as usize));
+        let words = (wanted / 4) as u32;
+        self.slabs.push((slab.expect("an allocation is only asked for here"), words));
+        words
+    }
+
+    fn write(&mut self, slab: usize, at: u32, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        let words = bytes.len() / 4;
+        let from = self.client.create_from_slice(bytes);
+        // SAFETY: the piece lies inside the place, and the place inside the slab.
+        unsafe {
+            memory::copy::launch_unchecked::<R>(
+                &self.client,
+                cubes(words.div_ceil(COPY_THREADS as usize)),
+                CubeDim::new_1d(COPY_THREADS),
+                ArrayArg::from_raw_parts(from, words),
+                self.slab(slab),
+                at,
+                words as u32,
+            );
+        }
+        self.ahead += bytes.len();
+        if self.ahead >= PIECES_AHEAD * PIECE {
+            self.ahead = 0;
+            // An error shows where results are read.
+            let _: Result<(), ServerError> = block_on(self.client.sync());
+        }
+    }
+}

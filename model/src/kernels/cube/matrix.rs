@@ -1,0 +1,142 @@
+//! Packed matrices and vectors where the device computes with them.
+//!
+//! Owns [`CubeMatrix`] and [`CubeVector`]. A matrix lies in the arena as it lies in its blob or checkpoint, packed, base
+//! slice and refine slice one behind the other; rows of an exact one are padded to sixteen columns where they are not a multiple
+//! already. One that is larger than a place is cut between blocks of rows. No other copy of a weight exists on the device.
+
+use cubecl::Runtime;
+
+use super::{
+    arena::{Arena, Place},
+    device::exact,
+};
+use crate::{
+    bytes::{DType, Matrix},
+    slices::{BASE_CELL, BLOCK_ROWS, GROUP, REFINE_CELL, Sliced, Weight},
+};
+
+/// What a matrix's words mean.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Form {
+    /// One of the types [`exact`] knows.
+    Exact(u32),
+    Sliced {
+        refined: bool,
+    },
+}
+
+/// A matrix on the device.
+#[derive(Debug)]
+pub struct CubeMatrix {
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) form: Form,
+    pub(super) parts: Vec<Part>,
+}
+
+/// Whole blocks of a matrix's rows.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) first: usize,
+    pub(super) rows: usize,
+    pub(super) place: Place,
+    /// Word 1 of a unit.
+    pub(super) second: u32,
+    /// Word 2 of a unit.
+    pub(super) stride: u32,
+}
+
+impl CubeMatrix {
+    pub(super) fn new<R: Runtime>(arena: &mut Arena<R>, weight: &Weight) -> Self {
+        match weight {
+            Weight::Exact(matrix) => Self::exact(arena, matrix),
+            Weight::Sliced(sliced) => Self::sliced(arena, sliced),
+        }
+    }
+
+    pub(super) fn is_sliced(&self) -> bool {
+        matches!(self.form, Form::Sliced { .. })
+    }
+
+    /// Where row `row` of a dense input begins, as this matrix counts: in groups or in floats.
+    pub(super) fn unit_of_input(&self) -> usize {
+        if self.is_sliced() { self.cols / GROUP } else { self.cols }
+    }
+
+    fn sliced<R: Runtime>(arena: &mut Arena<R>, sliced: &Sliced) -> Self {
+        let groups = sliced.groups();
+        let refined = sliced.refine().is_some();
+        let cell = BASE_CELL + if refined { REFINE_CELL } else { 0 };
+        let parts = cut(sliced.rows(), BLOCK_ROWS, groups * cell, arena.place_most());
+        let parts = parts.into_iter().map(|(first, rows)| {
+            let cells = first / BLOCK_ROWS * groups..(first + rows).div_ceil(BLOCK_ROWS) * groups;
+            let base = &sliced.base()[cells.start * BASE_CELL..cells.end * BASE_CELL];
+            let refine = sliced.refine().map(|refine| &refine[cells.start * REFINE_CELL..cells.end * REFINE_CELL]);
+            let place = arena.put(&[base, refine.unwrap_or_default()]);
+            let second = place.at() + (base.len() / 4) as u32;
+            Part { first, rows, place, second, stride: groups as u32 }
+        });
+        let parts = parts.collect();
+        Self { rows: sliced.rows(), cols: sliced.cols(), form: Form::Sliced { refined }, parts }
+    }
+
+    fn exact<R: Runtime>(arena: &mut Arena<R>, matrix: &Matrix) -> Self {
+        let (kind, size) = match matrix.dtype() {
+            DType::BF16 => (exact::BF16, 2),
+            DType::F16 => (exact::F16, 2),
+            DType::F32 => (exact::F32, 4),
+        };
+        let (rows, cols) = (matrix.rows(), matrix.cols());
+        let padded = cols.next_multiple_of(BLOCK_ROWS) * size;
+        let parts = cut(rows, BLOCK_ROWS, BLOCK_ROWS * padded, arena.place_most());
+        let parts = parts.into_iter().map(|(first, rows)| {
+            let bytes = matrix.rows_bytes(first..first + rows);
+            let place = match padded == cols * size {
+                true => arena.put(&[bytes]),
+                false => {
+                    let mut wide = vec![0; rows * padded];
+                    for (to, from) in wide.chunks_exact_mut(padded).zip(bytes.chunks_exact(cols * size)) {
+                        to[..from.len()].copy_from_slice(from);
+                    }
+                    arena.put(&[&wide])
+                }
+            };
+            Part { first, rows, place, second: cols as u32, stride: (padded / 4) as u32 }
+        });
+        let parts = parts.collect();
+        Self { rows, cols, form: Form::Exact(kind), parts }
+    }
+}
+
+/// Cuts `rows` rows, in blocks of `block` rows which take `bytes` bytes, into parts of at most `most` bytes.
+fn cut(rows: usize, block: usize, bytes: usize, most: usize) -> Vec<(usize, usize)> {
+    assert!(bytes <= most, "a block of {bytes} bytes is more than this device binds");
+    let step = most / bytes.max(1) * block;
+    (0..rows).step_by(step).map(|first| (first, step.min(rows - first))).collect()
+}
+
+/// A small f32 vector on the device.
+#[derive(Debug)]
+pub struct CubeVector {
+    pub(super) place: Place,
+}
+
+impl CubeVector {
+    pub(super) fn new<R: Runtime>(arena: &mut Arena<R>, values: &[f32]) -> Self {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        Self { place: arena.put(&[&bytes]) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_matrices_are_cut_between_blocks() {
+        assert_eq!(cut(40, 16, 100, 1000), [(0, 40)]);
+        assert_eq!(cut(40, 16, 100, 299), [(0, 32), (32, 8)]);
+        assert_eq!(cut(40, 16, 100, 100), [(0, 16), (16, 16), (32, 8)]);
+        assert_eq!(cut(0, 16, 100, 100), []);
+    }
+}
