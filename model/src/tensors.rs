@@ -291,6 +291,19 @@ impl Tensors {
         Ok(self)
     }
 
+    /// The same tensors in other places: `put` is given each range of bytes, always in the same order, and says where
+    /// these bytes are now.
+    pub(crate) fn moved<E>(&self, mut put: impl FnMut(&str, &WeightBytes) -> Result<WeightBytes, E>) -> Result<Self, E> {
+        let mut moved = self.clone();
+        for (name, view) in &mut moved.entries {
+            view.bytes = put(name, &view.bytes)?;
+            if let Some(refine) = &view.refine {
+                view.refine = Some(put(name, refine)?);
+            }
+        }
+        Ok(moved)
+    }
+
     /// Keeps only the tensors named.
     pub fn select<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Self {
         let entries =

@@ -11,4 +11,5 @@ mod part_blobs;
 mod slices;
 mod survey;
 mod synth;
+mod tiers;
 mod whole;

@@ -13,6 +13,7 @@ use coel_model::slices::Precision;
 use serde::Serialize;
 
 use super::{Failure, Output, print};
+use crate::size::Size;
 
 /// A model on this machine.
 #[derive(Debug, Args)]
@@ -32,6 +33,10 @@ pub struct Local {
     /// Threads that compute [default: one for each core].
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: usize,
+    /// Memory to take, hard: experts that do not fit stay on disk and are read when they are needed [default: all of
+    /// them in memory].
+    #[arg(long, value_name = "SIZE", env = "COEL_MEMORY")]
+    memory: Option<Size>,
 }
 
 impl Local {
@@ -50,17 +55,20 @@ impl Local {
     }
 
     fn open(&self) -> Result<LocalModel, Failure> {
-        self.open_with_pool(None)
+        self.open_with(None, false)
     }
 
-    /// Opens the model with a KV cache of so many tokens, or of one full context.
-    pub fn open_with_pool(&self, kv_tokens: Option<usize>) -> Result<LocalModel, Failure> {
+    /// Opens the model with a KV cache of so many tokens, or of one full context; `foresee` counts how well experts are
+    /// predicted.
+    pub fn open_with(&self, kv_tokens: Option<usize>, foresee: bool) -> Result<LocalModel, Failure> {
         let options = LocalOptions {
             device: self.device()?,
             trunk: self.trunk(),
             experts: self.precision,
             threads: self.threads,
             kv_tokens,
+            memory: self.memory.map(|size| size.0),
+            foresee,
         };
         Ok(LocalModel::open_with(&self.model, &options)?)
     }
@@ -176,6 +184,10 @@ pub struct Eval {
     /// The same model exact: with --text, also prints how far predictions are from its own.
     #[arg(long, value_name = "DIR", requires = "text")]
     against: Option<PathBuf>,
+    /// Also print how many of the experts a layer chooses were predicted, layer by layer and on average: early, when the
+    /// layer before had its attention, and late, when it was done.
+    #[arg(long)]
+    recall: bool,
     #[command(flatten)]
     output: Output,
 }
@@ -197,11 +209,11 @@ struct Measure {
 impl Eval {
     /// Prints the figures, also when they fail.
     pub fn run(self) -> Result<(), Failure> {
-        let model = self.local.open()?;
+        let model = self.local.open_with(None, self.recall)?;
         match (&self.measure.reference, &self.measure.text, &self.measure.qa) {
             (Some(file), ..) => {
                 let report = eval_reference(&model, file)?;
-                verdict(&report, report.passed, self.output, "the model differs from the reference")
+                self.verdict(&model, &report, report.passed, "the model differs from the reference")
             }
             (_, Some(file), _) => {
                 let report = match &self.against {
@@ -211,24 +223,38 @@ impl Eval {
                     }
                     None => eval_text(&model, file, self.window)?,
                 };
-                verdict(&report, report.passed, self.output, "the perplexity is not a number")
+                self.verdict(&model, &report, report.passed, "the perplexity is not a number")
             }
             (_, _, Some(file)) => {
                 let report = eval_qa(&model, file)?;
-                verdict(&report, report.passed, self.output, "too few answers equal the reference")
+                self.verdict(&model, &report, report.passed, "too few answers equal the reference")
             }
             _ => Err(Failure::usage("name one of --reference, --text, --qa")),
         }
     }
-}
 
-fn verdict(report: &impl Serialize, passed: bool, output: Output, otherwise: &str) -> Result<(), Failure> {
-    if output.json {
-        print::json(report)?;
-    } else if let serde_json::Value::Object(fields) = serde_json::to_value(report)? {
-        for (name, value) in fields {
-            writeln!(std::io::stdout(), "{name} {value}")?;
+    fn verdict(
+        &self,
+        model: &LocalModel,
+        report: &impl Serialize,
+        passed: bool,
+        otherwise: &str,
+    ) -> Result<(), Failure> {
+        let mut fields = serde_json::to_value(report)?;
+        if let (true, Some(fields)) = (self.recall, fields.as_object_mut()) {
+            let stats = model.engine.tiers();
+            let [early, late] = stats.mean_recall().unwrap_or_default();
+            fields.insert("recall_early".into(), early.into());
+            fields.insert("recall_late".into(), late.into());
+            fields.insert("recall_layers".into(), serde_json::to_value(stats.recall)?);
         }
+        if self.output.json {
+            print::json(&fields)?;
+        } else if let serde_json::Value::Object(fields) = fields {
+            for (name, value) in fields {
+                writeln!(std::io::stdout(), "{name} {value}")?;
+            }
+        }
+        if passed { Ok(()) } else { Err(Failure { message: otherwise.to_owned(), code: 1 }) }
     }
-    if passed { Ok(()) } else { Err(Failure { message: otherwise.to_owned(), code: 1 }) }
 }
