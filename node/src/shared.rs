@@ -168,6 +168,7 @@ impl Shared {
     pub fn facts(&self) -> Facts {
         Facts {
             memory_bytes: self.config.memory_bytes,
+            disk_bytes: self.config.disk_bytes,
             kv_tokens: self.config.kv_tokens as u64,
             accepts: self.config.precision,
             trunk: *self.trunk.borrow(),
