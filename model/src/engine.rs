@@ -56,7 +56,7 @@ pub struct EngineOptions {
     pub threads: usize,
     /// Run the compute thread below the priority of everything that answers in time.
     pub low_priority: bool,
-    /// Memory that experts on disk take by turns, bytes; without it none can be kept there.
+    /// Memory that experts on disk take by turns, bytes; without it none can be kept there. [`Engine::set_tier_bytes`] changes it.
     pub tier_bytes: u64,
     /// Threads that read them.
     pub readers: usize,
@@ -184,6 +184,8 @@ struct Accounts {
     /// The same of those on disk.
     shelved: BTreeMap<ExpertId, (Precision, u64)>,
     pages: Pages,
+    /// Budget of memory of those on disk.
+    tier_bytes: u64,
 }
 
 /// What handles and the compute thread share besides the channel.
@@ -206,7 +208,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Shared {
     pub(crate) fn new(config: Arc<ModelConfig>, options: EngineOptions) -> Self {
         let pages = Pages::for_tokens(options.kv_tokens, options.page_tokens);
-        let accounts = Mutex::new(Accounts { trunk_bytes: None, experts: BTreeMap::new(), shelved: BTreeMap::new(), pages });
+        let tier_bytes = options.tier_bytes;
+        let accounts = Mutex::new(Accounts {
+            trunk_bytes: None,
+            experts: BTreeMap::new(),
+            shelved: BTreeMap::new(),
+            pages,
+            tier_bytes,
+        });
         let (activity, meter) = (Counters::default(), Meter::default());
         Self { config, options, activity, meter, accounts, closed: Mutex::default(), source: Mutex::default() }
     }
@@ -229,6 +238,14 @@ impl Shared {
         let accounts = &mut *lock(&self.accounts);
         accounts.experts.remove(&id);
         accounts.shelved.insert(id, (precision, bytes));
+    }
+
+    pub(crate) fn tier_bytes(&self) -> u64 {
+        lock(&self.accounts).tier_bytes
+    }
+
+    pub(crate) fn set_tier_bytes(&self, bytes: u64) {
+        lock(&self.accounts).tier_bytes = bytes;
     }
 
     pub(crate) fn expert_dropped(&self, id: ExpertId) {
@@ -331,19 +348,23 @@ impl Engine {
 
     /// What came of keeping experts on disk, and of predicting them.
     pub fn tiers(&self) -> TierStats {
-        let shelved = lock(&self.shared.accounts).shelved.len();
-        TierStats { shelved, budget_bytes: self.shared.options.tier_bytes, ..self.shared.meter.read() }
+        let (shelved, budget_bytes) = {
+            let accounts = lock(&self.shared.accounts);
+            (accounts.shelved.len(), accounts.tier_bytes)
+        };
+        TierStats { shelved, budget_bytes, ..self.shared.meter.read() }
     }
 
     /// Bytes accounted for now.
     pub fn memory(&self) -> Ledger {
         let accounts = lock(&self.shared.accounts);
         let options = &self.shared.options;
+        let tier_bytes = if accounts.shelved.is_empty() { 0 } else { accounts.tier_bytes };
         let kv_tokens = accounts.pages.total() * accounts.pages.page_tokens();
         Ledger {
             trunk_bytes: accounts.trunk_bytes.unwrap_or(0),
             expert_bytes: accounts.experts.values().map(|(_, bytes)| bytes).sum(),
-            tier_bytes_reserved: if accounts.shelved.is_empty() { 0 } else { options.tier_bytes },
+            tier_bytes_reserved: tier_bytes.max(self.shared.meter.read().bytes_in_memory),
             kv_bytes_reserved: self.footprint.kv_bytes_per_token * kv_tokens as u64,
             buffer_bytes: self.footprint.buffer_bytes(options.rows_max.max(CHUNK_ROWS)),
         }
@@ -415,6 +436,12 @@ impl Engine {
     pub async fn shelve_expert_tensors(&self, id: ExpertId, tensors: Tensors) -> Result<(), EngineError> {
         self.check_expert(id)?;
         self.ask(|reply| Job::ShelveExpert { id, tensors, reply }).await
+    }
+
+    /// Gives experts on disk another budget of memory. More serves at once; of less, what is needed at the moment stays until it was
+    /// computed: the [ledger](Self::memory) counts it until then.
+    pub async fn set_tier_bytes(&self, bytes: u64) -> Result<(), EngineError> {
+        self.ask(|reply| Job::TierBytes { bytes, reply }).await
     }
 
     /// Loads everything a checkpoint has, in place.

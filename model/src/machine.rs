@@ -94,7 +94,7 @@ impl<K: Kernels> Machine<K> {
         check_expert(&self.shared.config, id, tensors)?;
         if self.shelf.is_none() {
             let options = &self.shared.options;
-            let shelf = Shelf::new(options.tier_bytes, options.readers);
+            let shelf = Shelf::new(self.shared.tier_bytes(), options.readers);
             self.shelf = Some(shelf.map_err(|error| TierError::Start { why: error.to_string() })?);
         }
         let on_shelf = self.shelf.as_ref().is_some_and(|shelf| shelf.precision(id).is_some());
@@ -105,6 +105,15 @@ impl<K: Kernels> Machine<K> {
         }
         self.shared.expert_shelved(id, tensors.precision(), tensors.data_bytes());
         Ok(())
+    }
+
+    /// Gives experts on disk another budget of memory.
+    pub(crate) fn set_tier_bytes(&mut self, bytes: u64) {
+        self.shared.set_tier_bytes(bytes);
+        if let Some((shelf, mut hands)) = self.shelf() {
+            shelf.set_budget(bytes, &mut hands);
+        }
+        self.note_shelf();
     }
 
     /// Whether the expert was held.
@@ -203,11 +212,18 @@ impl<K: Kernels> Machine<K> {
     pub(crate) fn settle(&mut self) {
         let Some((shelf, mut hands)) = self.shelf() else { return };
         shelf.settle(&mut hands);
+        self.note_shelf();
+    }
+
+    fn note_shelf(&self) {
+        let Some(shelf) = &self.shelf else { return };
+        let bytes_in_memory = shelf.bytes();
         let (counts, bytes_read, in_memory) = (shelf.residency().counts(), shelf.bytes_read(), shelf.in_memory());
         self.shared.meter.update(|stats| {
             (stats.hits, stats.misses) = (counts.hits, counts.misses);
             (stats.prefetched, stats.prefetch_used) = (counts.ahead, counts.ahead_used);
             (stats.bytes_read, stats.in_memory) = (bytes_read, in_memory);
+            stats.bytes_in_memory = bytes_in_memory;
         });
     }
 

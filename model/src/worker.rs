@@ -61,6 +61,10 @@ pub(crate) enum Job {
         id: ExpertId,
         reply: Reply<bool>,
     },
+    TierBytes {
+        bytes: u64,
+        reply: Reply<()>,
+    },
     Advance {
         advance: Advance,
         reply: Reply<(Advanced, Routes)>,
@@ -207,6 +211,10 @@ impl<K: Kernels> Worker<K> {
             }
             Job::LoadExpert { id, tensors, reply } => answer(reply, machine.load_expert(id, &tensors)),
             Job::ShelveExpert { id, tensors, reply } => answer(reply, machine.shelve_expert(id, &tensors)),
+            Job::TierBytes { bytes, reply } => {
+                machine.set_tier_bytes(bytes);
+                answer(reply, Ok(()));
+            }
             Job::DropExpert { id, reply } => answer(reply, Ok(machine.drop_expert(id))),
             Job::RunExperts(call) => self.duties.take(call, machine),
             Job::Advance { advance, reply } => self.flights.ask(advance, reply),

@@ -78,6 +78,26 @@ impl Buffers {
     pub fn take_back(&mut self, buffer: Buffer) {
         self.lent -= buffer.bytes();
         self.free.push(buffer);
+        self.shrink();
+    }
+
+    /// Another budget from now on; what is free beyond it is given back to the system, and what is lent when it comes back.
+    pub fn set_budget(&mut self, budget: u64) {
+        self.budget = budget;
+        self.shrink();
+    }
+
+    fn shrink(&mut self) {
+        let mut spare: u64 = self.free.iter().map(Buffer::bytes).sum();
+        while self.lent + spare > self.budget {
+            let Some(buffer) = self.free.pop() else { break };
+            spare -= buffer.bytes();
+        }
+    }
+
+    /// Bytes lent and free.
+    pub fn bytes(&self) -> u64 {
+        self.lent + self.free.iter().map(Buffer::bytes).sum::<u64>()
     }
 }
 
@@ -100,6 +120,19 @@ mod tests {
         assert_eq!((large.bytes(), buffers.free.len()), (3 * BYTES, 1), "three small ones made room");
         buffers.take_back(large);
         assert_eq!(buffers.free.len(), 2);
+    }
+
+    #[test]
+    fn a_smaller_budget_gives_memory_back() {
+        let mut buffers = Buffers::new(3 * BYTES);
+        let [a, b, c] = [0; 3].map(|_| buffers.lend(BYTES).unwrap());
+        buffers.take_back(a);
+        buffers.set_budget(BYTES);
+        assert_eq!((buffers.bytes(), buffers.free.len()), (2 * BYTES, 0), "what is lent stays so");
+        buffers.take_back(b);
+        assert_eq!(buffers.bytes(), BYTES, "and goes when it comes back");
+        buffers.take_back(c);
+        assert_eq!((buffers.bytes(), buffers.free.len()), (BYTES, 1));
     }
 
     #[test]

@@ -29,6 +29,8 @@ pub struct TierStats {
     pub budget_bytes: u64,
     /// Of these, in memory now.
     pub in_memory: usize,
+    /// Bytes of memory taken for them now: more than the budget for a moment after that was made smaller.
+    pub bytes_in_memory: u64,
     /// The embedding table is on disk too, read row by row.
     pub embedding_on_disk: bool,
     /// Experts needed by a flight that were in memory, and that were not.

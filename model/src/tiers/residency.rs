@@ -137,6 +137,24 @@ impl Residency {
         self.budget
     }
 
+    /// Another budget from now on. Where it is less than what is used, the coldest go at once, and what is needed now when it was
+    /// computed; until then [`used`](Self::used) is more than the budget.
+    pub fn set_budget(&mut self, budget: u64) {
+        self.budget = budget;
+        self.pump();
+    }
+
+    /// Makes the coldest go until what is used is within the budget, or nothing more may go.
+    fn shrink(&mut self) {
+        while self.used > self.budget {
+            self.abandon_ahead();
+            let may_go = self.entries.iter().filter(|(_, entry)| entry.at == Where::Memory && entry.needed == 0);
+            let coldest = may_go.min_by(|(_, a), (_, b)| a.heat.total_cmp(&b.heat).then(b.moved.cmp(&a.moved)));
+            let Some((&id, _)) = coldest else { return };
+            self.leave(id);
+        }
+    }
+
     /// Bytes in memory and on their way.
     pub fn used(&self) -> u64 {
         self.used
@@ -368,6 +386,7 @@ impl Residency {
 
     /// Begins what can begin.
     fn pump(&mut self) {
+        self.shrink();
         let (mut urgent, mut ahead) = (0, 0);
         for (id, _) in self.loads.values() {
             match self.entries.get(id).map(|entry| entry.at) {

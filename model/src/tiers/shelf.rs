@@ -89,6 +89,18 @@ impl Shelf {
         Ok(())
     }
 
+    /// Another budget from now on; less takes effect as experts that are needed now are computed.
+    pub(crate) fn set_budget(&mut self, budget: u64, upper: &mut dyn Upper) {
+        self.residency.set_budget(budget);
+        self.carry_out(upper);
+        self.buffers.set_budget(budget);
+    }
+
+    /// Bytes of memory it takes, in use or not.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.buffers.bytes()
+    }
+
     /// Whether it was there.
     pub(crate) fn remove(&mut self, id: ExpertId, upper: &mut dyn Upper) -> bool {
         self.residency.remove(id);

@@ -1,5 +1,6 @@
 //! Tests of the model crate as its users see it, in one binary.
 
+mod budgets;
 mod checkpoints;
 mod decoding;
 mod engines;

@@ -355,3 +355,27 @@ proptest! {
         prop_assert_eq!(world.residency.used, held, "the books agree once all is quiet");
     }
 }
+
+#[test]
+fn a_smaller_budget_takes_effect_as_far_as_nobody_needs_it() {
+    let mut world = World::new(40, (0..4).map(|index| (index, 10)));
+    let mut give = |world: &mut World, budget: u64, within: u64| {
+        world.budget = within;
+        world.residency.set_budget(budget);
+        world.obey();
+    };
+    world.need(1, &[0, 1, 2, 3]);
+    world.to_the_end();
+    world.need(1, &[0]);
+    give(&mut world, 25, 25);
+    assert_eq!(world.in_memory().len(), 2);
+    give(&mut world, 5, 10);
+    assert_eq!((world.in_memory(), world.residency.used), (vec![0], 10), "it is computed with");
+    world.need(2, &[1]);
+    world.compute();
+    assert_eq!((world.in_memory(), world.residency.used), (vec![], 0));
+    assert!(world.loads.is_empty(), "there is no room for what is needed now");
+    give(&mut world, 10, 10);
+    world.to_the_end();
+    assert_eq!(world.in_memory(), [1]);
+}
