@@ -3,13 +3,16 @@
 //! One pass ([`Hosting::step`]) goes as far as it can towards the current placement and says whether it arrived. It is
 //! idempotent: after a restart, a lost peer or a new epoch the next pass starts from what is there.
 //!
-//! Invariants: nothing is loaded unverified; nothing is reported ready before it is loaded, nor at another precision than it is
-//! loaded at; what is dropped is dropped, and what is made smaller is made smaller, before anything is loaded in its place, so that
-//! the budget holds at every moment; an expert that is wanted at another precision is served at the old one until the new one
+//! A node that was given more than its memory holds has its experts on disk and in memory by turns ([`paging`]); else they are loaded.
+//!
+//! Invariants: nothing is held unverified; nothing is reported ready before it is held, nor at another precision than it is
+//! held at; what is dropped is dropped, and what is made smaller is made smaller, before anything is loaded in its place, so that
+//! both budgets hold at every moment; an expert that is wanted at another precision is served at the old one until the new one
 //! is loaded.
 
 mod disk;
 mod experts;
+mod paging;
 mod report;
 mod room;
 
@@ -137,15 +140,24 @@ impl Hosting {
         self.make_disk_room(&serving.known, 0).await;
         self.count(&serving.known, &assigned);
 
+        let paging = self.must_page(&serving, &assigned);
+        if paging {
+            self.drop_what_is_gone(&serving).await?;
+            self.begin_shelf(state, &serving, &assigned).await?;
+        }
         let held = shared.held.borrow().clone();
+        let is_so = |expert: &ExpertId, precision: &Precision| {
+            held.get(expert) == Some(precision) && self.is_shelved(*expert) == paging
+        };
         let (smaller, other): (Vec<_>, Vec<_>) = assigned
             .iter()
-            .filter(|(expert, precision)| held.get(expert) != Some(precision))
+            .filter(|(expert, precision)| !is_so(expert, precision))
             .map(|(&expert, &precision)| (expert, precision))
             .partition(|(expert, precision)| held.get(expert).is_some_and(|now| now > precision));
-        let mut pass = Pass::default();
+        let mut pass = Pass { paging, ..Pass::default() };
         self.load_all(state, &serving, &assigned, smaller, &mut pass).await;
         self.load_all(state, &serving, &assigned, other, &mut pass).await;
+        self.end_shelf(&serving).await?;
         if pass.unclaimed > 0 || !placement.trunk_ready.contains(&node) {
             pass.claimed = self.claim().await;
         }
@@ -163,7 +175,9 @@ impl Hosting {
         experts: Vec<(ExpertId, Precision)>,
         pass: &mut Pass,
     ) {
-        let each = experts.into_iter().map(|(expert, precision)| self.get_expert(state, serving, expert, precision));
+        let each = experts
+            .into_iter()
+            .map(|(expert, precision)| self.get_expert(state, serving, expert, precision, pass.paging));
         let mut loads = stream::iter(each).buffer_unordered(FETCHES).ready_chunks(REPORT_BATCH);
         while let Some(loaded) = loads.next().await {
             pass.unclaimed += loaded.len();
@@ -234,6 +248,8 @@ impl Hosting {
 
 /// How far a pass has come.
 struct Pass {
+    /// Whether experts are held on disk.
+    paging: bool,
     setback: Option<Setback>,
     /// Experts that were loaded and that the log has not been told of.
     unclaimed: usize,
@@ -242,7 +258,7 @@ struct Pass {
 
 impl Default for Pass {
     fn default() -> Self {
-        Self { setback: None, unclaimed: 0, claimed: Ok(()) }
+        Self { paging: false, setback: None, unclaimed: 0, claimed: Ok(()) }
     }
 }
 

@@ -11,6 +11,7 @@ use coel_model::decoder::CHUNK_ROWS;
 use coel_model::footprint::Footprint;
 use coel_model::pages::PAGE_TOKENS;
 use coel_model::text::TextModel;
+use coel_model::tiers::buffer::PAGE;
 use coel_store::manifest::MANIFEST_BYTES_MAX;
 use coel_store::{BlobEntry, BlobId, Blobs, Bounds, CHUNK_BYTES, ExpertId, Manifest, Model, ModelId, Precision};
 
@@ -136,6 +137,14 @@ impl Known {
     /// Bytes of the blobs every node keeps, the manifest among them.
     pub fn disk_fixed_bytes(&self, trunk: Precision) -> u64 {
         self.manifest_bytes + self.fixed_blobs(trunk).map(|blob| blob.bytes).sum::<u64>()
+    }
+
+    /// Bytes of memory without which a node does not have experts in memory by turns: for twice those of one row, so that some can
+    /// come while others are computed. They are read in whole pages.
+    pub fn least_to_page(&self, precision: Precision) -> u64 {
+        let bytes = self.manifest.experts.values().map(|slices| slices.nearest(precision).1);
+        let largest = bytes.max().unwrap_or(0).next_multiple_of(PAGE as u64) + 2 * PAGE as u64;
+        2 * self.config.num_experts_per_tok as u64 * largest
     }
 
     /// The blobs every node gets, whatever experts it hosts: files, and the trunk at this precision; the manifest aside.

@@ -307,6 +307,14 @@ impl Blobs {
         }
     }
 
+    /// Where the bytes of a held blob are, piece by piece.
+    pub fn lies_in(&self, entry: &BlobEntry) -> Result<Vec<Segment>, BlobError> {
+        let record = self.record_of(entry)?;
+        let segments = self.segments(&entry.id, &record);
+        segment::check(&entry.id, entry.bytes, &segments)?;
+        Ok(segments)
+    }
+
     fn remember(&self, id: &BlobId, record: &Record) -> Result<(), BlobError> {
         let mut batch = Batch::default();
         put_record(&mut batch, &index_key(id), record, RECORD_BYTES_MAX)?;

@@ -13,14 +13,15 @@ use crate::library::run_blocking;
 use crate::shared::{Held, Serving};
 
 impl Hosting {
-    /// Loads one expert at `precision`, unless a newer placement has come since `state`, which may have other plans: what is
-    /// under way is finished, the rest is left to the next pass.
+    /// Loads one expert at `precision`, or with `paging` holds it on disk, unless a newer placement has come since `state`, which may
+    /// have other plans: what is under way is finished, the rest is left to the next pass.
     pub(super) async fn get_expert(
         &self,
         state: &State,
         serving: &Serving,
         expert: ExpertId,
         precision: Precision,
+        paging: bool,
     ) -> Result<(), Setback> {
         if self.shared.state().epoch() != state.epoch() {
             return Ok(());
@@ -32,18 +33,29 @@ impl Hosting {
         let largest =
             Precision::ALL.into_iter().map(|precision| known.expert_bytes(expert, precision)).max().unwrap_or(0);
         let _tight = if self.disk_is_tight(largest) { Some(self.disk.lock().await) } else { None };
+        if paging {
+            return self.shelve(state, serving, expert, precision).await;
+        }
         let now = self.shared.held.borrow().get(&expert).copied();
+        let bytes = known.expert_bytes(expert, precision);
         let mut exchanging = None;
-        if now.is_some() {
+        if now.is_some() || serving.engine.tiers().budget_bytes > 0 {
             // Fetching takes long, and others may go on meanwhile.
             self.fetch(&what, slices, precision, state, known.id, expert).await?;
             exchanging = Some(self.exchange.lock().await);
-            self.make_room(serving, expert, known.expert_bytes(expert, precision)).await?;
+        }
+        if serving.engine.tiers().budget_bytes > 0 {
+            self.take_from_shelf(serving, bytes).await?;
+        } else if now.is_some() {
+            self.make_room(serving, expert, bytes).await?;
         }
         let blobs = self.get(&what, slices, precision, state, known.id, Some(expert)).await?;
         serving.engine.load_expert(ids::to_model(expert), blobs).await.map_err(|error| load(&error))?;
         self.shared.held.send_modify(|held| {
             Arc::make_mut(held).insert(expert, precision);
+        });
+        self.shared.shelved.send_modify(|shelved| {
+            shelved.remove(&expert);
         });
         drop(exchanging);
         if let Some(now) = now {
@@ -132,9 +144,12 @@ impl Hosting {
         Ok(())
     }
 
-    async fn drop_expert(&self, serving: &Serving, expert: ExpertId) -> Result<(), Setback> {
+    pub(super) async fn drop_expert(&self, serving: &Serving, expert: ExpertId) -> Result<(), Setback> {
         self.shared.held.send_modify(|held| {
             Arc::make_mut(held).remove(&expert);
+        });
+        self.shared.shelved.send_modify(|shelved| {
+            shelved.remove(&expert);
         });
         let dropped = serving.engine.drop_expert(ids::to_model(expert)).await;
         dropped.map(drop).map_err(|error| Setback::Load { what: format!("expert {expert}"), why: error.to_string() })

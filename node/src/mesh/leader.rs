@@ -240,8 +240,8 @@ fn candidate(known: &Known, node: NodeId, facts: &Facts, precisions: Bounds) -> 
     };
     // What is in memory is on the disk too.
     let expert_bytes_max = disk.map_or(memory, |disk| memory.min(disk));
-    // No engine has experts in memory by turns yet.
-    Candidate { node, expert_bytes_max, page_bytes_max: 0, accepts }
+    let least = known.least_to_page(accepts.lowest());
+    Candidate { node, expert_bytes_max, page_bytes_max: disk.filter(|_| memory >= least).unwrap_or(0), accepts }
 }
 
 /// What the leader needs to know of each member: whether it is there, and its facts.
