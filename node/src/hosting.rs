@@ -158,9 +158,8 @@ impl Hosting {
         self.load_all(state, &serving, &assigned, smaller, &mut pass).await;
         self.load_all(state, &serving, &assigned, other, &mut pass).await;
         self.end_shelf(&serving).await?;
-        if pass.unclaimed > 0 || !placement.trunk_ready.contains(&node) {
-            pass.claimed = self.claim().await;
-        }
+        // Also what an earlier pass could not say, because the mesh was at another epoch by then.
+        pass.claimed = self.claim().await;
         let (shared, known) = (self.shared.clone(), serving.known.clone());
         run_blocking(move || shared.look_for_all_of(&known)).await;
         pass.setback.map_or(retracted.and(pass.claimed), Err)
