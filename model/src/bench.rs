@@ -97,13 +97,14 @@ impl<'a> Bench<'a> {
     /// Bytes of packed weights that one token alone reads: the trunk without its embedding table, and the experts of
     /// one row in every layer.
     pub fn bytes_per_token(&self) -> u64 {
-        let ledger = self.engine().memory();
+        let trunk_bytes = self.engine().memory().trunk_bytes;
         let config = self.engine().config();
-        let embeddings = if config.tie_word_embeddings { 0 } else { embedding_bytes(config, ledger.trunk_bytes) };
+        let counted = !config.tie_word_embeddings && !self.engine().tiers().embedding_on_disk;
+        let embeddings = if counted { embedding_bytes(config, trunk_bytes) } else { 0 };
         let per_layer = config.num_experts_per_tok as u64;
         let layers: u64 = sparse_layers(config);
         let experts = layout::experts(config).count() as u64;
-        ledger.trunk_bytes - embeddings + ledger.expert_bytes * layers * per_layer / experts.max(1)
+        trunk_bytes - embeddings + self.engine().held_bytes() * layers * per_layer / experts.max(1)
     }
 }
 

@@ -1,17 +1,26 @@
 //! Weight bytes: where they lie, and what one matrix of them looks like.
 //!
-//! Owns [`WeightBytes`] (a shared, immutable range of mapped or heap memory), [`DType`] (the three element types a
+//! Owns [`WeightBytes`] (a shared, immutable range of memory, mapped or owned), [`DType`] (the three element types a
 //! checkpoint may use) and [`Matrix`] (a packed matrix in the checkpoint's own type). The invariant: bytes are never
 //! changed and never copied by slicing, and a `Matrix` always has exactly `rows * cols` elements. Nothing here knows
 //! file formats, devices or what a weight is for.
 
-use std::{fmt, fs::File, io, ops::Range, path::Path, sync::Arc};
+use std::{
+    fmt,
+    fs::File,
+    io,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use half::f16;
 use memmap2::Mmap;
 #[cfg(unix)]
 use memmap2::UncheckedAdvice;
 use serde::{Deserialize, Serialize};
+
+use crate::tiers::buffer::Buffer;
 
 /// A multiple of the page size of every machine coel runs on.
 #[cfg(unix)]
@@ -74,13 +83,27 @@ impl fmt::Display for DType {
     }
 }
 
-#[derive(Clone)]
-enum Owner {
-    Map(Arc<Mmap>),
-    Heap(Arc<Vec<u8>>),
+struct Mapped {
+    map: Mmap,
+    path: PathBuf,
 }
 
-/// A shared, immutable range of bytes: memory-mapped or on the heap. Cloning and slicing copy nothing.
+#[derive(Clone)]
+enum Owner {
+    Map(Arc<Mapped>),
+    Heap(Arc<Vec<u8>>),
+    Buffer(Arc<Buffer>),
+}
+
+/// Where bytes lie in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place<'a> {
+    pub file: &'a Path,
+    pub offset: u64,
+    pub bytes: u64,
+}
+
+/// A shared, immutable range of bytes: memory-mapped or owned. Cloning and slicing copy nothing.
 #[derive(Clone)]
 pub struct WeightBytes {
     owner: Owner,
@@ -99,7 +122,17 @@ impl WeightBytes {
         // SAFETY: the mapping is private and read-only; see the note on truncation above.
         let map = unsafe { Mmap::map(&file)? };
         let range = 0..map.len();
-        Ok(Self { owner: Owner::Map(Arc::new(map)), range })
+        Ok(Self { owner: Owner::Map(Arc::new(Mapped { map, path: path.to_owned() })), range })
+    }
+
+    /// Like [`map`](Self::map), for a file of which little will be read: the system does not read ahead.
+    pub fn map_sparsely(path: &Path) -> io::Result<Self> {
+        let bytes = Self::map(path)?;
+        #[cfg(unix)]
+        if let Owner::Map(mapped) = &bytes.owner {
+            mapped.map.advise(memmap2::Advice::Random)?;
+        }
+        Ok(bytes)
     }
 
     /// The part `range` of these bytes, or `None` if it is not inside.
@@ -110,8 +143,9 @@ impl WeightBytes {
 
     pub fn as_slice(&self) -> &[u8] {
         match &self.owner {
-            Owner::Map(map) => &map[self.range.clone()],
+            Owner::Map(mapped) => &mapped.map[self.range.clone()],
             Owner::Heap(bytes) => &bytes[self.range.clone()],
+            Owner::Buffer(buffer) => &buffer.as_slice()[self.range.clone()],
         }
     }
 
@@ -127,11 +161,12 @@ impl WeightBytes {
     /// from its memory and come back from the file when read; nothing else changes.
     pub fn release(&self) {
         #[cfg(unix)]
-        if let Owner::Map(map) = &self.owner {
+        if let Owner::Map(mapped) = &self.owner {
             let (start, end) = (self.range.start.next_multiple_of(PAGE), self.range.end / PAGE * PAGE);
             if start < end {
                 // SAFETY: the mapping is shared with the file and read-only, so dropped pages come back as they were.
-                let advised = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+                let advised =
+                    unsafe { mapped.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
                 if let Err(error) = advised {
                     tracing::debug!("mapped weights stay in memory: {error}");
                 }
@@ -139,9 +174,38 @@ impl WeightBytes {
         }
     }
 
+    /// The same bytes in memory of this process's own, which the system cannot drop; the mapped ones are
+    /// [released](Self::release).
+    pub fn owned(&self) -> io::Result<Self> {
+        if !self.is_mapped() || self.is_empty() {
+            return Ok(self.clone());
+        }
+        let mut buffer = Buffer::new(self.len())?;
+        buffer.as_mut_slice().copy_from_slice(self.as_slice());
+        self.release();
+        Ok(Arc::new(buffer).into())
+    }
+
     /// Whether the bytes lie in a mapped file, so that the system may drop and re-read them.
     pub fn is_mapped(&self) -> bool {
         matches!(self.owner, Owner::Map(_))
+    }
+
+    /// Where a mapped file has these bytes.
+    pub fn place(&self) -> Option<Place<'_>> {
+        match &self.owner {
+            Owner::Map(mapped) => {
+                Some(Place { file: &mapped.path, offset: self.range.start as u64, bytes: self.range.len() as u64 })
+            }
+            Owner::Heap(_) | Owner::Buffer(_) => None,
+        }
+    }
+}
+
+impl From<Arc<Buffer>> for WeightBytes {
+    fn from(buffer: Arc<Buffer>) -> Self {
+        let range = 0..buffer.as_slice().len();
+        Self { owner: Owner::Buffer(buffer), range }
     }
 }
 
@@ -154,7 +218,7 @@ impl From<Vec<u8>> for WeightBytes {
 
 impl fmt::Debug for WeightBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = if self.is_mapped() { "mapped" } else { "heap" };
+        let kind = if self.is_mapped() { "mapped" } else { "owned" };
         write!(f, "WeightBytes({kind}, {} bytes)", self.len())
     }
 }
@@ -189,6 +253,11 @@ impl Matrix {
 
     pub fn bytes(&self) -> &[u8] {
         self.bytes.as_slice()
+    }
+
+    /// Where a mapped file has it.
+    pub fn place(&self) -> Option<Place<'_>> {
+        self.bytes.place()
     }
 
     /// The packed bytes of rows `range`.

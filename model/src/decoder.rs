@@ -20,6 +20,7 @@ use crate::{
     kernels::{CacheShape, ExpertWork, Gated, Kernels, Rows, Span, download, math},
     rope::Angles,
     router::{Route, route},
+    tiers::ReadError,
     trunk::{FeedForward, Layer, Projection, Trunk},
 };
 
@@ -136,6 +137,8 @@ pub enum DecodeError {
     Outputs { expected: usize, found: usize },
     #[error("cannot go back to {wanted} tokens: only {used} are in use")]
     Truncate { wanted: usize, used: usize },
+    #[error("the embedding of token {token} cannot be read: {why}")]
+    Embedding { token: u32, why: ReadError },
 }
 
 /// Whether a session of `capacity` tokens, `used` of which are in use, can be advanced by `tokens`.
@@ -175,14 +178,15 @@ impl<K: Kernels> Flight<K> {
         let tokens = pieces.iter().flat_map(|piece| &piece.tokens);
         let mut rows = vec![0.0; tokens.clone().count() * d];
         for (token, row) in tokens.zip(rows.chunks_exact_mut(d)) {
-            core.trunk.embed.widen_row(*token as usize, row);
+            let read = core.trunk.embed.widen_row(*token as usize, row);
+            read.map_err(|why| DecodeError::Embedding { token: *token, why })?;
         }
         let positions = pieces.iter().flat_map(|piece| piece.past..piece.past + piece.tokens.len());
         let angles = core.trunk.rope.angles(positions);
         let hidden = core.kernels.upload(rows, d);
         let mut flight =
             Self { pieces, angles, layer: 0, residual: hidden.clone(), normed: hidden, routes: Vec::new() };
-        let step = flight.compute(core);
+        let step = flight.go_on(core);
         Ok((flight, step))
     }
 
@@ -214,31 +218,72 @@ impl<K: Kernels> Flight<K> {
 
     /// Computes those of the awaited experts that `held` has, and the shared one with them.
     pub fn run_held<'e>(&self, core: &mut Core<'_, K>, held: impl Fn(u16) -> Option<&'e Gated<K::Matrix>>) -> Outputs {
-        let pairs = by_expert(&self.routes);
-        let held: Vec<_> = pairs.iter().filter_map(|(index, pairs)| Some((held(*index)?, pairs))).collect();
-        let rows: Vec<Vec<u32>> = held.iter().map(|(_, pairs)| pairs.iter().map(|pair| pair.row).collect()).collect();
-        let all: Vec<u32> = (0..self.routes.len() as u32).collect();
         let shared = match core.trunk.layers.get(self.layer).map(|layer| &layer.feed_forward) {
             Some(FeedForward::Sparse { shared, .. }) => shared.as_ref().map(|shared| &shared.expert),
             _ => None,
         };
+        let (slots, values) = self.run(core, held, shared);
+        let mut places = vec![MISSING; self.routes.iter().map(Vec::len).sum()];
+        for (slot, place) in slots.iter().zip(0..) {
+            places[*slot as usize] = place;
+        }
+        Outputs { values, places, shared: shared.map(|_| slots.len() as u32) }
+    }
+
+    /// Computes further ones of the awaited experts into `outputs`: those that `held` has.
+    pub fn run_more<'e>(
+        &self,
+        core: &mut Core<'_, K>,
+        held: impl Fn(u16) -> Option<&'e Gated<K::Matrix>>,
+        outputs: &mut Outputs,
+    ) {
+        let (slots, values) = self.run(core, held, None);
+        outputs.add(&slots, &values);
+    }
+
+    /// The outputs of those experts that `held` has, with their slots, then of the shared one for every row.
+    fn run<'e>(
+        &self,
+        core: &mut Core<'_, K>,
+        held: impl Fn(u16) -> Option<&'e Gated<K::Matrix>>,
+        shared: Option<&Gated<K::Matrix>>,
+    ) -> (Vec<u32>, Vec<f32>) {
+        let pairs = by_expert(&self.routes);
+        let held: Vec<_> = pairs.iter().filter_map(|(index, pairs)| Some((held(*index)?, pairs))).collect();
+        let rows: Vec<Vec<u32>> = held.iter().map(|(_, pairs)| pairs.iter().map(|pair| pair.row).collect()).collect();
+        let all: Vec<u32> = (0..self.routes.len() as u32).collect();
         let work = held.iter().zip(&rows).map(|((expert, _), rows)| ExpertWork { expert: *expert, rows });
         let work: Vec<_> = work.chain(shared.map(|expert| ExpertWork { expert, rows: &all })).collect();
-        let mut places = vec![MISSING; self.routes.iter().map(Vec::len).sum()];
-        let mut place = 0;
-        for pair in held.iter().flat_map(|(_, pairs)| *pairs) {
-            places[pair.slot as usize] = place;
-            place += 1;
-        }
+        let slots = held.iter().flat_map(|(_, pairs)| *pairs).map(|pair| pair.slot).collect();
         let values = match work.is_empty() {
             true => Vec::new(),
             false => download(core.kernels.experts(&self.normed, &work)),
         };
-        Outputs { values, places, shared: shared.map(|_| place) }
+        (slots, values)
+    }
+
+    /// What the router of `layer` would choose for each row if the layer saw the residual as it is now; nothing for a
+    /// layer without experts.
+    pub(crate) fn routes_if(&self, core: &mut Core<'_, K>, layer: usize) -> Vec<Vec<Route>> {
+        let Core { kernels, trunk, .. } = core;
+        let Some(Layer { post_attention_norm, feed_forward: FeedForward::Sparse { router, .. }, .. }) =
+            trunk.layers.get(layer)
+        else {
+            return Vec::new();
+        };
+        let config = &trunk.config;
+        let normed = kernels.rms_norm(&self.residual, post_attention_norm, config.rms_norm_eps);
+        routes(config, download(kernels.linear(&normed, router, None)))
     }
 
     /// Takes the outputs of all awaited experts and computes on.
     pub fn resume(&mut self, core: &mut Core<'_, K>, outputs: Outputs) -> Result<Step, DecodeError> {
+        self.finish(core, outputs)?;
+        Ok(self.go_on(core))
+    }
+
+    /// The first half of [`resume`](Self::resume): the layer is done and the next not begun.
+    pub(crate) fn finish(&mut self, core: &mut Core<'_, K>, outputs: Outputs) -> Result<(), DecodeError> {
         if self.routes.is_empty() {
             return Err(DecodeError::NotPending);
         }
@@ -250,11 +295,12 @@ impl<K: Kernels> Flight<K> {
         }
         self.residual = self.finish_layer(core, outputs);
         self.layer += 1;
-        Ok(self.compute(core))
+        self.routes.clear();
+        Ok(())
     }
 
     /// Layer after layer over `residual`, until one needs experts or all are done.
-    fn compute(&mut self, core: &mut Core<'_, K>) -> Step {
+    pub(crate) fn go_on(&mut self, core: &mut Core<'_, K>) -> Step {
         let trunk = core.trunk;
         let config = &trunk.config;
         while let Some(layer) = trunk.layers.get(self.layer) {
@@ -267,11 +313,7 @@ impl<K: Kernels> Flight<K> {
                 }
                 FeedForward::Sparse { router, .. } => {
                     self.residual = residual;
-                    let mut scores = download(core.kernels.linear(&self.normed, router, None));
-                    let routes = scores
-                        .chunks_exact_mut(config.num_experts)
-                        .map(|scores| route(scores, config.num_experts_per_tok, config.norm_topk_prob));
-                    self.routes = routes.collect();
+                    self.routes = routes(config, download(core.kernels.linear(&self.normed, router, None)));
                     return Step::NeedExperts;
                 }
             }
@@ -356,6 +398,12 @@ impl<K: Kernels> Flight<K> {
         });
         split.collect()
     }
+}
+
+/// Routes of rows with these `scores`, `[n, num_experts]`.
+fn routes(config: &ModelConfig, mut scores: Vec<f32>) -> Vec<Vec<Route>> {
+    let rows = scores.chunks_exact_mut(config.num_experts);
+    rows.map(|scores| route(scores, config.num_experts_per_tok, config.norm_topk_prob)).collect()
 }
 
 /// What follows a projection of queries, keys or values `[n, width]`: norm and clipping, where the family has them.

@@ -23,6 +23,7 @@ use crate::{
     config::ModelConfig,
     decoder::{CHUNK_ROWS, DecodeError},
     device::{Device, DeviceError},
+    duties::Call,
     footprint::Footprint,
     layout::{self, ExpertId},
     pages::{PAGE_TOKENS, PageTable, Pages, Short},
@@ -31,6 +32,11 @@ use crate::{
     slices::{Precision, blob::PartBlobs},
     source::{ExpertSource, SourceError},
     tensors::{LoadError, Tensors},
+    tiers::{
+        ReadError, TierError,
+        meter::{Meter, TierStats},
+        predict::Predictor,
+    },
     worker::{self, Job},
 };
 
@@ -50,11 +56,32 @@ pub struct EngineOptions {
     pub threads: usize,
     /// Run the compute thread below the priority of everything that answers in time.
     pub low_priority: bool,
+    /// Memory that experts on disk take by turns, bytes; without it none can be kept there. [`Engine::set_tier_bytes`] changes it.
+    pub tier_bytes: u64,
+    /// Threads that read them.
+    pub readers: usize,
+    /// How it is known beforehand what a layer will need of them.
+    pub predictor: Predictor,
+    /// Predict for all rows and count how well, also where nothing is on disk.
+    pub foresee: bool,
 }
+
+/// Reading threads by default. Disks that are at their best with more are given more by whoever knows them.
+const READERS: usize = 2;
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { kv_tokens: 4096, page_tokens: PAGE_TOKENS, rows_max: CHUNK_ROWS, threads: 0, low_priority: false }
+        Self {
+            kv_tokens: 4096,
+            page_tokens: PAGE_TOKENS,
+            rows_max: CHUNK_ROWS,
+            threads: 0,
+            low_priority: false,
+            tier_bytes: 0,
+            readers: READERS,
+            predictor: Predictor::default(),
+            foresee: false,
+        }
     }
 }
 
@@ -62,7 +89,10 @@ impl Default for EngineOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Ledger {
     pub trunk_bytes: u64,
+    /// Of the experts that are in memory for good.
     pub expert_bytes: u64,
+    /// What experts on disk take by turns, all of it; 0 while none is there.
+    pub tier_bytes_reserved: u64,
     /// The whole pool, in use or not.
     pub kv_bytes_reserved: u64,
     pub buffer_bytes: u64,
@@ -70,7 +100,7 @@ pub struct Ledger {
 
 impl Ledger {
     pub fn total(&self) -> u64 {
-        self.trunk_bytes + self.expert_bytes + self.kv_bytes_reserved + self.buffer_bytes
+        self.trunk_bytes + self.expert_bytes + self.tier_bytes_reserved + self.kv_bytes_reserved + self.buffer_bytes
     }
 }
 
@@ -85,6 +115,10 @@ pub enum EngineError {
     Decode(#[from] DecodeError),
     #[error(transparent)]
     Source(#[from] SourceError),
+    #[error(transparent)]
+    Tier(#[from] TierError),
+    #[error(transparent)]
+    Read(#[from] ReadError),
     #[error("{0} is not held here")]
     NotHeld(ExpertId),
     #[error("{0} does not exist in this model")]
@@ -147,7 +181,11 @@ struct Accounts {
     trunk_bytes: Option<u64>,
     /// At which precision each expert is held, and its bytes.
     experts: BTreeMap<ExpertId, (Precision, u64)>,
+    /// The same of those on disk.
+    shelved: BTreeMap<ExpertId, (Precision, u64)>,
     pages: Pages,
+    /// Budget of memory of those on disk.
+    tier_bytes: u64,
 }
 
 /// What handles and the compute thread share besides the channel.
@@ -155,6 +193,7 @@ pub(crate) struct Shared {
     pub(crate) config: Arc<ModelConfig>,
     pub(crate) options: EngineOptions,
     pub(crate) activity: Counters,
+    pub(crate) meter: Meter,
     accounts: Mutex<Accounts>,
     /// Sessions that were dropped.
     closed: Mutex<Vec<SessionId>>,
@@ -169,9 +208,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Shared {
     pub(crate) fn new(config: Arc<ModelConfig>, options: EngineOptions) -> Self {
         let pages = Pages::for_tokens(options.kv_tokens, options.page_tokens);
-        let accounts = Mutex::new(Accounts { trunk_bytes: None, experts: BTreeMap::new(), pages });
-        let activity = Counters::default();
-        Self { config, options, activity, accounts, closed: Mutex::default(), source: Mutex::default() }
+        let tier_bytes = options.tier_bytes;
+        let accounts = Mutex::new(Accounts {
+            trunk_bytes: None,
+            experts: BTreeMap::new(),
+            shelved: BTreeMap::new(),
+            pages,
+            tier_bytes,
+        });
+        let (activity, meter) = (Counters::default(), Meter::default());
+        Self { config, options, activity, meter, accounts, closed: Mutex::default(), source: Mutex::default() }
     }
 
     pub(crate) fn take_closed(&self) -> Vec<SessionId> {
@@ -183,11 +229,29 @@ impl Shared {
     }
 
     pub(crate) fn expert_loaded(&self, id: ExpertId, precision: Precision, bytes: u64) {
-        lock(&self.accounts).experts.insert(id, (precision, bytes));
+        let accounts = &mut *lock(&self.accounts);
+        accounts.shelved.remove(&id);
+        accounts.experts.insert(id, (precision, bytes));
+    }
+
+    pub(crate) fn expert_shelved(&self, id: ExpertId, precision: Precision, bytes: u64) {
+        let accounts = &mut *lock(&self.accounts);
+        accounts.experts.remove(&id);
+        accounts.shelved.insert(id, (precision, bytes));
+    }
+
+    pub(crate) fn tier_bytes(&self) -> u64 {
+        lock(&self.accounts).tier_bytes
+    }
+
+    pub(crate) fn set_tier_bytes(&self, bytes: u64) {
+        lock(&self.accounts).tier_bytes = bytes;
     }
 
     pub(crate) fn expert_dropped(&self, id: ExpertId) {
-        lock(&self.accounts).experts.remove(&id);
+        let accounts = &mut *lock(&self.accounts);
+        accounts.experts.remove(&id);
+        accounts.shelved.remove(&id);
     }
 
     /// Pages, and tokens of each.
@@ -270,19 +334,37 @@ impl Engine {
         self.jobs.is_closed()
     }
 
-    /// The experts held, and at which precision.
+    /// The experts held, in memory or on disk, and at which precision.
     pub fn held(&self) -> BTreeMap<ExpertId, Precision> {
-        lock(&self.shared.accounts).experts.iter().map(|(id, (precision, _))| (*id, *precision)).collect()
+        let accounts = lock(&self.shared.accounts);
+        accounts.experts.iter().chain(&accounts.shelved).map(|(id, (precision, _))| (*id, *precision)).collect()
+    }
+
+    /// Bytes of all experts held, in memory or on disk.
+    pub fn held_bytes(&self) -> u64 {
+        let accounts = lock(&self.shared.accounts);
+        accounts.experts.values().chain(accounts.shelved.values()).map(|(_, bytes)| bytes).sum()
+    }
+
+    /// What came of keeping experts on disk, and of predicting them.
+    pub fn tiers(&self) -> TierStats {
+        let (shelved, budget_bytes) = {
+            let accounts = lock(&self.shared.accounts);
+            (accounts.shelved.len(), accounts.tier_bytes)
+        };
+        TierStats { shelved, budget_bytes, ..self.shared.meter.read() }
     }
 
     /// Bytes accounted for now.
     pub fn memory(&self) -> Ledger {
         let accounts = lock(&self.shared.accounts);
         let options = &self.shared.options;
+        let tier_bytes = if accounts.shelved.is_empty() { 0 } else { accounts.tier_bytes };
         let kv_tokens = accounts.pages.total() * accounts.pages.page_tokens();
         Ledger {
             trunk_bytes: accounts.trunk_bytes.unwrap_or(0),
             expert_bytes: accounts.experts.values().map(|(_, bytes)| bytes).sum(),
+            tier_bytes_reserved: tier_bytes.max(self.shared.meter.read().bytes_in_memory),
             kv_bytes_reserved: self.footprint.kv_bytes_per_token * kv_tokens as u64,
             buffer_bytes: self.footprint.buffer_bytes(options.rows_max.max(CHUNK_ROWS)),
         }
@@ -322,7 +404,12 @@ impl Engine {
 
     /// Loads the trunk from tensors that lie somewhere already, such as a mapped checkpoint.
     pub async fn load_trunk_tensors(&self, tensors: Tensors) -> Result<(), EngineError> {
-        self.ask(|reply| Job::LoadTrunk { tensors, reply }).await
+        self.ask(|reply| Job::LoadTrunk { tensors, embedding_on_disk: false, reply }).await
+    }
+
+    /// The same, but the embedding table stays in its files and is read row by row, unless it is the output head too.
+    pub async fn load_trunk_without_embedding(&self, tensors: Tensors) -> Result<(), EngineError> {
+        self.ask(|reply| Job::LoadTrunk { tensors, embedding_on_disk: true, reply }).await
     }
 
     /// Loads expert `id` from its exact blob, its base blob, or base and refine; one already held is replaced.
@@ -335,6 +422,26 @@ impl Engine {
     pub async fn load_expert_tensors(&self, id: ExpertId, tensors: Tensors) -> Result<(), EngineError> {
         self.check_expert(id)?;
         self.ask(|reply| Job::LoadExpert { id, tensors, reply }).await
+    }
+
+    /// Holds expert `id` on disk: it comes to memory when it is needed, in turn with others ([`EngineOptions::tier_bytes`]).
+    /// The blobs must be whole files, [mapped sparsely](crate::bytes::WeightBytes::map_sparsely); they are not kept mapped.
+    /// One held already, in whichever way, is replaced.
+    pub async fn shelve_expert(&self, id: ExpertId, blobs: impl Into<PartBlobs>) -> Result<(), EngineError> {
+        let tensors = Tensors::parse_part(blobs.into(), &id.to_string())?;
+        self.shelve_expert_tensors(id, tensors).await
+    }
+
+    /// Holds expert `id` on disk, where its tensors lie in files.
+    pub async fn shelve_expert_tensors(&self, id: ExpertId, tensors: Tensors) -> Result<(), EngineError> {
+        self.check_expert(id)?;
+        self.ask(|reply| Job::ShelveExpert { id, tensors, reply }).await
+    }
+
+    /// Gives experts on disk another budget of memory. More serves at once; of less, what is needed at the moment stays until it was
+    /// computed: the [ledger](Self::memory) counts it until then.
+    pub async fn set_tier_bytes(&self, bytes: u64) -> Result<(), EngineError> {
+        self.ask(|reply| Job::TierBytes { bytes, reply }).await
     }
 
     /// Loads everything a checkpoint has, in place.
@@ -390,7 +497,7 @@ impl Engine {
         calls: Vec<(u16, Vec<u32>)>,
     ) -> Result<Vec<f32>, EngineError> {
         self.check_call(layer, &rows, &calls)?;
-        self.ask(|reply| Job::RunExperts { layer, rows, calls, reply }).await
+        self.ask(|reply| Job::RunExperts(Call { layer, rows, calls, reply })).await
     }
 
     fn check_expert(&self, id: ExpertId) -> Result<(), EngineError> {

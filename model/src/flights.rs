@@ -2,34 +2,31 @@
 //!
 //! Owns [`Flights`]: what sessions have asked for, what is in the air, and what each request has come to so far. One
 //! [`turn`](Flights::turn) computes at most one layer of one flight, so that whoever drives it can serve others in
-//! between. A flight whose experts are all held goes on at once; otherwise the missing ones are asked of the engine's
-//! source, those held are computed meanwhile, and another flight may take off. Invariants: a request is answered exactly
+//! between. A flight whose experts are all in memory goes on at once; otherwise the others are asked of the disk or of the
+//! engine's source, those in memory are computed meanwhile, and another flight may take off. Invariants: a request is answered exactly
 //! once, or nobody waits for it; its pages stay leased while it flies; when a flight of several fails, each of its
 //! requests is tried alone, so that only those fail that must. When to fly what is the scheduler's decision.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
-    pin::Pin,
-    sync::Arc,
+    collections::{BTreeMap, VecDeque},
     task::{Context, Poll, Waker},
     time::Instant,
 };
 
-use tokio::sync::oneshot;
-
+use self::aloft::{Aboard, Aloft};
 use crate::{
-    decoder::{CHUNK_ROWS, Flight, Outputs, Piece, Step, Want},
+    decoder::{CHUNK_ROWS, Flight, Piece, Step, Want},
     engine::{EngineError, EngineOptions},
     kernels::Kernels,
-    layout::ExpertId,
     machine::Machine,
     scheduler::{Decision, Limits, Part, Scheduler, SessionId, Ticket},
-    session::{Advanced, Lease, Routes},
-    source::{ExpertOutputs, ExpertRequest, SourceError},
+    session::{Advanced, Routes},
     worker::{Advance, Reply},
 };
 
-/// Flights in the air at once, where some wait for experts from elsewhere: one computes while another waits. More would
+mod aloft;
+
+/// Flights in the air at once, where some wait for experts: one computes while another waits. More would
 /// only be smaller.
 const FLIGHTS_MAX: usize = 2;
 /// Rows of prompts beside tokens in one flight. A flight that reads most weights anyway takes some rows for little;
@@ -47,8 +44,6 @@ pub(crate) enum Turn {
     Wait(Option<Instant>),
 }
 
-type Answer = oneshot::Receiver<Result<ExpertOutputs, SourceError>>;
-
 /// A session's request and what it has come to.
 struct Open {
     advance: Advance,
@@ -57,33 +52,6 @@ struct Open {
     done: usize,
     advanced: Advanced,
     routes: Routes,
-}
-
-/// One part of a flight: what it has come to since take-off. Dropped if the flight fails.
-struct Aboard {
-    part: Part,
-    /// Held here too: the session may have gone.
-    _lease: Arc<Lease>,
-    watch: bool,
-    advanced: Advanced,
-    routes: Routes,
-}
-
-/// Where a flight is.
-enum Phase {
-    /// The experts of its layer are to be computed.
-    Ready,
-    /// Some are computed elsewhere: `slots` are missing in `outputs`.
-    Waiting { answer: Answer, slots: Vec<u32>, outputs: Outputs },
-    /// They have come, or cannot be had.
-    Arrived { result: Result<ExpertOutputs, SourceError>, slots: Vec<u32>, outputs: Outputs },
-}
-
-struct Aloft<K: Kernels> {
-    flight: Flight<K>,
-    aboard: Vec<Aboard>,
-    phase: Phase,
-    since: Instant,
 }
 
 pub(crate) struct Flights<K: Kernels> {
@@ -122,21 +90,27 @@ impl<K: Kernels> Flights<K> {
 
     /// Computes a layer, or says that there is nothing to compute.
     pub(crate) fn turn(&mut self, machine: &mut Machine<K>, now: Instant) -> Turn {
-        self.let_go();
+        self.let_go(machine);
         let _ = self.poll_arrivals(&mut Context::from_waker(Waker::noop()));
-        let ready = |aloft: &Aloft<K>| !matches!(aloft.phase, Phase::Waiting { .. });
-        if let Some(mut aloft) = self.aloft.iter().position(ready).and_then(|index| self.aloft.remove(index)) {
+        let ready = self.aloft.iter().position(|aloft| aloft.can_fly(machine));
+        if let Some(mut aloft) = ready.and_then(|index| self.aloft.remove(index)) {
             match aloft.fly(machine) {
                 Ok(None) => self.aloft.push_back(aloft),
-                Ok(Some(logits)) => self.land(aloft, logits, now),
-                Err(error) => self.fail(aloft.aboard, error),
+                Ok(Some(logits)) => {
+                    aloft.release(machine);
+                    self.land(aloft, logits, now);
+                }
+                Err(error) => {
+                    aloft.release(machine);
+                    self.fail(aloft.aboard, error);
+                }
             }
             return Turn::Again;
         }
         if self.aloft.len() >= FLIGHTS_MAX {
             return Turn::Wait(None);
         }
-        if machine.shared.source().is_some() {
+        if machine.shared.source().is_some() || machine.has_shelf() {
             let rows = self.scheduler.limits().rows;
             self.scheduler.keep_decode_rows(DECODE_ROWS_KEPT.min(rows / 2));
         }
@@ -154,19 +128,20 @@ impl<K: Kernels> Flights<K> {
     pub(crate) fn poll_arrivals(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let mut arrived = Poll::Pending;
         for aloft in &mut self.aloft {
-            let Phase::Waiting { answer, .. } = &mut aloft.phase else { continue };
-            let Poll::Ready(result) = Pin::new(answer).poll(context) else { continue };
-            let result = result.unwrap_or_else(|_| Err(SourceError::Failed("nobody answered for them".into())));
-            if let Phase::Waiting { slots, outputs, .. } = std::mem::replace(&mut aloft.phase, Phase::Ready) {
-                aloft.phase = Phase::Arrived { result, slots, outputs };
+            if aloft.poll(context).is_ready() {
+                arrived = Poll::Ready(());
             }
-            arrived = Poll::Ready(());
         }
         arrived
     }
 
+    /// Whether a flight waits for the disk.
+    pub(crate) fn wait_for_disk(&self) -> bool {
+        self.aloft.iter().any(Aloft::waits_for_disk)
+    }
+
     /// Forgets requests that nobody waits for, and flights that have no others aboard.
-    fn let_go(&mut self) {
+    fn let_go(&mut self, machine: &mut Machine<K>) {
         let scheduler = &mut self.scheduler;
         self.open.retain(|ticket, open| {
             let wanted = !open.reply.is_closed();
@@ -176,9 +151,10 @@ impl<K: Kernels> Flights<K> {
             wanted
         });
         let open = &self.open;
-        self.aloft.retain(|aloft| {
+        self.aloft.retain_mut(|aloft| {
             let wanted = aloft.aboard.iter().any(|aboard| open.contains_key(&aboard.part.ticket));
             if !wanted {
+                aloft.release(machine);
                 let none = scheduler.failed(&parts(&aloft.aboard));
                 debug_assert!(none.is_none(), "all were cancelled");
             }
@@ -201,19 +177,14 @@ impl<K: Kernels> Flights<K> {
                 pages: advance.lease.pages().to_vec(),
                 want,
             });
-            aboard.push(Aboard {
-                part: *part,
-                _lease: advance.lease.clone(),
-                watch: advance.watch,
-                advanced: Advanced::default(),
-                routes: Routes::new(),
-            });
+            aboard.push(Aboard::new(*part, advance.lease.clone(), advance.watch));
         }
         machine.shared.activity.took_off(parts.len(), parts.iter().map(|part| part.rows).sum());
+        machine.tick();
         let begun = machine.core().and_then(|mut core| Ok(Flight::begin(&mut core, pieces)?));
         match begun {
             Ok((flight, step)) => {
-                let aloft = Aloft { flight, aboard, phase: Phase::Ready, since: now };
+                let aloft = Aloft::new(flight, aboard, now);
                 match step {
                     Step::NeedExperts => self.aloft.push_back(aloft),
                     Step::Logits(logits) => self.land(aloft, logits, now),
@@ -263,103 +234,6 @@ impl Open {
 
 fn parts(aboard: &[Aboard]) -> Vec<Part> {
     aboard.iter().map(|aboard| aboard.part).collect()
-}
-
-impl<K: Kernels> Aloft<K> {
-    /// Computes the experts of the layer and what follows, up to the next layer's; logits at the end.
-    fn fly(&mut self, machine: &mut Machine<K>) -> Result<Option<Vec<Vec<f32>>>, EngineError> {
-        let outputs = match std::mem::replace(&mut self.phase, Phase::Ready) {
-            Phase::Ready => match self.experts(machine)? {
-                Some(outputs) => outputs,
-                None => return Ok(None),
-            },
-            Phase::Arrived { result, slots, outputs } => self.assemble(machine, &result?, &slots, outputs)?,
-            Phase::Waiting { .. } => unreachable!("a flight that waits has no turn"),
-        };
-        match self.flight.resume(&mut machine.core()?, outputs)? {
-            Step::NeedExperts => Ok(None),
-            Step::Logits(logits) => Ok(Some(logits)),
-        }
-    }
-
-    /// The outputs of the layer's experts, if all are held here; else asks for the others and computes those.
-    fn experts(&mut self, machine: &mut Machine<K>) -> Result<Option<Outputs>, EngineError> {
-        let layer = self.flight.layer();
-        let absent = self.note_routes(machine);
-        let Some(first) = absent.first() else {
-            return Ok(Some(machine.run_held(&self.flight)?));
-        };
-        let source = machine.shared.source().ok_or(EngineError::NotHeld(ExpertId { layer, index: *first }))?;
-        let mut call = self.flight.call();
-        let slots = call.retain(|expert| absent.contains(&expert));
-        let (request, answer) = ExpertRequest::new(call);
-        source.ask(request);
-        let outputs = machine.run_held(&self.flight)?;
-        self.phase = Phase::Waiting { answer, slots, outputs };
-        Ok(None)
-    }
-
-    /// Adds what came from elsewhere for `slots`.
-    fn assemble(
-        &mut self,
-        machine: &Machine<K>,
-        came: &ExpertOutputs,
-        slots: &[u32],
-        mut outputs: Outputs,
-    ) -> Result<Outputs, EngineError> {
-        let hidden = machine.shared.config.hidden_size;
-        if came.values.len() != slots.len() * hidden {
-            let why = format!("{} values for {} expert outputs of {hidden}", came.values.len(), slots.len());
-            return Err(SourceError::Failed(why).into());
-        }
-        outputs.add(slots, &came.values);
-        self.note_shares(came, slots);
-        Ok(outputs)
-    }
-
-    /// Counts the layer's pairs as computed here, shows the routes to those who watch, and names the experts that are
-    /// not held.
-    fn note_routes(&mut self, machine: &Machine<K>) -> BTreeSet<u16> {
-        let layer = self.flight.layer();
-        let mut absent = BTreeSet::new();
-        let mut rows = self.flight.routes().iter();
-        for aboard in &mut self.aboard {
-            let mine: Vec<_> = rows.by_ref().take(aboard.part.rows).collect();
-            for route in mine.iter().copied().flatten() {
-                match machine.precision(ExpertId { layer, index: route.expert }) {
-                    Some(precision) => _ = aboard.advanced.precisions.insert(precision),
-                    None => _ = absent.insert(route.expert),
-                }
-                aboard.advanced.pairs_here += 1;
-            }
-            if aboard.watch {
-                aboard.routes.resize(usize::from(layer) + 1, Vec::new());
-                aboard.routes[usize::from(layer)] = mine.into_iter().cloned().collect();
-            }
-        }
-        absent
-    }
-
-    /// Moves the pairs that were computed elsewhere to where they belong.
-    fn note_shares(&mut self, came: &ExpertOutputs, slots: &[u32]) {
-        let mut ends = Vec::new();
-        let (mut slot, mut rows) = (0, self.flight.routes().iter());
-        for aboard in &self.aboard {
-            slot += rows.by_ref().take(aboard.part.rows).map(|routes| routes.len() as u32).sum::<u32>();
-            ends.push(slot);
-        }
-        for share in &came.shares {
-            let Some(class) = &share.elsewhere else { continue };
-            for slot in share.slots.iter().filter_map(|index| slots.get(*index as usize)) {
-                let advanced = &mut self.aboard[ends.partition_point(|end| end <= slot)].advanced;
-                advanced.pairs_here = advanced.pairs_here.saturating_sub(1);
-                advanced.pairs_elsewhere += 1;
-                if !advanced.classes.contains(class) {
-                    advanced.classes.push(class.clone());
-                }
-            }
-        }
-    }
 }
 
 fn add_routes(routes: &mut Routes, piece: &Routes) {

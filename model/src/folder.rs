@@ -64,4 +64,13 @@ impl ModelFolder {
             Self::Sliced(folder) => folder.expert(id, precision),
         }
     }
+
+    /// One expert's tensors as they lie on disk, for an engine's shelf; nothing where the folder does not have them at
+    /// this precision but makes them when they are loaded.
+    pub fn expert_on_disk(&self, id: ExpertId, precision: Precision) -> Result<Option<Tensors>, LoadError> {
+        match self {
+            Self::Checkpoint(checkpoint) => Ok((precision == Precision::Exact).then(|| checkpoint.expert(id))),
+            Self::Sliced(folder) => folder.expert_on_disk(id, precision).map(Some),
+        }
+    }
 }

@@ -134,22 +134,35 @@ impl SlicedFolder {
     /// [`LoadError::NoExact`] for exact weights, which are not here.
     pub fn trunk(&self, precision: Precision) -> Result<Tensors, LoadError> {
         let trunk = self.parts.iter().filter(|(kind, _)| matches!(kind, PartKind::Trunk { .. }));
-        let parts = trunk.map(|(_, files)| self.part(files, precision));
+        let parts = trunk.map(|(_, files)| self.part(files, precision, WeightBytes::map));
         Tensors::merge(parts.collect::<Result<Vec<_>, _>>()?)
     }
 
     /// One expert's tensors, in place; none for an expert the model does not have.
     pub fn expert(&self, id: ExpertId, precision: Precision) -> Result<Tensors, LoadError> {
         match self.parts.get(&PartKind::Expert(id)) {
-            Some(files) => self.part(files, precision),
+            Some(files) => self.part(files, precision, WeightBytes::map),
             None => Ok(Tensors::default()),
         }
     }
 
-    fn part(&self, files: &PartFiles, precision: Precision) -> Result<Tensors, LoadError> {
+    /// The same, of files that are not going to be read where they are mapped.
+    pub fn expert_on_disk(&self, id: ExpertId, precision: Precision) -> Result<Tensors, LoadError> {
+        match self.parts.get(&PartKind::Expert(id)) {
+            Some(files) => self.part(files, precision, WeightBytes::map_sparsely),
+            None => Ok(Tensors::default()),
+        }
+    }
+
+    fn part(
+        &self,
+        files: &PartFiles,
+        precision: Precision,
+        map: fn(&Path) -> std::io::Result<WeightBytes>,
+    ) -> Result<Tensors, LoadError> {
         let map = |slice: &SliceFile| {
             let path = self.dir.join(&slice.file);
-            WeightBytes::map(&path).map_err(|source| LoadError::Io { file: path.display().to_string(), source })
+            map(&path).map_err(|source| LoadError::Io { file: path.display().to_string(), source })
         };
         let refine = match precision {
             Precision::Exact => return Err(LoadError::NoExact { dir: self.dir.display().to_string() }),

@@ -294,6 +294,39 @@ impl Tensors {
         Ok(self)
     }
 
+    /// The same tensors in other places: `put` is given each range of bytes, always in the same order, and says where
+    /// these bytes are now.
+    pub(crate) fn moved<E>(
+        &self,
+        mut put: impl FnMut(&str, &WeightBytes) -> Result<WeightBytes, E>,
+    ) -> Result<Self, E> {
+        let mut moved = self.clone();
+        for (name, view) in &mut moved.entries {
+            view.bytes = put(name, &view.bytes)?;
+            if let Some(refine) = &view.refine {
+                view.refine = Some(put(name, refine)?);
+            }
+        }
+        Ok(moved)
+    }
+
+    /// The same tensors where `pieces` have their bytes: pieces of files, each with where in this blob it begins. What was read into
+    /// memory to be checked can go then.
+    pub fn lying_in(&self, pieces: &[(u64, WeightBytes)]) -> Result<Self, LoadError> {
+        let mut lying = self.clone();
+        for (name, view) in &mut lying.entries {
+            let found = pieces.iter().find_map(|(start, piece)| {
+                let from = usize::try_from(view.offset.checked_sub(*start)?).ok()?;
+                piece.slice(from..from.checked_add(view.bytes.len())?)
+            });
+            view.bytes = found.ok_or_else(|| LoadError::Header {
+                file: self.sources[view.source].clone(),
+                why: format!("tensor {name} lies in no file of its own"),
+            })?;
+        }
+        Ok(lying)
+    }
+
     /// Keeps only the tensors named.
     pub fn select<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Self {
         let entries =

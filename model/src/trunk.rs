@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use crate::{
     config::ModelConfig,
+    embedding::Embedding,
     kernels::{Gated, Kernels},
     layout::{self, ExpertId, LayerNames, TensorSpec},
     rope::Rope,
-    slices::Weight,
     tensors::{LoadError, Tensors},
+    tiers::ReadError,
 };
 
 /// A matrix with its optional bias, and the norm of its output.
@@ -56,7 +57,7 @@ pub(crate) struct Layer<K: Kernels> {
 pub struct Trunk<K: Kernels> {
     pub(crate) config: Arc<ModelConfig>,
     pub(crate) rope: Rope,
-    pub(crate) embed: Weight,
+    pub(crate) embed: Embedding,
     pub(crate) layers: Vec<Layer<K>>,
     pub(crate) norm: K::Vector,
     pub(crate) head: K::Matrix,
@@ -79,7 +80,18 @@ impl<K: Kernels> Trunk<K> {
             false => source.matrix(layout::HEAD, [config.vocab_size, d])?,
         };
         let rope = Rope::new(&config);
+        let embed = Embedding::InMemory(embed);
         Ok(Self { rope, embed, layers, norm, head, bytes: tensors.data_bytes(), config })
+    }
+
+    /// Leaves the embedding table in its files from now on, unless the output head is the same one; whether it does.
+    pub fn embed_from_disk(&mut self) -> Result<bool, ReadError> {
+        if let (Embedding::InMemory(weight), false) = (&self.embed, self.config.tie_word_embeddings) {
+            let bytes = weight.bytes() as u64;
+            self.embed = Embedding::on_disk(weight)?;
+            self.bytes -= bytes;
+        }
+        Ok(matches!(self.embed, Embedding::OnDisk(_)))
     }
 
     /// Bytes of the tensors as stored.
@@ -102,6 +114,16 @@ pub fn load_expert<K: Kernels>(
     refuse_unused(tensors, &layout::expert(config, id))?;
     let source = Source { kernels, tensors };
     source.gated(LayerNames::new(config, usize::from(id.layer)).expert(config, id.index))
+}
+
+/// Refuses `tensors` if they are not expert `id` and nothing else. Touches no weights.
+pub(crate) fn check_expert(config: &ModelConfig, id: ExpertId, tensors: &Tensors) -> Result<(), LoadError> {
+    let specs = layout::expert(config, id);
+    refuse_unused(tensors, &specs)?;
+    for TensorSpec { name, shape } in specs {
+        tensors.weight(&name, [shape[0], shape[1]])?;
+    }
+    Ok(())
 }
 
 fn refuse_unused(tensors: &Tensors, specs: &[TensorSpec]) -> Result<(), LoadError> {

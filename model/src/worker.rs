@@ -23,6 +23,7 @@ use crate::{
     block::block_until,
     decoder::Want,
     device::{Device, vulkan},
+    duties::{Call, Duties},
     engine::{EngineError, JOBS_MAX, Shared},
     flights::{Flights, Turn},
     kernels::{
@@ -49,9 +50,15 @@ pub(crate) type Reply<T> = oneshot::Sender<Result<T, EngineError>>;
 pub(crate) enum Job {
     LoadTrunk {
         tensors: Tensors,
+        embedding_on_disk: bool,
         reply: Reply<()>,
     },
     LoadExpert {
+        id: ExpertId,
+        tensors: Tensors,
+        reply: Reply<()>,
+    },
+    ShelveExpert {
         id: ExpertId,
         tensors: Tensors,
         reply: Reply<()>,
@@ -60,16 +67,15 @@ pub(crate) enum Job {
         id: ExpertId,
         reply: Reply<bool>,
     },
+    TierBytes {
+        bytes: u64,
+        reply: Reply<()>,
+    },
     Advance {
         advance: Advance,
         reply: Reply<(Advanced, Routes)>,
     },
-    RunExperts {
-        layer: u16,
-        rows: Vec<f32>,
-        calls: Vec<(u16, Vec<u32>)>,
-        reply: Reply<Vec<f32>>,
-    },
+    RunExperts(Call),
     /// Sessions were dropped.
     Sweep,
 }
@@ -134,12 +140,22 @@ fn run<K: Kernels>(
     let mut worker = Worker::new(kernels, shared);
     while let Some(turn) = worker.round(&mut queue, Instant::now()) {
         let Turn::Wait(until) = turn else { continue };
-        let flights = &mut worker.flights;
-        let awaited = poll_fn(|context| match flights.poll_arrivals(context) {
-            Poll::Ready(()) => Poll::Ready(Some(Job::Sweep)),
-            Poll::Pending => queue.poll_recv(context),
+        let Worker { flights, machine, duties } = &mut worker;
+        let stalled = flights.wait_for_disk().then(Instant::now);
+        let awaited = poll_fn(|context| {
+            let arrived = flights.poll_arrivals(context).is_ready() | machine.poll_shelf(context).is_ready();
+            match arrived {
+                true => Poll::Ready(Some(Job::Sweep)),
+                // Who is busy enough takes no more jobs, but those who gave some must not be gone unnoticed.
+                false if duties.are_full() => Poll::Pending,
+                false => queue.poll_recv(context),
+            }
         });
-        match block_until(awaited, until) {
+        let job = block_until(awaited, until);
+        if let Some(since) = stalled {
+            machine.shared.meter.update(|stats| stats.stall += since.elapsed());
+        }
+        match job {
             Some(Some(job)) => worker.work(job),
             Some(None) => return,
             None => {}
@@ -163,6 +179,7 @@ pub(crate) fn lower_priority() {
 struct Worker<K: Kernels> {
     machine: Machine<K>,
     flights: Flights<K>,
+    duties: Duties,
 }
 
 /// The asker may have gone; its answer is then dropped.
@@ -172,12 +189,16 @@ fn answer<T>(reply: Reply<T>, result: Result<T, EngineError>) {
 
 impl<K: Kernels> Worker<K> {
     fn new(kernels: K, shared: Arc<Shared>) -> Self {
-        Self { flights: Flights::new(&shared.options), machine: Machine::new(kernels, shared) }
+        let flights = Flights::new(&shared.options);
+        Self { flights, machine: Machine::new(kernels, shared), duties: Duties::default() }
     }
 
     /// Serves the jobs that have come, then computes at most one layer. Nothing if all who could send jobs are gone.
     fn round(&mut self, queue: &mut mpsc::Receiver<Job>, now: Instant) -> Option<Turn> {
         for _ in 0..JOBS_MAX {
+            if self.duties.are_full() {
+                break;
+            }
             match queue.try_recv() {
                 Ok(job) => self.work(job),
                 Err(TryRecvError::Empty) => break,
@@ -187,6 +208,8 @@ impl<K: Kernels> Worker<K> {
         for session in self.machine.shared.take_closed() {
             self.flights.gone(session);
         }
+        self.machine.settle();
+        self.duties.go_on(&mut self.machine);
         let turn = self.flights.turn(&mut self.machine, now);
         self.machine.shared.activity.waiting(self.flights.waiting());
         Some(turn)
@@ -195,12 +218,17 @@ impl<K: Kernels> Worker<K> {
     fn work(&mut self, job: Job) {
         let machine = &mut self.machine;
         match job {
-            Job::LoadTrunk { tensors, reply } => answer(reply, machine.load_trunk(&tensors)),
-            Job::LoadExpert { id, tensors, reply } => answer(reply, machine.load_expert(id, &tensors)),
-            Job::DropExpert { id, reply } => answer(reply, Ok(machine.drop_expert(id))),
-            Job::RunExperts { layer, rows, calls, reply } => {
-                answer(reply, machine.run_experts(layer, &rows, &calls));
+            Job::LoadTrunk { tensors, embedding_on_disk, reply } => {
+                answer(reply, machine.load_trunk(&tensors, embedding_on_disk));
             }
+            Job::LoadExpert { id, tensors, reply } => answer(reply, machine.load_expert(id, &tensors)),
+            Job::ShelveExpert { id, tensors, reply } => answer(reply, machine.shelve_expert(id, &tensors)),
+            Job::TierBytes { bytes, reply } => {
+                machine.set_tier_bytes(bytes);
+                answer(reply, Ok(()));
+            }
+            Job::DropExpert { id, reply } => answer(reply, Ok(machine.drop_expert(id))),
+            Job::RunExperts(call) => self.duties.take(call, machine),
             Job::Advance { advance, reply } => self.flights.ask(advance, reply),
             Job::Sweep => {}
         }

@@ -54,6 +54,16 @@ pub struct NodeArgs {
     #[arg(long, env = "COEL_MEMORY", value_name = "SIZE")]
     #[serde(deserialize_with = "size")]
     pub memory: Option<Size>,
+    /// Memory of the GPU for models, where `--device` is one [default: what `--memory` says].
+    #[arg(long, env = "COEL_VRAM", value_name = "SIZE")]
+    #[serde(deserialize_with = "size")]
+    pub vram: Option<Size>,
+    /// Disk for weights. With it, and only with it, this node may be given more experts than its memory holds: those come from
+    /// disk when they are needed. The checkpoint of a model that was imported here does not count [default: no bound, and
+    /// nothing beyond memory].
+    #[arg(long, env = "COEL_DISK", value_name = "SIZE")]
+    #[serde(deserialize_with = "size")]
+    pub disk: Option<Size>,
     /// Tokens of KV cache this node keeps for the requests it takes [default: 4096, at most the model's context].
     #[arg(long, env = "COEL_KV_TOKENS", value_name = "N")]
     pub kv_tokens: Option<usize>,
@@ -105,6 +115,10 @@ pub struct Config {
     pub peers: Vec<Multiaddr>,
     /// What the ledger may reach, in bytes.
     pub memory_bytes: u64,
+    /// What the engine may hold on a GPU, in bytes.
+    pub vram_bytes: Option<u64>,
+    /// What the weights kept in the data folder may reach, in bytes.
+    pub disk_bytes: Option<u64>,
     /// KV cache in tokens.
     pub kv_tokens: usize,
     /// At which precisions experts are accepted.
@@ -143,6 +157,8 @@ impl NodeArgs {
             api_key: self.api_key.or(below.api_key),
             peer: or(self.peer, below.peer),
             memory: self.memory.or(below.memory),
+            vram: self.vram.or(below.vram),
+            disk: self.disk.or(below.disk),
             kv_tokens: self.kv_tokens.or(below.kv_tokens),
             precision: self.precision.or(below.precision),
             trunk: self.trunk.or(below.trunk),
@@ -174,6 +190,8 @@ impl NodeArgs {
             api_key: args.api_key,
             peers: args.peer,
             memory_bytes: args.memory.map_or_else(default_memory, |size| size.0),
+            vram_bytes: args.vram.map(|size| size.0),
+            disk_bytes: args.disk.map(|size| size.0),
             kv_tokens: args.kv_tokens.unwrap_or(KV_TOKENS),
             precision: args.precision.unwrap_or_default(),
             trunk: args.trunk.unwrap_or_default(),
@@ -202,6 +220,15 @@ impl Config {
         }
         if self.kv_tokens == 0 {
             return fault("--kv-tokens 0: a node that takes requests needs at least one token of KV cache".into());
+        }
+        if let (Some(vram), Device::Cpu) = (self.vram_bytes, self.device) {
+            return fault(format!(
+                "--vram {} and --device cpu: a CPU has no memory of its own; leave --vram out, or name a GPU with --device",
+                Size(vram)
+            ));
+        }
+        if self.disk_bytes == Some(0) {
+            return fault("--disk 0: no weights could be kept; leave it out for no bound, or give a size".into());
         }
         if self.api_key.as_deref().is_some_and(str::is_empty) {
             return fault("--api-key: empty; leave it out or give a key".into());
@@ -240,8 +267,10 @@ mod tests {
     #[test]
     fn flags_go_over_the_file_and_the_file_over_defaults() {
         let flags = NodeArgs { name: Some("flag".into()), ..NodeArgs::default() };
-        let config = resolve("name = 'file'\nmemory = '70MiB'\nkv_tokens = 128\ntrunk = '..q8'", flags).unwrap();
+        let file = "name = 'file'\nmemory = '70MiB'\ndisk = '2GiB'\nkv_tokens = 128\ntrunk = '..q8'";
+        let config = resolve(file, flags).unwrap();
         assert_eq!((config.name.as_str(), config.memory_bytes, config.kv_tokens), ("flag", 70 << 20, 128));
+        assert_eq!((config.disk_bytes, config.vram_bytes), (Some(2 << 30), None));
         assert_eq!((config.precision, config.trunk.to_string().as_str()), (Bounds::AUTO, "..q8"));
         assert_eq!(config.api.to_string(), "127.0.0.1:4680");
     }
@@ -271,9 +300,19 @@ mod tests {
             (NodeArgs { kv_tokens: Some(0), ..NodeArgs::default() }, "--kv-tokens"),
             (NodeArgs { device: Some("tpu".into()), ..NodeArgs::default() }, "--device"),
             (NodeArgs { api_key: Some(String::new()), ..NodeArgs::default() }, "--api-key"),
+            (NodeArgs { disk: Some(Size(0)), ..NodeArgs::default() }, "--disk"),
         ] {
             let error = resolve("", args).unwrap_err().to_string();
             assert!(error.contains(named), "{error}");
         }
+    }
+
+    #[test]
+    fn values_that_conflict_are_both_named() {
+        let vram =
+            |device: &str| resolve("vram = '4GiB'", NodeArgs { device: Some(device.into()), ..NodeArgs::default() });
+        let error = vram("cpu").unwrap_err().to_string();
+        assert!(error.contains("--vram 4") && error.contains("--device cpu"), "{error}");
+        assert_eq!(vram("cuda:0").unwrap().vram_bytes, Some(4 << 30));
     }
 }

@@ -295,6 +295,7 @@ impl Service for Generator {
         metrics.memory_budget_bytes.set(shared.config.memory_bytes as i64);
         if let Some(serving) = shared.serving.borrow().as_ref() {
             metrics.note_engine(serving.engine.activity());
+            metrics.note_tiers(&serving.engine.tiers());
         }
         metrics.text()
     }

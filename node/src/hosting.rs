@@ -3,28 +3,31 @@
 //! One pass ([`Hosting::step`]) goes as far as it can towards the current placement and says whether it arrived. It is
 //! idempotent: after a restart, a lost peer or a new epoch the next pass starts from what is there.
 //!
-//! Invariants: nothing is loaded unverified; nothing is reported ready before it is loaded, nor at another precision than it is
-//! loaded at; what is dropped is dropped, and what is made smaller is made smaller, before anything is loaded in its place, so that
-//! the budget holds at every moment; an expert that is wanted at another precision is served at the old one until the new one
+//! A node that was given more than its memory holds has its experts on disk and in memory by turns ([`paging`]); else they are loaded.
+//!
+//! Invariants: nothing is held unverified; nothing is reported ready before it is held, nor at another precision than it is
+//! held at; what is dropped is dropped, and what is made smaller is made smaller, before anything is loaded in its place, so that
+//! both budgets hold at every moment; an expert that is wanted at another precision is served at the old one until the new one
 //! is loaded.
 
-use std::collections::BTreeMap;
+mod disk;
+mod experts;
+mod paging;
+mod report;
+mod room;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use coel_model::bytes::WeightBytes;
 use coel_model::engine::{Engine, EngineOptions};
-use coel_model::slices::blob::PartBlobs;
-use coel_store::{BlobEntry, Bounds, Command, ExpertId, Model, ModelId, Outcome, Precision, Slice, Slices, State};
+use coel_store::{Bounds, Command, ExpertId, Model, ModelId, Precision, State};
 use futures::StreamExt;
 use futures::stream;
 use tokio::sync::Mutex;
-use tracing::{Instrument, debug, info, info_span, warn};
+use tracing::{Instrument, info, info_span, warn};
 
 use crate::experts::caller::Caller;
-use crate::ids;
 use crate::library::{Known, LibraryError, run_blocking};
-use crate::mesh::PROPOSE_DEADLINE;
 use crate::shared::{Held, Serving, Shared};
 use crate::size::Size;
 use crate::weights::fetch::FetchError;
@@ -45,6 +48,8 @@ struct Hosting {
     failures: u32,
     /// Held while a replica is exchanged for one of another precision. Both are in memory then: one such pair at a time.
     exchange: Mutex<()>,
+    /// Held by whoever fetches and loads an expert while the disk has little room: what it replaces goes before the next comes.
+    disk: Mutex<()>,
 }
 
 /// Why a pass stopped short.
@@ -74,7 +79,8 @@ impl Setback {
 /// Follows the placement until the node stops.
 pub async fn run(shared: Arc<Shared>) {
     let mut state = shared.log.state();
-    let mut hosting = Hosting { shared: shared.clone(), failures: 0, exchange: Mutex::default() };
+    let mut hosting =
+        Hosting { shared: shared.clone(), failures: 0, exchange: Mutex::default(), disk: Mutex::default() };
     loop {
         let now = state.borrow_and_update().clone();
         let epoch = now.epoch();
@@ -131,20 +137,29 @@ impl Hosting {
         let node = shared.log.node_id();
         let assigned: Held = placement.of(node).map(|(expert, replica)| (expert, replica.precision)).collect();
         self.drop_all_but(&serving, &assigned).await?;
+        self.make_disk_room(&serving.known, 0).await;
         self.count(&serving.known, &assigned);
 
+        let paging = self.must_page(&serving, &assigned);
+        if paging {
+            self.drop_what_is_gone(&serving).await?;
+            self.begin_shelf(state, &serving, &assigned).await?;
+        }
         let held = shared.held.borrow().clone();
+        let is_so = |expert: &ExpertId, precision: &Precision| {
+            held.get(expert) == Some(precision) && self.is_shelved(*expert) == paging
+        };
         let (smaller, other): (Vec<_>, Vec<_>) = assigned
             .iter()
-            .filter(|(expert, precision)| held.get(expert) != Some(precision))
+            .filter(|(expert, precision)| !is_so(expert, precision))
             .map(|(&expert, &precision)| (expert, precision))
             .partition(|(expert, precision)| held.get(expert).is_some_and(|now| now > precision));
-        let mut pass = Pass::default();
+        let mut pass = Pass { paging, ..Pass::default() };
         self.load_all(state, &serving, &assigned, smaller, &mut pass).await;
         self.load_all(state, &serving, &assigned, other, &mut pass).await;
-        if pass.unclaimed > 0 || !placement.trunk_ready.contains(&node) {
-            pass.claimed = self.claim().await;
-        }
+        self.end_shelf(&serving).await?;
+        // Also what an earlier pass could not say, because the mesh was at another epoch by then.
+        pass.claimed = self.claim().await;
         let (shared, known) = (self.shared.clone(), serving.known.clone());
         run_blocking(move || shared.look_for_all_of(&known)).await;
         pass.setback.map_or(retracted.and(pass.claimed), Err)
@@ -159,7 +174,9 @@ impl Hosting {
         experts: Vec<(ExpertId, Precision)>,
         pass: &mut Pass,
     ) {
-        let each = experts.into_iter().map(|(expert, precision)| self.get_expert(state, serving, expert, precision));
+        let each = experts
+            .into_iter()
+            .map(|(expert, precision)| self.get_expert(state, serving, expert, precision, pass.paging));
         let mut loads = stream::iter(each).buffer_unordered(FETCHES).ready_chunks(REPORT_BATCH);
         while let Some(loaded) = loads.next().await {
             pass.unclaimed += loaded.len();
@@ -178,7 +195,17 @@ impl Hosting {
         let sources = shared.sources(state, model, None);
         let known = shared.library.get(model, registered, &shared.fetcher, &shared.blobs, &sources).await?;
         let (memory_bytes, kv_tokens) = (shared.config.memory_bytes, shared.config.kv_tokens);
-        if let Err(short) = check_budget(&known, memory_bytes, kv_tokens, shared.config.trunk) {
+        // Said to others together with the trunk: who has everything needs no room to get it.
+        let (looking, seen) = (shared.clone(), known.clone());
+        run_blocking(move || looking.look_for_all_of(&seen)).await;
+        let disk_bytes = shared.config.disk_bytes.filter(|_| !shared.complete.borrow().contains(&model));
+        // Decided once: with other members around another choice may be better, but not worth loading it anew.
+        let (accepted, nodes) = (shared.config.trunk, state.members.len());
+        let decide = || known.trunk_precision(accepted, memory_bytes, disk_bytes, kv_tokens, nodes);
+        let precision = shared.trunk.borrow().unwrap_or_else(decide);
+        let fits = check_budget(&known, memory_bytes, kv_tokens, accepted)
+            .and_then(|()| disk_bytes.map_or(Ok(()), |disk_bytes| room::check_disk(&known, disk_bytes, precision)));
+        if let Err(short) = fits {
             let node = shared.log.node_id();
             if shared.newcomer && !shared.log.voters().contains(&node) {
                 // It cannot be of any use, so it does not stay on as a member that never comes. Once it votes it must not go
@@ -189,9 +216,6 @@ impl Hosting {
             shared.fail(short);
             return Ok(None);
         }
-        // Decided once: with other members around another choice may be better, but not worth loading it anew.
-        let decide = || known.trunk_precision(shared.config.trunk, memory_bytes, kv_tokens, state.members.len());
-        let precision = shared.trunk.borrow().unwrap_or_else(decide);
         shared.trunk.send_replace(Some(precision));
         self.count(&known, &Held::new());
         let mut trunk = Vec::new();
@@ -219,184 +243,12 @@ impl Hosting {
         shared.serving.send_replace(Some(serving.clone()));
         Ok(Some(serving))
     }
-
-    /// Loads one expert at `precision`, unless a newer placement has come since `state`, which may have other plans: what is
-    /// under way is finished, the rest is left to the next pass.
-    async fn get_expert(
-        &self,
-        state: &State,
-        serving: &Serving,
-        expert: ExpertId,
-        precision: Precision,
-    ) -> Result<(), Setback> {
-        if self.shared.state().epoch() != state.epoch() {
-            return Ok(());
-        }
-        let what = format!("expert {expert}");
-        let load = |why: &dyn std::fmt::Display| Setback::Load { what: what.clone(), why: why.to_string() };
-        let known = &serving.known;
-        let slices = known.manifest.experts.get(&expert).ok_or_else(|| load(&"the manifest does not have it"))?;
-        let now = self.shared.held.borrow().get(&expert).copied();
-        let mut exchanging = None;
-        if now.is_some() {
-            // Fetching takes long, and others may go on meanwhile.
-            self.fetch(&what, slices, precision, state, known.id, expert).await?;
-            exchanging = Some(self.exchange.lock().await);
-            self.make_room(serving, expert, known.expert_bytes(expert, precision)).await?;
-        }
-        let blobs = self.get(&what, slices, precision, state, known.id, Some(expert)).await?;
-        serving.engine.load_expert(ids::to_model(expert), blobs).await.map_err(|error| load(&error))?;
-        self.shared.held.send_modify(|held| {
-            Arc::make_mut(held).insert(expert, precision);
-        });
-        drop(exchanging);
-        if let Some(now) = now {
-            debug!(%expert, from = %now, to = %precision, "exchanged");
-        }
-        Ok(())
-    }
-
-    /// Where the old and the new form of a replica do not fit side by side, and another live node serves the expert too, the old
-    /// one goes first. An only copy stays: then the budget is exceeded by one expert for as long as the exchange takes.
-    async fn make_room(&self, serving: &Serving, expert: ExpertId, bytes: u64) -> Result<(), Setback> {
-        let (shared, node) = (&self.shared, self.shared.log.node_id());
-        if serving.engine.memory().total() + bytes <= shared.config.memory_bytes {
-            return Ok(());
-        }
-        let (state, down) = (shared.state(), shared.down());
-        let mut hosts = state.placement.iter().flat_map(|placement| placement.hosts(expert));
-        if hosts.any(|(host, _)| host != node && !down.contains(&host)) {
-            self.drop_expert(serving, expert).await?;
-        }
-        Ok(())
-    }
-
-    /// What is not here yet of an expert's slices, without reading the rest.
-    async fn fetch(
-        &self,
-        what: &str,
-        slices: &Slices,
-        precision: Precision,
-        state: &State,
-        model: ModelId,
-        expert: ExpertId,
-    ) -> Result<(), Setback> {
-        for (slice, blob) in slices.at(precision).into_iter().flatten() {
-            let (blobs, id) = (self.shared.blobs.clone(), blob.id);
-            if !run_blocking(move || blobs.has(&id)).await {
-                self.obtain(what, blob, state, model, Some((expert, slice))).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The blobs of a part at this precision, verified.
-    async fn get(
-        &self,
-        what: &str,
-        slices: &Slices,
-        precision: Precision,
-        state: &State,
-        model: ModelId,
-        expert: Option<ExpertId>,
-    ) -> Result<PartBlobs, Setback> {
-        let missing = || Setback::Load { what: what.into(), why: format!("the model has no slices for {precision}") };
-        let mut blobs = Vec::new();
-        for (slice, blob) in slices.at(precision).ok_or_else(missing)? {
-            blobs.push(self.obtain(what, blob, state, model, expert.map(|expert| (expert, slice))).await?);
-        }
-        let mut blobs = blobs.into_iter();
-        Ok(PartBlobs { main: blobs.next().ok_or_else(missing)?, refine: blobs.next() })
-    }
-
-    async fn obtain(
-        &self,
-        what: &str,
-        entry: &BlobEntry,
-        state: &State,
-        model: ModelId,
-        expert: Option<(ExpertId, Slice)>,
-    ) -> Result<WeightBytes, Setback> {
-        let sources = self.shared.sources(state, model, expert);
-        Ok(self.shared.fetcher.obtain(what, entry, &sources).await?.into())
-    }
-
-    async fn drop_all_but(&self, serving: &Serving, assigned: &Held) -> Result<(), Setback> {
-        let held = self.shared.held.borrow().clone();
-        for &expert in held.keys().filter(|expert| !assigned.contains_key(expert)) {
-            self.drop_expert(serving, expert).await?;
-        }
-        Ok(())
-    }
-
-    async fn drop_expert(&self, serving: &Serving, expert: ExpertId) -> Result<(), Setback> {
-        self.shared.held.send_modify(|held| {
-            Arc::make_mut(held).remove(&expert);
-        });
-        let dropped = serving.engine.drop_expert(ids::to_model(expert)).await;
-        dropped.map(drop).map_err(|error| Setback::Load { what: format!("expert {expert}"), why: error.to_string() })
-    }
-
-    /// Notes how far the node is. Experts count once they are loaded as wanted; files and trunk, few as they are, once they lie
-    /// here.
-    fn count(&self, known: &Known, assigned: &Held) {
-        let (shared, held) = (&self.shared, self.shared.held.borrow().clone());
-        // The manifest is here, or nothing of this would be known.
-        let (mut all, mut here) = (known.manifest_bytes, known.manifest_bytes);
-        let serves = shared.serving.borrow().is_some();
-        for blob in known.fixed_blobs(shared.trunk.borrow().unwrap_or(Precision::Bf16)) {
-            all += blob.bytes;
-            here += if serves || shared.blobs.has(&blob.id) { blob.bytes } else { 0 };
-        }
-        for (expert, precision) in assigned {
-            let bytes = known.expert_bytes(*expert, *precision);
-            all += bytes;
-            here += if held.get(expert) == Some(precision) { bytes } else { 0 };
-        }
-        shared.progress.send_modify(|progress| (progress.bytes_assigned, progress.bytes_held) = (all, here));
-        let each = held.iter().map(|(&expert, &precision)| (precision, known.expert_bytes(expert, precision)));
-        shared.metrics.note_experts(each);
-    }
-
-    /// Takes back what the log claims and is not held.
-    async fn retract(&self) -> Result<(), Setback> {
-        let (state, node, held) = (self.shared.state(), self.shared.log.node_id(), self.shared.held.borrow().clone());
-        let own = state.placement.iter().flat_map(|placement| placement.of(node));
-        let lost = own.filter(|(expert, replica)| replica.ready.is_some() && !held.contains_key(expert));
-        let experts: Vec<_> = lost.map(|(expert, _)| expert).collect();
-        if experts.is_empty() { Ok(()) } else { self.propose(Command::NotReady { node, experts }).await }
-    }
-
-    /// Tells the log what is held and not claimed so yet.
-    async fn claim(&self) -> Result<(), Setback> {
-        let (state, node, held) = (self.shared.state(), self.shared.log.node_id(), self.shared.held.borrow().clone());
-        let own = state.placement.iter().flat_map(|placement| placement.of(node));
-        let news = own.filter_map(|(expert, replica)| {
-            let now = *held.get(&expert)?;
-            (replica.ready != Some(now)).then_some((expert, now))
-        });
-        let experts: BTreeMap<_, _> = news.collect();
-        let trunk_claimed = state.placement.as_ref().is_none_or(|placement| placement.trunk_ready.contains(&node));
-        if experts.is_empty() && trunk_claimed {
-            return Ok(());
-        }
-        self.propose(Command::Ready { node, epoch: state.epoch(), experts, trunk: true }).await
-    }
-
-    async fn propose(&self, command: Command) -> Result<(), Setback> {
-        if self.shared.log.leader().borrow().is_none() {
-            return Err(Setback::Report("there is no leader".into()));
-        }
-        match self.shared.log.propose(command, PROPOSE_DEADLINE).await {
-            Ok(Outcome::Refused(refusal)) => Err(Setback::Report(refusal.to_string())),
-            Ok(_) => Ok(()),
-            Err(error) => Err(Setback::Report(error.to_string())),
-        }
-    }
 }
 
 /// How far a pass has come.
 struct Pass {
+    /// Whether experts are held on disk.
+    paging: bool,
     setback: Option<Setback>,
     /// Experts that were loaded and that the log has not been told of.
     unclaimed: usize,
@@ -405,7 +257,7 @@ struct Pass {
 
 impl Default for Pass {
     fn default() -> Self {
-        Self { setback: None, unclaimed: 0, claimed: Ok(()) }
+        Self { paging: false, setback: None, unclaimed: 0, claimed: Ok(()) }
     }
 }
 

@@ -11,6 +11,7 @@ use coel_model::decoder::CHUNK_ROWS;
 use coel_model::footprint::Footprint;
 use coel_model::pages::PAGE_TOKENS;
 use coel_model::text::TextModel;
+use coel_model::tiers::buffer::PAGE;
 use coel_store::manifest::MANIFEST_BYTES_MAX;
 use coel_store::{BlobEntry, BlobId, Blobs, Bounds, CHUNK_BYTES, ExpertId, Manifest, Model, ModelId, Precision};
 
@@ -89,12 +90,23 @@ impl Known {
         self.manifest.trunk_bytes(trunk) + kv + self.footprint.buffer_bytes(self.rows_max().max(CHUNK_ROWS))
     }
 
-    /// At which precision a node holds the trunk: the most exact one accepted that leaves room for its share of the experts at
-    /// the fewest bits, or else the least.
-    pub fn trunk_precision(&self, accepted: Bounds, memory_bytes: u64, kv_tokens: usize, nodes: usize) -> Precision {
+    /// At which precision a node holds the trunk: the most exact one accepted that leaves room in memory, and on a disk that is to
+    /// get it, for its share of the experts at the fewest bits, or else the least.
+    pub fn trunk_precision(
+        &self,
+        accepted: Bounds,
+        memory_bytes: u64,
+        disk_bytes: Option<u64>,
+        kv_tokens: usize,
+        nodes: usize,
+    ) -> Precision {
         let share = self.manifest.experts_bytes(Precision::Q4) / nodes.max(1) as u64;
         let mut choices = Precision::ALL.into_iter().rev().filter(|precision| accepted.has(*precision));
-        let chosen = choices.find(|&precision| self.fixed_bytes(kv_tokens, precision) + share <= memory_bytes);
+        let on_disk = |precision| self.disk_fixed_bytes(precision) + self.largest_expert_bytes() + share;
+        let chosen = choices.find(|&precision| {
+            self.fixed_bytes(kv_tokens, precision) + share <= memory_bytes
+                && disk_bytes.is_none_or(|disk| on_disk(precision) <= disk)
+        });
         let chosen = chosen.unwrap_or(accepted.lowest());
         let sliced = self.manifest.trunk.iter().any(|part| part.slices.at(chosen).is_some());
         if sliced { chosen } else { Precision::Bf16 }
@@ -103,6 +115,36 @@ impl Known {
     /// Bytes of experts that a node with these facts may hold; `None` until it has said how it holds the trunk.
     pub fn room_for_experts(&self, facts: &Facts) -> Option<u64> {
         Some(facts.memory_bytes.saturating_sub(self.fixed_bytes(facts.kv_tokens as usize, facts.trunk?)))
+    }
+
+    /// Bytes of expert blobs that a node with these facts may keep on its disk, where that has a bound; `None` for one without
+    /// bound, which never pages. One that has every blob already needs no more room; another keeps some for an exchange, during
+    /// which an expert is there twice.
+    pub fn disk_for_experts(&self, facts: &Facts) -> Option<u64> {
+        let (budget, all) = (facts.disk_bytes?, self.manifest.experts_bytes(Precision::Bf16));
+        if facts.complete_models.contains(&self.id) {
+            return Some(all);
+        }
+        let fixed = facts.trunk.map_or(0, |trunk| self.disk_fixed_bytes(trunk));
+        Some(budget.saturating_sub(fixed + self.largest_expert_bytes()))
+    }
+
+    /// Bytes of the largest expert as in the checkpoint.
+    fn largest_expert_bytes(&self) -> u64 {
+        self.manifest.experts.values().map(|slices| slices.exact.bytes).max().unwrap_or(0)
+    }
+
+    /// Bytes of the blobs every node keeps, the manifest among them.
+    pub fn disk_fixed_bytes(&self, trunk: Precision) -> u64 {
+        self.manifest_bytes + self.fixed_blobs(trunk).map(|blob| blob.bytes).sum::<u64>()
+    }
+
+    /// Bytes of memory without which a node does not have experts in memory by turns: for twice those of one row, so that some can
+    /// come while others are computed. They are read in whole pages.
+    pub fn least_to_page(&self, precision: Precision) -> u64 {
+        let bytes = self.manifest.experts.values().map(|slices| slices.nearest(precision).1);
+        let largest = bytes.max().unwrap_or(0).next_multiple_of(PAGE as u64) + 2 * PAGE as u64;
+        2 * self.config.num_experts_per_tok as u64 * largest
     }
 
     /// The blobs every node gets, whatever experts it hosts: files, and the trunk at this precision; the manifest aside.

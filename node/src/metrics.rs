@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use coel_model::engine::Activity;
+use coel_model::tiers::meter::TierStats;
 use coel_store::Precision;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -14,6 +15,13 @@ use prometheus_client::registry::{Registry, Unit};
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct At {
     precision: &'static str,
+}
+
+/// A layer, and when its experts were predicted, as labels.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Foreseen {
+    layer: u32,
+    when: &'static str,
 }
 
 /// The node's counters and gauges. Counters only grow while the process lives.
@@ -50,6 +58,8 @@ pub struct Metrics {
     kv_pages_used: Gauge,
     /// Pages of the KV pool.
     kv_pages: Gauge,
+    /// What became of experts on disk.
+    tiers: Tiers,
     /// Experts loaded, by precision.
     experts: Family<At, Gauge>,
     /// Their weights in bytes, by precision.
@@ -86,6 +96,7 @@ impl Default for Metrics {
             sessions_waiting: Gauge::default(),
             kv_pages_used: Gauge::default(),
             kv_pages: Gauge::default(),
+            tiers: Tiers::register(&mut registry),
             experts: Family::default(),
             expert_bytes: Family::default(),
             memory_bytes: Gauge::default(),
@@ -153,6 +164,28 @@ impl Metrics {
         self.kv_pages.set(activity.pages as i64);
     }
 
+    /// Takes over what the engine has counted of experts on disk.
+    pub fn note_tiers(&self, stats: &TierStats) {
+        let tiers = &self.tiers;
+        for (counter, count) in [
+            (&tiers.hits, stats.hits),
+            (&tiers.misses, stats.misses),
+            (&tiers.prefetched, stats.prefetched),
+            (&tiers.prefetch_used, stats.prefetch_used),
+            (&tiers.read_bytes, stats.bytes_read),
+        ] {
+            counter.inner().store(count, Ordering::Relaxed);
+        }
+        tiers.stall_seconds.inner().store(stats.stall.as_secs_f64().to_bits(), Ordering::Relaxed);
+        tiers.shelved.set(stats.shelved as i64);
+        for (layer, recall) in (0..).zip(&stats.recall).filter(|(_, recall)| recall.pairs > 0) {
+            for (when, foreseen) in [("early", recall.early), ("late", recall.late)] {
+                let share = foreseen as f64 / recall.pairs as f64;
+                tiers.recall.get_or_create(&Foreseen { layer, when }).set(share);
+            }
+        }
+    }
+
     /// Notes which experts are loaded, by precision and bytes of each.
     pub fn note_experts(&self, experts: impl Iterator<Item = (Precision, u64)>) {
         let mut totals = Precision::ALL.map(|precision| (precision, 0, 0));
@@ -175,9 +208,84 @@ impl Metrics {
     }
 }
 
+/// Experts on disk, and what came of having them in memory by turns.
+#[derive(Debug, Default)]
+struct Tiers {
+    hits: Counter,
+    misses: Counter,
+    prefetched: Counter,
+    prefetch_used: Counter,
+    read_bytes: Counter,
+    stall_seconds: Counter<f64, AtomicU64>,
+    shelved: Gauge,
+    recall: Family<Foreseen, Gauge<f64, AtomicU64>>,
+}
+
+impl Tiers {
+    fn register(registry: &mut Registry) -> Self {
+        let tiers = Self::default();
+        for (name, help, counter) in [
+            ("tier_hits", "Experts on disk that were in memory when they were needed", &tiers.hits),
+            ("tier_misses", "Experts on disk that had to be waited for", &tiers.misses),
+            ("tier_prefetched", "Experts read before they were needed", &tiers.prefetched),
+            (
+                "tier_prefetch_used",
+                "Of these, needed before they had to go; the others were wasted",
+                &tiers.prefetch_used,
+            ),
+        ] {
+            registry.register(name, help, counter.clone());
+        }
+        let help = "Weights of experts read from disk";
+        registry.register_with_unit("tier_read", help, Unit::Bytes, tiers.read_bytes.clone());
+        let help = "Time in which there was nothing to compute but what was on its way from disk";
+        registry.register_with_unit("tier_stall", help, Unit::Seconds, tiers.stall_seconds.clone());
+        registry.register("tier_experts", "Experts held on disk", tiers.shelved.clone());
+        let help = "Share of the experts chosen in a layer that were foreseen, with the attention or the whole of the layer before";
+        registry.register("tier_recall", help, tiers.recall.clone());
+        tiers
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use coel_model::tiers::meter::LayerRecall;
+
     use super::*;
+
+    #[test]
+    fn tiers_are_counted_once_and_by_layer() {
+        let metrics = Metrics::default();
+        let recall = [(0, 0, 0), (8, 4, 6)].map(|(pairs, early, late)| LayerRecall { pairs, early, late });
+        let stats = TierStats {
+            shelved: 9,
+            hits: 5,
+            misses: 7,
+            prefetched: 4,
+            prefetch_used: 3,
+            bytes_read: 4096,
+            stall: std::time::Duration::from_millis(1500),
+            recall: recall.into(),
+            ..TierStats::default()
+        };
+        metrics.note_tiers(&TierStats { misses: 1, ..stats.clone() });
+        metrics.note_tiers(&stats);
+        let text = metrics.text();
+        for line in [
+            "coel_tier_hits_total 5",
+            "coel_tier_misses_total 7",
+            "coel_tier_prefetched_total 4",
+            "coel_tier_prefetch_used_total 3",
+            "coel_tier_read_bytes_total 4096",
+            "coel_tier_stall_seconds_total 1.5",
+            "coel_tier_experts 9",
+            "coel_tier_recall{layer=\"1\",when=\"early\"} 0.5",
+            "coel_tier_recall{layer=\"1\",when=\"late\"} 0.75",
+        ] {
+            assert!(text.contains(line), "{line} not in\n{text}");
+        }
+        assert!(!text.contains("layer=\"0\""), "nothing was chosen there");
+    }
 
     #[test]
     fn what_is_counted_is_shown() {

@@ -50,6 +50,12 @@ pub fn status(shared: &Shared, api: &str) -> Status {
             memory_headroom: headroom.map(|status| f64::from(status.memory) / 255.0),
             compute_headroom: headroom.map(|status| f64::from(status.compute) / 255.0),
             memory_budget_bytes: facts.as_ref().map(|facts| facts.memory_bytes),
+            disk_budget_bytes: facts.as_ref().and_then(|facts| facts.disk_bytes),
+            paged_bytes: known.as_ref().zip(facts.as_ref()).and_then(|(known, facts)| {
+                let placed = placement.into_iter().flat_map(|placement| placement.of(node_id));
+                let bytes: u64 = placed.map(|(expert, replica)| known.expert_bytes(expert, replica.precision)).sum();
+                Some(bytes.saturating_sub(known.room_for_experts(facts)?))
+            }),
             experts,
             experts_ready,
             precisions: Counts::of(served(node_id).map(|(_, precision)| precision)),
@@ -111,6 +117,8 @@ fn own_status(shared: &Shared) -> OwnStatus {
     OwnStatus {
         experts: shared.held.borrow().len(),
         precisions: Counts::of(shared.held.borrow().values().copied()),
+        paged: shared.shelved.borrow().len(),
+        disk_bytes: shared.blobs.usage().used_bytes,
         bytes_fetched: metrics.bytes_fetched.get(),
         memory_bytes: ledger_bytes(shared),
         rss_before_bytes: shared.rss_before_bytes,

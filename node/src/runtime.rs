@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coel_gossip::{Handle, Identity};
+use coel_model::device::Device;
 use coel_store::{Blobs, Command, Log, MemberInfo, Outcome, Timing};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -26,6 +27,7 @@ use crate::http::{self, Auth};
 use crate::mesh::{PROPOSE_DEADLINE, admit, leader, members, raft};
 use crate::metrics::Metrics;
 use crate::shared::Shared;
+use crate::size::Size;
 use crate::weights::{self, wire as weight_wire};
 use crate::{commands, hosting, ids};
 
@@ -66,6 +68,12 @@ pub enum RunError {
     /// The device asked for is not there.
     #[error("{0}")]
     Device(#[from] coel_model::device::DeviceError),
+    /// Memory of a GPU where there is none.
+    #[error(
+        "--vram {vram} and --device {device}: no GPU can be used here and this node computes on the CPU; leave --vram out, or say \
+         with --device cuda:N which GPU, to hear why it cannot be used"
+    )]
+    VramOfCpu { vram: Size, device: String },
     /// The swarm did not start.
     #[error("{0}")]
     Gossip(#[from] coel_gossip::StartError),
@@ -95,11 +103,18 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> RunError {
 ///
 /// # Errors
 /// [`RunError`]; everything that was started has been stopped again.
-pub async fn run(config: Config, origin: Origin, started: impl FnOnce(&NodeFile) + Send) -> Result<(), RunError> {
+pub async fn run(mut config: Config, origin: Origin, started: impl FnOnce(&NodeFile) + Send) -> Result<(), RunError> {
     let data = config.data.clone();
     std::fs::create_dir_all(&data).map_err(io(format!("the data folder {}", data.display())))?;
     let _lock = lock(&data)?;
-    config.device.resolve()?;
+    match (config.vram_bytes, config.device.resolve()?) {
+        (Some(vram), Device::Cpu) => {
+            return Err(RunError::VramOfCpu { vram: Size(vram), device: config.device.to_string() });
+        }
+        // What an engine on a GPU holds lies there, all of it.
+        (Some(vram), _) => config.memory_bytes = config.memory_bytes.min(vram),
+        (None, _) => {}
+    }
     let newcomer = matches!(origin, Origin::Join(_));
     match (&origin, Log::exists(&data)) {
         (Origin::New | Origin::Join(_), true) => return Err(RunError::HasMesh(data)),
@@ -189,7 +204,7 @@ async fn open(config: &Config, origin: Origin, gossip: &Handle, data: &Path) -> 
         }
     };
     info!(node = %log.node_id(), mesh = %log.mesh_id(), peer = %gossip.local_peer_id(), "in the mesh");
-    Ok((log, Arc::new(Blobs::open(data)?)))
+    Ok((log, Arc::new(Blobs::open_within(data, config.disk_bytes)?)))
 }
 
 /// Lets the members in that a newcomer was told of, until its log tells it.

@@ -42,7 +42,7 @@ impl Serving {
     }
 }
 
-/// Experts that are loaded, and at which precision.
+/// Experts that are held, and at which precision.
 pub type Held = BTreeMap<ExpertId, Precision>;
 
 /// How far this node is with what it was assigned.
@@ -72,8 +72,10 @@ pub struct Shared {
     pub library: Library,
     /// The model that is loaded here.
     pub serving: watch::Sender<Option<Serving>>,
-    /// Experts loaded in the engine.
+    /// Experts held in the engine, in memory or on disk.
     pub held: watch::Sender<Arc<Held>>,
+    /// Of these, those that are held on disk and had in memory by turns.
+    pub shelved: watch::Sender<BTreeSet<ExpertId>>,
     /// At which precision this node holds the trunk, once it has decided that.
     pub trunk: watch::Sender<Option<Precision>>,
     /// Models of which every blob lies here.
@@ -116,6 +118,7 @@ impl Shared {
             library: Library::default(),
             serving: watch::Sender::new(None),
             held: watch::Sender::default(),
+            shelved: watch::Sender::default(),
             trunk: watch::Sender::default(),
             complete: watch::Sender::default(),
             progress: watch::Sender::default(),
@@ -168,6 +171,7 @@ impl Shared {
     pub fn facts(&self) -> Facts {
         Facts {
             memory_bytes: self.config.memory_bytes,
+            disk_bytes: self.config.disk_bytes,
             kv_tokens: self.config.kv_tokens as u64,
             accepts: self.config.precision,
             trunk: *self.trunk.borrow(),

@@ -77,6 +77,11 @@ pub struct NodeStatus {
     pub compute_headroom: Option<f64>,
     /// Memory it may use for models.
     pub memory_budget_bytes: Option<u64>,
+    /// Disk it may use for weights, where that has a bound.
+    pub disk_budget_bytes: Option<u64>,
+    /// By how many bytes the experts placed on it exceed its memory, so that they are had there by turns; as far as the node asked
+    /// knows the model.
+    pub paged_bytes: Option<u64>,
     /// Experts placed on it.
     pub experts: usize,
     /// Of them, those it has reported ready as they are wanted.
@@ -124,10 +129,16 @@ impl Counts {
 /// What a node knows of itself only.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OwnStatus {
-    /// Experts loaded.
+    /// Experts held.
     pub experts: usize,
     /// Of them, by precision.
     pub precisions: Counts,
+    /// Of them, those held on disk and had in memory by turns.
+    #[serde(default)]
+    pub paged: usize,
+    /// Bytes of weights in this node's own files.
+    #[serde(default)]
+    pub disk_bytes: u64,
     /// Bytes received over the weight stream since the node started.
     pub bytes_fetched: u64,
     /// The ledger: trunk, experts, KV cache and buffers, as reserved.

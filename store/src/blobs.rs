@@ -13,23 +13,29 @@
 //! was read, because disks flip bits and files that are only referenced can change. Sizes are
 //! compared with what the disk really has before memory is taken for them.
 //!
+//! The store keeps within a budget of bytes where it was given one: what does not fit is refused before it is written, and who
+//! wants room has to say what is to go ([`Blobs::discard`]).
+//!
 //! All calls block on the disk. What a blob means, and from whom it comes, is not known here.
 
 mod draft;
 mod partial;
+mod quota;
 mod segment;
 
 pub use draft::{Draft, NewPart, PartKey};
 pub use partial::Partial;
+pub use quota::Usage;
 pub use segment::Segment;
 
 use crate::cbor::{self, CborError};
 use crate::disk::{Batch, Disk, DiskError, OpenError, sync_folder};
 use crate::ids::{BlobId, hex};
 use crate::manifest::{BlobEntry, CHUNK_BYTES, ManifestError};
+use quota::Quota;
 use segment::{Keep, Record};
 use serde::Serialize;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -56,6 +62,19 @@ pub enum BlobError {
         path: PathBuf,
         /// What the system said.
         error: std::io::Error,
+    },
+    /// It would be more than may be kept.
+    #[error(
+        "{wanted_bytes} more bytes of weights do not fit the disk budget of {budget_bytes} bytes, of which {used_bytes} are \
+         used; raise --disk"
+    )]
+    OverBudget {
+        /// How many bytes were to be added.
+        wanted_bytes: u64,
+        /// How many are kept.
+        used_bytes: u64,
+        /// How many may be.
+        budget_bytes: u64,
     },
     /// This node does not hold it.
     #[error("blob {id} is not held here; fetch it from a peer that holds it")]
@@ -147,6 +166,11 @@ pub enum BlobError {
 }
 
 impl BlobError {
+    /// Whether the bytes would have been more than may be kept.
+    pub fn is_over_budget(&self) -> bool {
+        matches!(self, Self::OverBudget { .. })
+    }
+
     /// Whether there was no room left on the disk.
     pub fn is_full_disk(&self) -> bool {
         matches!(self, Self::Io { error, .. } if error.kind() == std::io::ErrorKind::StorageFull)
@@ -163,7 +187,8 @@ impl BlobError {
 }
 
 fn io(path: &Path) -> impl Fn(std::io::Error) -> BlobError + '_ {
-    move |error| BlobError::Io { path: path.into(), error }
+    // What the store itself refused comes back through writers that only know errors of the system.
+    move |error| error.downcast().unwrap_or_else(|error| BlobError::Io { path: path.into(), error })
 }
 
 /// The blobs of one node; cloning the handle is cheap, and all calls may run at once.
@@ -175,6 +200,18 @@ struct Inner {
     files: PathBuf,
     partial: PathBuf,
     receiving: Mutex<BTreeSet<BlobId>>,
+    quota: Quota,
+}
+
+impl Inner {
+    /// Names and lengths of all files, of whole blobs and of others.
+    fn all_files(&self) -> Result<Vec<(String, u64)>, BlobError> {
+        let mut all = quota::files(&self.partial)?;
+        for folder in fs::read_dir(&self.files).map_err(io(&self.files))? {
+            all.extend(quota::files(&folder.map_err(io(&self.files))?.path())?);
+        }
+        Ok(all)
+    }
 }
 
 fn index_key(id: &BlobId) -> Vec<u8> {
@@ -204,6 +241,11 @@ fn make_folder(path: &Path) -> Result<(), BlobError> {
 impl Blobs {
     /// Opens or creates the store in the data folder `dir`.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, BlobError> {
+        Self::open_within(dir, None)
+    }
+
+    /// The same, with a budget for the bytes of its files.
+    pub fn open_within(dir: impl AsRef<Path>, budget_bytes: Option<u64>) -> Result<Self, BlobError> {
         let dir = dir.as_ref();
         make_folder(dir)?;
         let index = Disk::open(&dir.join("index"), None)?;
@@ -211,7 +253,27 @@ impl Blobs {
         make_folder(&files)?;
         make_folder(&partial)?;
         draft::sweep(&partial)?;
-        Ok(Self(Arc::new(Inner { index, files, partial, receiving: Mutex::default() })))
+        let receiving = Mutex::default();
+        let mut blobs = Inner { index, files, partial, receiving, quota: Quota::default() };
+        let used_bytes = blobs.all_files()?.iter().map(|(_, bytes)| bytes).sum();
+        blobs.quota = Quota::new(Usage { used_bytes, budget_bytes });
+        Ok(Self(Arc::new(blobs)))
+    }
+
+    /// Bytes kept, and how many may be.
+    pub fn usage(&self) -> Usage {
+        self.0.quota.read()
+    }
+
+    /// The blobs that have files of their own, whole or on their way in, with the bytes of these files.
+    pub fn files(&self) -> Result<Vec<(BlobId, u64)>, BlobError> {
+        let mut files: BTreeMap<BlobId, u64> = BTreeMap::new();
+        for (name, bytes) in self.0.all_files()? {
+            if let Ok(id) = name.parse() {
+                *files.entry(id).or_default() += bytes;
+            }
+        }
+        Ok(files.into_iter().collect())
     }
 
     fn path(&self, id: &BlobId) -> PathBuf {
@@ -243,6 +305,14 @@ impl Blobs {
             Keep::File => vec![Segment::File { path: self.path(id), offset: 0, bytes: record.bytes }],
             Keep::Reference(segments) => segments.clone(),
         }
+    }
+
+    /// Where the bytes of a held blob are, piece by piece.
+    pub fn lies_in(&self, entry: &BlobEntry) -> Result<Vec<Segment>, BlobError> {
+        let record = self.record_of(entry)?;
+        let segments = self.segments(&entry.id, &record);
+        segment::check(&entry.id, entry.bytes, &segments)?;
+        Ok(segments)
     }
 
     fn remember(&self, id: &BlobId, record: &Record) -> Result<(), BlobError> {
@@ -299,12 +369,39 @@ impl Blobs {
             self.0.index.remove_range(&mut batch, &key, &[&key, [0xff; 5].as_slice()].concat())?;
             self.0.index.write_blocking(batch)?;
         }
-        let path = self.path(id);
-        match fs::remove_file(&path) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(held),
-            Err(error) => Err(io(&path)(error)),
+        Ok(self.delete(&self.path(id))? || held)
+    }
+
+    /// Forgets a blob with what has arrived of it, to make room. Refused while it is being received.
+    pub fn discard(&self, id: &BlobId) -> Result<(), BlobError> {
+        // Held while the files go, so that nobody begins to receive it in between.
+        let receiving = self.0.receiving.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if receiving.contains(id) {
+            return Err(BlobError::Busy { id: *id });
         }
+        self.remove(id)?;
+        self.delete(&self.partial_path(id)).map(drop)
+    }
+
+    /// Deletes a file; whether it was there.
+    fn delete(&self, path: &Path) -> Result<bool, BlobError> {
+        let bytes = quota::length(path);
+        match fs::remove_file(path) {
+            Ok(()) => {
+                self.0.quota.give_back(bytes);
+                Ok(true)
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(io(path)(error)),
+        }
+    }
+
+    /// Puts a file in the place of another, if there is one.
+    fn rename(&self, from: &Path, to: &Path) -> Result<(), BlobError> {
+        let replaced = quota::length(to);
+        fs::rename(from, to).map_err(io(to))?;
+        self.0.quota.give_back(replaced);
+        Ok(())
     }
 
     /// The raw bytes of one chunk, to serve to a peer, who checks them. Only their length is

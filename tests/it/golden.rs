@@ -11,11 +11,12 @@ use coel_model::checkpoint::Checkpoint;
 use coel_model::decoder::Want;
 use coel_model::device::Device;
 use coel_model::engine::block_on;
-use coel_model::generate::{Generation, LocalModel};
+use coel_model::generate::{Generation, LocalModel, LocalOptions};
 use coel_model::parts::parts;
 use coel_model::popularity::{CALIBRATION_TEXT, WINDOW_TOKENS};
 use coel_model::sampling::SamplingParams;
 use coel_model::sequence::GenerateParams;
+use coel_model::slices::Precision;
 use coel_node::ids;
 use coel_node::status::expert_key;
 use coel_store::ExpertId;
@@ -35,6 +36,12 @@ impl Alone {
     pub fn new() -> Self {
         let checkpoint = Checkpoint::open(&fixture()).unwrap();
         Self { checkpoint, model: apart(|| LocalModel::open(&fixture(), Device::Cpu).unwrap()) }
+    }
+
+    /// The same with experts held at another precision, all of them in memory.
+    pub fn at(experts: Precision) -> Self {
+        let options = LocalOptions { device: Device::Cpu, experts, ..LocalOptions::default() };
+        Self { model: apart(|| LocalModel::open_with(&fixture(), &options).unwrap()), ..Self::new() }
     }
 
     /// A question of one turn, as tokens.

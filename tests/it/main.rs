@@ -10,6 +10,7 @@ mod golden;
 mod http_client;
 mod main_job;
 mod membership;
+mod paging;
 mod policies;
 mod precision;
 mod strangers;

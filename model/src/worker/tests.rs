@@ -40,7 +40,7 @@ impl Bench {
         let (jobs, queue) = mpsc::channel(JOBS_MAX);
         let engine = Engine::new(shared.clone(), jobs, Device::Cpu, "test");
         let mut worker = Worker::new(Packed::default(), shared);
-        worker.machine.load_trunk(&checkpoint.trunk()).unwrap();
+        worker.machine.load_trunk(&checkpoint.trunk(), false).unwrap();
         for id in layout::experts(checkpoint.config()) {
             worker.machine.load_expert(id, &checkpoint.expert(id)).unwrap();
         }
@@ -117,7 +117,7 @@ fn a_hosts_duty_is_done_between_two_layers_of_its_own_prompt() {
     let call = |bench: &mut Bench| {
         let (reply, mut answer) = oneshot::channel();
         let calls = vec![(3, vec![0, 2]), (5, vec![1])];
-        let job = Job::RunExperts { layer: 2, rows: rows.clone(), calls, reply };
+        let job = Job::RunExperts(Call { layer: 2, rows: rows.clone(), calls, reply });
         let mut sent = Box::pin(bench.engine.send(job));
         assert!(sent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready());
         drop(sent);

@@ -1,5 +1,6 @@
 //! Tests of the model crate as its users see it, in one binary.
 
+mod budgets;
 mod checkpoints;
 mod decoding;
 mod engines;
@@ -12,4 +13,5 @@ mod part_blobs;
 mod slices;
 mod survey;
 mod synth;
+mod tiers;
 mod whole;

@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use super::policies::{self, Comparison};
 use super::{Failure, Output, print};
+use crate::size::Size;
 
 /// A model on this machine.
 #[derive(Debug, Args)]
@@ -33,6 +34,10 @@ pub struct Local {
     /// Threads that compute [default: one for each core].
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     threads: usize,
+    /// Memory to take, hard: experts that do not fit stay on disk and are read when they are needed [default: all of
+    /// them in memory].
+    #[arg(long, value_name = "SIZE", env = "COEL_MEMORY")]
+    memory: Option<Size>,
 }
 
 impl Local {
@@ -56,22 +61,35 @@ impl Local {
     }
 
     fn open(&self) -> Result<LocalModel, Failure> {
-        self.open_with_pool(None)
+        self.open_with(None, false)
     }
 
-    /// Opens the model with a KV cache of so many tokens, or of one full context.
-    pub fn open_with_pool(&self, kv_tokens: Option<usize>) -> Result<LocalModel, Failure> {
-        self.open_as(self.trunk(), self.precision, kv_tokens)
+    fn options(&self) -> Result<LocalOptions, Failure> {
+        Ok(LocalOptions {
+            device: self.device()?,
+            trunk: self.trunk(),
+            experts: self.precision,
+            threads: self.threads,
+            memory: self.memory.map(|size| size.0),
+            ..LocalOptions::default()
+        })
     }
 
-    /// The same at other precisions than were asked for.
+    /// Opens the model with a KV cache of so many tokens, or of one full context; `foresee` counts how well experts are
+    /// predicted.
+    pub fn open_with(&self, kv_tokens: Option<usize>, foresee: bool) -> Result<LocalModel, Failure> {
+        let options = LocalOptions { kv_tokens, foresee, ..self.options()? };
+        Ok(LocalModel::open_with(&self.model, &options)?)
+    }
+
+    /// Opens it at other precisions than were asked for.
     pub fn open_as(
         &self,
         trunk: Precision,
         experts: Precision,
         kv_tokens: Option<usize>,
     ) -> Result<LocalModel, Failure> {
-        let options = LocalOptions { device: self.device()?, trunk, experts, threads: self.threads, kv_tokens };
+        let options = LocalOptions { trunk, experts, kv_tokens, ..self.options()? };
         Ok(LocalModel::open_with(&self.model, &options)?)
     }
 
@@ -188,7 +206,7 @@ pub struct Eval {
     against: Option<PathBuf>,
     /// Compare rules of giving experts more than 4 bits, at equal bytes: with --text, and --qa if wanted. The model must be
     /// a checkpoint; its trunk is exact unless --trunk says otherwise.
-    #[arg(long, requires = "text", conflicts_with_all = ["precision", "against", "reference"])]
+    #[arg(long, requires = "text", conflicts_with_all = ["precision", "against", "reference", "memory", "recall"])]
     policies: bool,
     /// With --policies: bits a weight that mixed experts take, from 5 (all at q4) to 9 (all at q8).
     #[arg(long, value_name = "N", default_value_t = 6.0, requires = "policies", value_parser = bits)]
@@ -196,6 +214,10 @@ pub struct Eval {
     /// With --policies: how many lots are drawn for the random rule.
     #[arg(long, value_name = "N", default_value_t = 3, requires = "policies", value_parser = clap::value_parser!(u32).range(1..))]
     seeds: u32,
+    /// Also print how many of the experts a layer chooses were predicted, layer by layer and on average: early, when the
+    /// layer before had its attention, and late, when it was done.
+    #[arg(long)]
+    recall: bool,
     #[command(flatten)]
     output: Output,
 }
@@ -232,16 +254,16 @@ impl Eval {
         if !texts.is_empty() && self.measure.qa.is_some() {
             return Err(Failure::usage("name either --text or --qa, or compare policies on both with --policies"));
         }
-        let model = self.local.open()?;
+        let model = self.local.open_with(None, self.recall)?;
         // References are of the exact model: at fewer bits the figures tell how far it is, and nothing has failed.
         let lossy = [self.local.precision, self.local.trunk()] != [Precision::Exact; 2];
         if let Some(file) = &self.measure.reference {
             let report = eval_reference(&model, file)?;
-            return verdict(&report, report.passed || lossy, self.output, "the model differs from the reference");
+            return self.verdict(&model, &report, report.passed || lossy, "the model differs from the reference");
         }
         if let Some(file) = &self.measure.qa {
             let report = eval_qa(&model, file)?;
-            return verdict(&report, report.passed || lossy, self.output, "too few answers equal the reference");
+            return self.verdict(&model, &report, report.passed || lossy, "too few answers equal the reference");
         }
         let exact = self.against.as_ref().map(|dir| LocalModel::open(dir, self.local.device()?).map_err(Failure::from));
         let exact = exact.transpose()?;
@@ -251,19 +273,33 @@ impl Eval {
         });
         let reports = reports.collect::<Result<Vec<_>, _>>()?;
         match TextReport::together(&reports) {
-            Some(report) => verdict(&report, report.passed, self.output, "the perplexity is not a number"),
+            Some(report) => self.verdict(&model, &report, report.passed, "the perplexity is not a number"),
             None => Err(Failure::usage("name one of --reference, --text, --qa")),
         }
     }
-}
 
-fn verdict(report: &impl Serialize, passed: bool, output: Output, otherwise: &str) -> Result<(), Failure> {
-    if output.json {
-        print::json(report)?;
-    } else if let serde_json::Value::Object(fields) = serde_json::to_value(report)? {
-        for (name, value) in fields {
-            writeln!(std::io::stdout(), "{name} {value}")?;
+    fn verdict(
+        &self,
+        model: &LocalModel,
+        report: &impl Serialize,
+        passed: bool,
+        otherwise: &str,
+    ) -> Result<(), Failure> {
+        let mut fields = serde_json::to_value(report)?;
+        if let (true, Some(fields)) = (self.recall, fields.as_object_mut()) {
+            let stats = model.engine.tiers();
+            let [early, late] = stats.mean_recall().unwrap_or_default();
+            fields.insert("recall_early".into(), early.into());
+            fields.insert("recall_late".into(), late.into());
+            fields.insert("recall_layers".into(), serde_json::to_value(stats.recall)?);
         }
+        if self.output.json {
+            print::json(&fields)?;
+        } else if let serde_json::Value::Object(fields) = fields {
+            for (name, value) in fields {
+                writeln!(std::io::stdout(), "{name} {value}")?;
+            }
+        }
+        if passed { Ok(()) } else { Err(Failure { message: otherwise.to_owned(), code: 1 }) }
     }
-    if passed { Ok(()) } else { Err(Failure { message: otherwise.to_owned(), code: 1 }) }
 }

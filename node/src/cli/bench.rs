@@ -10,6 +10,7 @@ use std::time::Instant;
 use clap::Args;
 use coel_model::bench::{Bench, read_gb_s};
 use coel_model::generate::LocalModel;
+use coel_model::tiers::meter::{LayerRecall, TierStats};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -85,10 +86,50 @@ struct Report {
     peak_rss_bytes: u64,
     /// Packed weights and KV cache.
     packed_bytes: u64,
+    #[serde(flatten)]
+    tiers: Option<Tiers>,
     #[serde(skip_serializing_if = "Option::is_none")]
     llama_cpp: Option<Rates>,
     #[serde(skip_serializing_if = "Option::is_none")]
     without_llama_cpp: Option<&'static str>,
+}
+
+/// What decoding with experts on disk came to, over all rounds.
+#[derive(Debug, Default, Serialize)]
+struct Tiers {
+    /// Experts that take turns in memory, and the share of all that fits.
+    shelved: usize,
+    in_memory: usize,
+    tier_bytes: u64,
+    /// Share of needed experts that were in memory.
+    hit_rate: f64,
+    /// Waiting for the disk with nothing to compute.
+    stall_ms_per_token: f64,
+    read_bytes_per_token: f64,
+    /// Of what was read ahead, the share that was then needed.
+    prefetch_used: f64,
+    /// Predicted among the chosen experts on average: early, and late.
+    recall: Option<[f64; 2]>,
+    recall_layers: Vec<LayerRecall>,
+    #[serde(skip)]
+    sums: TierStats,
+    #[serde(skip)]
+    tokens: usize,
+}
+
+impl Tiers {
+    fn add(&mut self, round: &TierStats, tokens: usize) {
+        self.sums.add(round);
+        self.tokens += tokens;
+        let (sums, tokens) = (&self.sums, self.tokens.max(1) as f64);
+        (self.shelved, self.in_memory, self.tier_bytes) = (round.shelved, round.in_memory, round.budget_bytes);
+        self.hit_rate = sums.hit_rate();
+        self.stall_ms_per_token = sums.stall.as_secs_f64() * 1e3 / tokens;
+        self.read_bytes_per_token = sums.bytes_read as f64 / tokens;
+        self.prefetch_used = sums.prefetch_used as f64 / sums.prefetched.max(1) as f64;
+        self.recall = sums.mean_recall();
+        self.recall_layers = sums.recall.clone();
+    }
 }
 
 impl BenchArgs {
@@ -97,7 +138,7 @@ impl BenchArgs {
         let started = Instant::now();
         let context = CONCURRENT_PROMPT + self.r#gen;
         let kv_tokens = self.prompt.max(self.r#gen).max(self.concurrent.unwrap_or(0) * (context + 32));
-        let model = self.local.open_with_pool(Some(kv_tokens))?;
+        let model = self.local.open_with(Some(kv_tokens), false)?;
         let mut bench = Bench::new(&model, 1);
         bench.decode(1)?;
         let first_token_ms = started.elapsed().as_secs_f64() * 1e3;
@@ -105,9 +146,12 @@ impl BenchArgs {
         let mut coel: [Vec<f64>; 3] = Default::default();
         let mut llama: [Vec<f64>; 3] = Default::default();
         bench.decode(8)?; // touches what the first token did not
+        let mut tiers = Tiers::default();
         for _ in 0..self.rounds {
             coel[0].push(bench.prefill(self.prompt)?);
+            let before = model.engine.tiers();
             coel[1].push(bench.decode(self.r#gen)?);
+            tiers.add(&model.engine.tiers().since(&before), self.r#gen);
             if let Some(requests) = self.concurrent {
                 coel[2].push(bench.concurrent(requests, CONCURRENT_PROMPT, self.r#gen)?);
             }
@@ -129,6 +173,7 @@ impl BenchArgs {
             threads,
             rates(&coel),
             self.llama_bench.as_ref().map(|_| rates(&llama)),
+            (model.engine.tiers().shelved > 0).then_some(tiers),
         );
         if self.output.json { print::json(&report) } else { report.print() }
     }
@@ -141,6 +186,7 @@ impl BenchArgs {
         threads: usize,
         coel: Rates,
         llama_cpp: Option<Rates>,
+        tiers: Option<Tiers>,
     ) -> Report {
         let ledger = model.engine.memory();
         let bytes_per_token = bench.bytes_per_token();
@@ -162,7 +208,11 @@ impl BenchArgs {
             memory_share: memory / read,
             resident_bytes: crate::hosting::resident_bytes(),
             peak_rss_bytes: peak_rss_bytes(),
-            packed_bytes: ledger.trunk_bytes + ledger.expert_bytes + ledger.kv_bytes_reserved,
+            packed_bytes: ledger.trunk_bytes
+                + ledger.expert_bytes
+                + ledger.tier_bytes_reserved
+                + ledger.kv_bytes_reserved,
+            tiers,
             without_llama_cpp: llama_cpp.is_none().then_some(without),
             llama_cpp,
         }
@@ -285,6 +335,17 @@ impl Report {
             self.resident_bytes as f64 / self.packed_bytes as f64,
             Size(self.peak_rss_bytes)
         )?;
+        if let Some(tiers) = &self.tiers {
+            writeln!(
+                out,
+                "{} of {} experts in memory: {:.0} % of those needed were there, {} read and {:.1} ms waited a token",
+                tiers.in_memory,
+                tiers.shelved,
+                tiers.hit_rate * 100.0,
+                Size(tiers.read_bytes_per_token as u64),
+                tiers.stall_ms_per_token
+            )?;
+        }
         if let Some(why) = self.without_llama_cpp {
             writeln!(out, "llama.cpp {why}")?;
         }

@@ -75,13 +75,18 @@ pub fn status(status: &Status) -> Result<(), Failure> {
             },
             node.trunk.map_or("-".into(), |trunk| trunk.to_string()),
             node.memory_budget_bytes.map_or("-".into(), |bytes| Size(bytes).to_string()),
+            match (node.disk_budget_bytes, node.paged_bytes) {
+                (Some(disk), Some(paged)) if paged > 0 => format!("{} (pages {})", Size(disk), Size(paged)),
+                (disk, _) => disk.map_or("-".into(), |bytes| Size(bytes).to_string()),
+            },
             share(node.memory_headroom),
             share(node.compute_headroom),
             node.rtt_ms.map_or("-".into(), |rtt| format!("{rtt:.1} ms")),
         ]
     });
-    let header: Vec<_> =
-        "node|name|is|log|experts ready|held at|trunk|memory|free memory|free compute|round trip".split('|').collect();
+    let header: Vec<_> = "node|name|is|log|experts ready|held at|trunk|memory|disk|free memory|free compute|round trip"
+        .split('|')
+        .collect();
     writeln!(std::io::stdout(), "{}", table(&header, 4, rows))?;
     Ok(())
 }

@@ -51,6 +51,13 @@ pub enum CutError {
         Size(*.needed_bytes), .folder.display(), Size(*.free_bytes)
     )]
     Full { folder: PathBuf, needed_bytes: u64, free_bytes: u64, missing_bytes: u64, done: usize, total: usize },
+    /// The node may not keep the slices.
+    #[error(
+        "the slices of this model need {} more, and the disk budget (--disk) is {} with {} used: {missing_bytes} bytes are missing. \
+         Raise --disk and import again: it goes on where it stopped ({done} of {total} parts are done)",
+        Size(*.needed_bytes), Size(*.budget_bytes), Size(*.used_bytes)
+    )]
+    OverBudget { needed_bytes: u64, budget_bytes: u64, used_bytes: u64, missing_bytes: u64, done: usize, total: usize },
     /// The node is stopping.
     #[error("the node is stopping; import again once it is up: it goes on where it stopped")]
     Stopped,
@@ -186,10 +193,17 @@ impl<'a> Cut<'a> {
         let needed_bytes = if needed == 0 { 0 } else { needed + INDEX_BYTES };
         let free_bytes =
             free_bytes(self.folder).map_err(|source| CutError::Read { path: self.folder.to_owned(), source })?;
+        let usage = self.blobs.usage();
+        let room = usage.budget_bytes.zip(usage.room_bytes()).filter(|(_, room)| needed > *room);
+        let (done, total) = (done + noted.iter().skip(done).flatten().count(), self.parts.len());
+        if let Some((budget_bytes, room)) = room {
+            let (needed_bytes, missing_bytes) = (needed, needed - room);
+            let used_bytes = usage.used_bytes;
+            return Err(CutError::OverBudget { needed_bytes, budget_bytes, used_bytes, missing_bytes, done, total });
+        }
         if needed_bytes <= free_bytes {
             return Ok(());
         }
-        let (done, total) = (done + noted.iter().skip(done).flatten().count(), self.parts.len());
         let missing_bytes = needed_bytes - free_bytes;
         Err(CutError::Full { folder: self.folder.to_owned(), needed_bytes, free_bytes, missing_bytes, done, total })
     }
@@ -197,7 +211,7 @@ impl<'a> Cut<'a> {
     /// Says of a full disk what is missing.
     fn explain(&self, error: CutError, noted: &[Option<Slices>], cut: &[Option<Slices>]) -> CutError {
         let full = match &error {
-            CutError::Keep(error) => error.is_full_disk(),
+            CutError::Keep(error) => error.is_full_disk() || error.is_over_budget(),
             CutError::Slice { source: SliceError::Write { source, .. }, .. } => is_full(source),
             _ => false,
         };

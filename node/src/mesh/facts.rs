@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 pub struct Facts {
     /// What its ledger may reach.
     pub memory_bytes: u64,
+    /// What the weights on its disk may reach, where that has a bound: then it may page experts. Older versions do not say.
+    #[serde(default)]
+    pub disk_bytes: Option<u64>,
     /// KV cache it keeps, in tokens.
     pub kv_tokens: u64,
     /// At which precisions it accepts experts.
@@ -31,5 +34,36 @@ impl Facts {
     /// A peer's facts; `None` until it has told any that this version understands.
     pub fn of(view: &PeerView) -> Option<Self> {
         cbor::from_slice(view.facts.as_ref()?, BYTES_MAX).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As told by versions that knew no disk.
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Before {
+        memory_bytes: u64,
+        kv_tokens: u64,
+        accepts: Bounds,
+        trunk: Option<Precision>,
+        complete_models: Vec<ModelId>,
+    }
+
+    #[test]
+    fn versions_that_know_a_disk_and_those_that_do_not_understand_each_other() {
+        let before = Before {
+            memory_bytes: 7,
+            kv_tokens: 9,
+            accepts: Bounds::only(Precision::Q8),
+            trunk: Some(Precision::Q4),
+            complete_models: vec![ModelId([3; 32])],
+        };
+        let read: Facts = cbor::from_slice(&cbor::to_vec(&before).unwrap(), BYTES_MAX).unwrap();
+        assert_eq!((read.memory_bytes, read.disk_bytes, read.trunk), (7, None, Some(Precision::Q4)));
+        let now = Facts { disk_bytes: Some(1 << 40), ..read };
+        assert_eq!(cbor::from_slice::<Facts>(&now.encode(), BYTES_MAX).unwrap(), now);
+        assert_eq!(cbor::from_slice::<Before>(&now.encode(), BYTES_MAX).unwrap(), before);
     }
 }

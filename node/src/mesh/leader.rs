@@ -13,6 +13,7 @@ use super::facts::Facts;
 use crate::library::Known;
 use crate::placement::{Candidate, Choices, Current, Experts, Harm, Plan, Popularity, plan, within_reach};
 use crate::shared::Shared;
+use crate::size::Size;
 
 /// How often the leader looks. Deaths and joins are looked at within this time.
 const PERIOD: Duration = Duration::from_millis(500);
@@ -141,6 +142,8 @@ async fn place(shared: &Shared, gone: &BTreeSet<NodeId>, settled: &mut Option<In
     if let Some(placed) = placed {
         wanted = within_reach(wanted, placed, candidates, leaving, &experts);
     }
+    let paged: Vec<_> =
+        wanted.paged_bytes.iter().map(|(node, bytes)| format!("node {node} {}", Size(*bytes))).collect();
     let replicas: Assignment =
         experts.keys().map(|&expert| (expert, wanted.replicas.remove(&expert).unwrap_or_default())).collect();
     let is_so = |(expert, nodes): (_, &BTreeMap<NodeId, _>)| {
@@ -153,7 +156,8 @@ async fn place(shared: &Shared, gone: &BTreeSet<NodeId>, settled: &mut Option<In
     }
     let (expect, nodes) = (state.epoch(), candidates.len());
     match shared.log.propose(Command::Place { expect, model, replicas }, PROPOSE_DEADLINE).await {
-        Ok(Outcome::Epoch(epoch)) => info!(%epoch, nodes, "placed"),
+        Ok(Outcome::Epoch(epoch)) if paged.is_empty() => info!(%epoch, nodes, "placed"),
+        Ok(Outcome::Epoch(epoch)) => info!(%epoch, nodes, paged = paged.join(", "), "placed, with disks"),
         Ok(outcome) => info!(?outcome, "the plan came too late; planning again"),
         Err(error) => warn!(%error, "the plan could not be proposed; trying again"),
     }
@@ -217,11 +221,7 @@ fn candidates(
         }
         match facts.get(&node) {
             Some((_, Some(facts))) if facts.trunk.is_some() => {
-                let room = known.room_for_experts(facts).unwrap_or(0);
-                // What the mesh wants and the node does not accept, it has no room for.
-                let both = facts.accepts.and(precisions);
-                let expert_bytes_max = both.map_or(0, |_| room);
-                candidates.push(Candidate { node, expert_bytes_max, accepts: both.unwrap_or(facts.accepts) });
+                candidates.push(candidate(known, node, facts, precisions));
             }
             Some((Liveness::Up, _)) => return None,
             // Just lost, and it holds something: wait until it is back or gone for good.
@@ -230,6 +230,18 @@ fn candidates(
         }
     }
     Some(candidates)
+}
+
+fn candidate(known: &Known, node: NodeId, facts: &Facts, precisions: Bounds) -> Candidate {
+    let (memory, disk) = (known.room_for_experts(facts).unwrap_or(0), known.disk_for_experts(facts));
+    // What the mesh wants and the node does not accept, it has no room for.
+    let Some(accepts) = facts.accepts.and(precisions) else {
+        return Candidate { node, expert_bytes_max: 0, page_bytes_max: 0, accepts: facts.accepts };
+    };
+    // What is in memory is on the disk too.
+    let expert_bytes_max = disk.map_or(memory, |disk| memory.min(disk));
+    let least = known.least_to_page(accepts.lowest());
+    Candidate { node, expert_bytes_max, page_bytes_max: disk.filter(|_| memory >= least).unwrap_or(0), accepts }
 }
 
 /// What the leader needs to know of each member: whether it is there, and its facts.

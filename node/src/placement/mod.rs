@@ -5,10 +5,12 @@
 //!
 //! Lossless first: while every expert fits once as the checkpoint has it, everything is exact. Only below that are experts held at
 //! fewer bits, and then by what it costs: each at the least that is accepted, the hot ones twice, and what room is left goes
-//! where it saves most harm per byte ([`raise`]; METHODS: popularity times measured sensitivity).
+//! where it saves most harm per byte ([`raise`]; METHODS: popularity times measured sensitivity). Disks come last ([`paging`]): only
+//! where the memories do not hold every expert once at the least that is accepted.
 //!
 //! Invariants, checked by the tests over random meshes:
-//! - a node never gets more expert bytes than its budget leaves, nor a precision that it does not accept;
+//! - a node never gets more expert bytes than its memory leaves, or its disk if that is more, nor a precision that it does not
+//!   accept; and none gets more than its memory leaves where all could do without;
 //! - nothing that is placed and still fits is moved (a move is a download), unless that makes answers more exact;
 //! - every expert is held once before any is held twice, and hot ones are held twice before cold ones;
 //! - no expert is taken from the only live node that has it before another one is ready ([`within_reach`]);
@@ -19,6 +21,7 @@
 
 mod harm;
 mod mix;
+mod paging;
 mod planner;
 mod popularity;
 mod raise;
@@ -75,13 +78,15 @@ impl Choices {
     }
 }
 
-/// A node that may hold experts, with the bytes its budget leaves for them (trunk, KV cache and buffers already taken off).
+/// A node that may hold experts, with the bytes its budgets leave for them (trunk, KV cache and buffers already taken off).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidate {
     /// The node.
     pub node: NodeId,
-    /// Bytes of expert weights it may hold.
+    /// Bytes of expert weights it may hold in memory.
     pub expert_bytes_max: u64,
+    /// Bytes of expert weights it may be given if it has them in memory by turns only; 0 where it cannot.
+    pub page_bytes_max: u64,
     /// At which precisions it may hold them.
     pub accepts: Bounds,
 }
@@ -91,6 +96,16 @@ pub struct Candidate {
 pub struct Plan {
     /// Every expert of the model; never empty sets.
     pub replicas: Assignment,
+    /// The nodes that are given more than their memory holds, and by how many bytes.
+    pub paged_bytes: BTreeMap<NodeId, u64>,
+}
+
+impl Plan {
+    /// Bytes of the experts that the plan gives to `node`.
+    pub fn bytes_on(&self, experts: &Experts, node: NodeId) -> u64 {
+        let given = self.replicas.iter().filter_map(|(expert, nodes)| experts.get(expert)?.bytes(*nodes.get(&node)?));
+        given.sum()
+    }
 }
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
-//! The planner: cover every expert, then replicate by popularity, within byte budgets, moving as little as possible; and where
-//! not everything fits exactly, choose precisions.
+//! The planner: cover every expert, then replicate by popularity, within byte budgets, moving as little as possible; where not
+//! everything fits exactly, choose precisions; and where not everything fits at all, use disks.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
 use coel_store::{Bounds, ExpertId, Precision};
 
+use super::paging::paged;
 use super::raise::{raise, relieve};
 use super::table::Table;
 use super::{Candidate, Current, Experts, Harm, Plan};
@@ -19,14 +20,15 @@ const RELIEFS_MAX: usize = 8;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the budgets of {nodes} node(s) leave {available_bytes} bytes for experts, the model's experts need {needed_bytes} at the \
-     least that is accepted: {missing_bytes} bytes are missing; raise --memory on a node, add a node or accept a lower precision"
+     least that is accepted: {missing_bytes} bytes are missing; raise --memory on a node, add a node, accept a lower precision or \
+     give a node --disk"
 )]
 pub struct Shortfall {
     /// Nodes that were counted.
     pub nodes: usize,
     /// What all experts need, once each, at the least that any node accepts.
     pub needed_bytes: u64,
-    /// What the budgets leave, in whole experts.
+    /// What the budgets leave in memory and on disks, in whole experts.
     pub available_bytes: u64,
     /// The difference.
     pub missing_bytes: u64,
@@ -53,7 +55,15 @@ pub fn plan(
     let hot = harm.popularity().hot(experts.keys().copied());
     let (mut table, missing) = planner.mixed(&hot, |_| REPLICAS_WANTED);
     if !missing.is_empty() {
-        return Err(Box::new(planner.shortfall(table, &missing)));
+        if candidates.iter().all(|candidate| candidate.page_bytes_max == 0) {
+            return Err(Box::new(planner.shortfall(table, &missing)));
+        }
+        let (table, missing) = paged(experts, candidates, current, &planner.ranked, planner.exchange_bytes());
+        return if missing.is_empty() {
+            Ok(planner.with_paging(table.into_plan()))
+        } else {
+            Err(Box::new(planner.shortfall(table, &missing)))
+        };
     }
     raise(&mut table, harm);
     if table.is_saturated() {
@@ -111,13 +121,16 @@ impl<'a> Planner<'a> {
         Some(table)
     }
 
+    /// While a replica is exchanged for one of another precision both are there: each node keeps room for that.
+    fn exchange_bytes(&self) -> u64 {
+        self.experts.values().filter_map(|choices| choices.bytes(Precision::Q8)).max().unwrap_or(0)
+    }
+
     /// Everything at the least that is accepted, the hot ones twice, of what is held already as many as are `kept`; and what
     /// nobody has room for.
-    ///
-    /// While a replica is exchanged for one of another precision both are there: each node keeps room for that.
     fn mixed(&self, hot: &BTreeSet<ExpertId>, kept: impl Fn(ExpertId) -> usize) -> (Table<'a>, Vec<ExpertId>) {
-        let exchange = self.experts.values().filter_map(|choices| choices.bytes(Precision::Q8)).max().unwrap_or(0);
-        let less = |c: &Candidate| c.expert_bytes_max.saturating_sub(exchange);
+        let exchange_bytes = self.exchange_bytes();
+        let less = |c: &Candidate| c.expert_bytes_max.saturating_sub(exchange_bytes);
         let candidates = self.candidates.iter().map(|c| Candidate { expert_bytes_max: less(c), ..c.clone() });
         let mut table = Table::new(self.experts, &candidates.collect::<Vec<_>>(), self.current);
         self.keep(&mut table, kept);
@@ -182,6 +195,14 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// The plan, saying which nodes page and how much.
+    fn with_paging(&self, mut plan: Plan) -> Plan {
+        let memories = self.candidates.iter().map(|c| (c.node, c.expert_bytes_max));
+        let overrun = memories.map(|(node, memory)| (node, plan.bytes_on(self.experts, node).saturating_sub(memory)));
+        plan.paged_bytes = overrun.filter(|(_, bytes)| *bytes > 0).collect();
+        plan
+    }
+
     fn shortfall(&self, table: Table<'_>, missing: &[ExpertId]) -> Shortfall {
         let lowest = self.candidates.iter().map(|candidate| candidate.accepts.lowest()).min().unwrap_or(Precision::Q4);
         let bytes = |expert: &ExpertId| {
@@ -196,7 +217,7 @@ impl<'a> Planner<'a> {
             needed_bytes,
             available_bytes: needed_bytes - missing_bytes,
             missing_bytes,
-            partial: table.into_plan(),
+            partial: self.with_paging(table.into_plan()),
         }
     }
 }

@@ -22,7 +22,7 @@ pub fn within_reach(
     leaving: &BTreeSet<NodeId>,
     experts: &Experts,
 ) -> Plan {
-    let budgets: BTreeMap<_, _> = candidates.iter().map(|c| (c.node, c.expert_bytes_max)).collect();
+    let budgets: BTreeMap<_, _> = candidates.iter().map(|c| (c.node, Budget::of(c, &plan, experts))).collect();
     let mut kept = BTreeMap::<NodeId, BTreeSet<ExpertId>>::new();
     for (expert, held) in &placed.replicas {
         let wanted = plan.replicas.entry(*expert).or_default();
@@ -40,13 +40,13 @@ pub fn within_reach(
         }
     }
     for (node, kept) in kept {
-        let more_to_hold = Growth::of(&plan, placed, experts, node, &kept);
-        let mut over = used(&plan, experts, node).saturating_sub(budgets[&node]);
-        for growth in more_to_hold {
-            if over == 0 {
-                break;
+        let (mut used, budget) = (plan.bytes_on(experts, node), &budgets[&node]);
+        for growth in Growth::of(&plan, placed, experts, node, &kept) {
+            let limit = if growth.now.is_some() { budget.raises_bytes_max } else { budget.bytes_max };
+            if used <= limit {
+                continue;
             }
-            over = over.saturating_sub(growth.bytes);
+            used = used.saturating_sub(growth.bytes);
             let replicas = plan.replicas.entry(growth.expert).or_default();
             match growth.now {
                 Some(now) => replicas.insert(node, now),
@@ -55,6 +55,23 @@ pub fn within_reach(
         }
     }
     plan
+}
+
+/// How many bytes a node may be asked for on the way.
+struct Budget {
+    /// In all: what it may page, or what its memory holds.
+    bytes_max: u64,
+    /// While it is given more exact replicas: one that is not to page any more makes nothing larger before it has stopped.
+    raises_bytes_max: u64,
+}
+
+impl Budget {
+    fn of(candidate: &Candidate, plan: &Plan, experts: &Experts) -> Self {
+        let memory = candidate.expert_bytes_max;
+        let bytes_max = memory.max(candidate.page_bytes_max);
+        let pages = plan.bytes_on(experts, candidate.node) > memory;
+        Self { bytes_max, raises_bytes_max: if pages { bytes_max } else { memory } }
+    }
 }
 
 /// What a node is to hold beyond what it serves.
@@ -87,10 +104,4 @@ impl Growth {
         });
         growth.collect()
     }
-}
-
-/// Bytes that the plan puts on `node`.
-fn used(plan: &Plan, experts: &Experts, node: NodeId) -> u64 {
-    let planned = plan.replicas.iter().filter_map(|(expert, nodes)| experts.get(expert)?.bytes(*nodes.get(&node)?));
-    planned.sum()
 }

@@ -44,7 +44,7 @@ impl<'a> Table<'a> {
     }
 
     pub fn into_plan(self) -> Plan {
-        Plan { replicas: self.replicas }
+        Plan { replicas: self.replicas, paged_bytes: BTreeMap::new() }
     }
 
     pub fn nodes(&self) -> impl Iterator<Item = NodeId> + use<> {
@@ -71,6 +71,22 @@ impl<'a> Table<'a> {
 
     pub fn room(&self, node: NodeId) -> u64 {
         self.room.get(&node).copied().unwrap_or(0)
+    }
+
+    /// Bytes of what the node holds.
+    pub fn used(&self, node: NodeId) -> u64 {
+        self.candidates.get(&node).map_or(0, |candidate| candidate.expert_bytes_max - self.room(node))
+    }
+
+    /// Bytes of the expert at the least that it has.
+    pub fn lightest_bytes(&self, expert: ExpertId) -> u64 {
+        let least = self.experts[&expert].sensible().next();
+        least.map_or(0, |precision| self.bytes(expert, precision))
+    }
+
+    /// Bytes of the expert as the checkpoint has it.
+    pub fn heaviest_bytes(&self, expert: ExpertId) -> u64 {
+        self.experts[&expert].bytes(Precision::Bf16).unwrap_or(0)
     }
 
     /// Bytes of the expert at this precision, which it must have.

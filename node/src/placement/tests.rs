@@ -26,7 +26,46 @@ fn mesh(budgets: &[u64]) -> Vec<Candidate> {
 
 fn mesh_of(nodes: &[(u64, Bounds)]) -> Vec<Candidate> {
     let numbered = nodes.iter().zip(1..);
-    numbered.map(|(&(bytes, accepts), id)| Candidate { node: NodeId(id), expert_bytes_max: bytes, accepts }).collect()
+    let node = |(&(expert_bytes_max, accepts), id)| Candidate {
+        node: NodeId(id),
+        expert_bytes_max,
+        page_bytes_max: 0,
+        accepts,
+    };
+    numbered.map(node).collect()
+}
+
+/// Nodes with memory, beside the exchange, and disk for so many experts at Q4; no disk is none.
+fn mesh_with_disks(nodes: &[(u64, u64)]) -> Vec<Candidate> {
+    let mut mesh = mesh_of(&nodes.iter().map(|&(memory, _)| (memory * 5 + 9, Bounds::AUTO)).collect::<Vec<_>>());
+    for (candidate, (_, disk)) in mesh.iter_mut().zip(nodes) {
+        candidate.page_bytes_max = disk * 5;
+    }
+    mesh
+}
+
+/// Expected misses: the popularity of what exceeds each node's memory, beside the exchange.
+fn misses(plan: &Plan, experts: &Experts, nodes: &[Candidate], harm: &Harm) -> u64 {
+    if plan.paged_bytes.is_empty() {
+        return 0;
+    }
+    let popularity = |expert: &ExpertId| u64::from(harm.popularity().of(*expert));
+    let mut missed: BTreeMap<ExpertId, u64> = BTreeMap::new();
+    for candidate in nodes {
+        let given = plan.replicas.iter().filter_map(|(e, nodes)| Some((*e, *nodes.get(&candidate.node)?)));
+        let mut given: Vec<_> = given.collect();
+        given.sort_by_key(|(expert, _)| (std::cmp::Reverse(popularity(expert)), *expert));
+        let mut memory = candidate.expert_bytes_max.saturating_sub(9);
+        for (expert, precision) in given {
+            let bytes = experts[&expert].bytes(precision).unwrap();
+            let fits = bytes <= memory;
+            memory -= if fits { bytes } else { 0 };
+            // Of two replicas the one in memory is asked.
+            let miss = if fits { 0 } else { popularity(&expert) };
+            missed.entry(expert).and_modify(|missed| *missed = miss.min(*missed)).or_insert(miss);
+        }
+    }
+    missed.values().sum()
 }
 
 fn rising(layers: u16, per_layer: u16) -> Harm {
@@ -107,6 +146,77 @@ fn a_shortfall_is_named_in_bytes() {
     let exact = mesh_of(&[(40 * EXACT, Bounds::only(Precision::Bf16)); 3]);
     let error = plan(&experts(6, 24), &exact, &Current::new(), &rising(6, 24)).unwrap_err();
     assert_eq!(error.needed_bytes, 144 * EXACT, "of nodes that accept nothing else");
+}
+
+#[test]
+fn disks_are_used_only_where_memories_do_not_suffice() {
+    let (experts, harm) = (experts(6, 24), rising(6, 24));
+    let enough = mesh_with_disks(&[(72, 200), (72, 200)]);
+    let without = mesh_with_disks(&[(72, 0), (72, 0)]);
+    let plan_of = |nodes: &[Candidate]| plan(&experts, nodes, &Current::new(), &harm);
+    assert_eq!(plan_of(&enough), plan_of(&without));
+    assert!(plan_of(&enough).unwrap().paged_bytes.is_empty());
+    // One expert short: without a disk that is refused, and the remedy is named.
+    let error = plan_of(&mesh_with_disks(&[(72, 0), (71, 0)])).unwrap_err().to_string();
+    assert!(error.contains("5 bytes are missing") && error.contains("--disk"), "{error}");
+    let short = plan_of(&mesh_with_disks(&[(72, 200), (71, 0)])).unwrap();
+    assert_eq!(counts(&short), [144, 0, 0], "once each, at the least that is accepted");
+    assert_eq!(short.paged_bytes, BTreeMap::new(), "the room of an exchange takes the last one");
+    assert_eq!((held(&short, 1), held(&short, 2)), (73, 71));
+}
+
+#[test]
+fn the_hottest_are_in_memory_and_the_coldest_are_shared_out() {
+    let (experts, harm) = (experts(1, 100), rising(1, 100));
+    // Memory for 60 of 100: the node without a disk gets hot ones only; the others page as their memories bear.
+    let nodes = mesh_with_disks(&[(10, 0), (20, 100), (30, 100)]);
+    let cold = plan(&experts, &nodes, &Current::new(), &harm).unwrap();
+    assert_eq!(counts(&cold), [100, 0, 0]);
+    assert_eq!([1, 2, 3].map(|node| held(&cold, node)), [10, 36, 54]);
+    let hot = |expert: &ExpertId| expert.index >= 40;
+    assert!(cold.replicas.iter().all(|(expert, nodes)| !nodes.contains_key(&NodeId(1)) || hot(expert)));
+    assert_eq!(misses(&cold, &experts, &nodes, &harm), (0..40).sum::<u64>(), "the coldest forty");
+    // 16 and 24 beyond memory, less the room of an exchange.
+    assert_eq!(cold.paged_bytes, BTreeMap::from([(NodeId(2), 16 * 5 - 9), (NodeId(3), 24 * 5 - 9)]));
+    let again = plan(&experts, &nodes, &replicas_of(&cold, true), &harm).unwrap();
+    assert_eq!(again, cold, "and there it stays");
+}
+
+#[test]
+fn a_node_that_joins_takes_its_share_of_what_is_paged_and_memory_ends_it() {
+    let (experts, harm) = (experts(1, 100), rising(1, 100));
+    let alone = plan(&experts, &mesh_with_disks(&[(30, 100)]), &Current::new(), &harm).unwrap();
+    assert_eq!(alone.paged_bytes[&NodeId(1)], 70 * 5 - 9);
+    let two = mesh_with_disks(&[(30, 100), (30, 100)]);
+    let joined = plan(&experts, &two, &replicas_of(&alone, true), &harm).unwrap();
+    assert_eq!([1, 2].map(|node| held(&joined, node)), [50, 50]);
+    let hottest = (70..100).map(|index| ExpertId::new(0, index));
+    assert!(hottest.into_iter().all(|e| joined.replicas[&e].contains_key(&NodeId(1))), "what lay in memory has moved");
+    assert_eq!(misses(&joined, &experts, &two, &harm), (0..40).sum::<u64>());
+    // A third one with memory alone: paging ends, and nothing goes to a node that pages.
+    let three = mesh_with_disks(&[(30, 100), (30, 100), (40, 0)]);
+    let ended = plan(&experts, &three, &replicas_of(&joined, true), &harm).unwrap();
+    assert!(ended.paged_bytes.is_empty());
+    assert_eq!([1, 2, 3].map(|node| held(&ended, node)), [30, 30, 40]);
+    for (expert, nodes) in &ended.replicas {
+        let was = &joined.replicas[expert];
+        assert!(nodes.keys().all(|node| *node == NodeId(3) || was.contains_key(node)), "{expert} moved");
+    }
+}
+
+#[test]
+fn a_death_is_mended_from_disk_without_moving_what_is_left() {
+    let (experts, harm) = (experts(1, 100), rising(1, 100));
+    let two = mesh_with_disks(&[(60, 100), (60, 0)]);
+    let whole = plan(&experts, &two, &Current::new(), &harm).unwrap();
+    assert!(whole.paged_bytes.is_empty());
+    let mended = plan(&experts, &two[..1], &replicas_of(&whole, true), &harm).unwrap();
+    assert_eq!(held(&mended, 1), 100);
+    assert!(mended.paged_bytes.contains_key(&NodeId(1)));
+    // Disks too small as well: as much as there is room for, and what is missing is said.
+    let error = plan(&experts, &mesh_with_disks(&[(60, 90)]), &replicas_of(&whole, true), &harm).unwrap_err();
+    assert_eq!((error.missing_bytes, error.available_bytes), (10 * 5, 90 * 5));
+    assert_eq!(held(&error.partial, 1), 90);
 }
 
 #[test]
@@ -194,6 +304,11 @@ fn any_bounds() -> impl Strategy<Value = Bounds> {
         .prop_map(|text| text.parse().unwrap())
 }
 
+/// Bytes that a node may be given, in memory or by turns.
+fn capacity(candidate: &Candidate) -> u64 {
+    candidate.expert_bytes_max.max(candidate.page_bytes_max)
+}
+
 /// A mesh in the middle of something: a model, nodes, and replicas of which some are ready as they may be.
 #[derive(Debug, Clone)]
 struct World {
@@ -207,6 +322,7 @@ prop_compose! {
     fn worlds(equal: bool)(
         count in 1usize..24,
         nodes in prop::collection::vec((0u64..400, any_bounds()), 1..5),
+        disks in prop::collection::vec(prop_oneof![Just(0u64), 0u64..600], 4),
         popularity in prop::collection::vec(0u32..100, 24),
         losses in prop::collection::vec((0.0f32..1.0, 0.0f32..0.1), 24),
         measured: bool,
@@ -215,7 +331,10 @@ prop_compose! {
     ) -> World {
         let weight = |index: u16| if equal { 1 } else { weights[usize::from(index)] };
         let experts = (0..count as u16).map(|index| (ExpertId::new(0, index), choices(weight(index)))).collect();
-        let nodes = mesh_of(&nodes);
+        let mut nodes = mesh_of(&nodes);
+        for (node, disk) in nodes.iter_mut().zip(disks) {
+            node.page_bytes_max = disk;
+        }
         let losses = losses.into_iter().map(|(q4, q8)| Loss { q4, q8 }).collect();
         let sensitivity = if measured { vec![losses] } else { Vec::new() };
         let harm = Harm::new(Popularity::new(vec![popularity]), sensitivity);
@@ -226,7 +345,7 @@ prop_compose! {
                 continue;
             }
             let ready = Precision::ALL.get(ready).copied();
-            // What is ready is in its node's memory, so it fits.
+            // What is ready is in its node's memory, or on its disk, so it fits.
             let fits = ready.is_none_or(|ready| world.serves(NodeId(node)) + world.bytes(expert, ready) <= world.budget(NodeId(node)));
             if fits {
                 world.current.entry(expert).or_default().entry(NodeId(node)).or_insert(Replica { precision, ready });
@@ -242,7 +361,7 @@ impl World {
     }
 
     fn budget(&self, node: NodeId) -> u64 {
-        self.nodes.iter().find(|c| c.node == node).map_or(0, |c| c.expert_bytes_max)
+        self.nodes.iter().find(|c| c.node == node).map_or(0, capacity)
     }
 
     /// Bytes that are ready on a node.
@@ -287,7 +406,10 @@ impl World {
 
 fn check(world: &World, plan: &Plan) {
     for candidate in &world.nodes {
-        assert!(used(plan, &world.experts, candidate.node) <= candidate.expert_bytes_max, "{} is over", candidate.node);
+        let used = used(plan, &world.experts, candidate.node);
+        assert!(used <= capacity(candidate), "{} is over", candidate.node);
+        let paged = plan.paged_bytes.get(&candidate.node).copied().unwrap_or(0);
+        assert_eq!(paged, used.saturating_sub(candidate.expert_bytes_max), "{} pages something else", candidate.node);
     }
     for (expert, nodes) in &plan.replicas {
         assert!(nodes.len() <= 2, "{expert} is held more than twice");
@@ -322,13 +444,60 @@ proptest! {
         let room = |c: &Candidate, bytes: u64| c.expert_bytes_max.saturating_sub(bytes);
         let least = |c: &Candidate| world.bytes(ExpertId::new(0, 0), c.accepts.lowest());
         let mixed: u64 = world.nodes.iter().map(|c| room(c, 9) / least(c)).sum();
+        let paged: u64 = world.nodes.iter().map(|c| room(c, 9).max(c.page_bytes_max) / least(c)).sum();
         let exact: u64 = world.nodes.iter().filter(|c| c.accepts.has(Precision::Bf16)).map(|c| c.expert_bytes_max / EXACT).sum();
         let plan = world.plan();
         let count = world.experts.len() as u64;
-        prop_assert_eq!(plan.is_ok(), mixed >= count || exact >= count, "{:?}", plan);
+        prop_assert_eq!(plan.is_ok(), paged >= count || exact >= count, "{:?}", plan);
         if let Ok(plan) = plan {
+            prop_assert!(plan.paged_bytes.is_empty() || mixed < count, "it pages without need: {plan:?}");
+            let once = plan.replicas.values().all(|nodes| nodes.len() == 1);
+            prop_assert!(mixed >= count || exact >= count || once || paged > mixed);
             let lossless = counts(&plan)[2] as u64 >= count && world.harm.of_plan(&plan) == 0.0;
             prop_assert!(lossless || exact < count || world.nodes.iter().any(|c| !c.accepts.has(Precision::Bf16)));
+        }
+    }
+
+    #[test]
+    fn more_disk_is_never_worse(mut world in worlds(true), more in 0u64..300, node in any::<prop::sample::Index>()) {
+        world.current.clear();
+        // Of nodes that accept the same, so that an expert takes the same room everywhere.
+        world.nodes.iter_mut().for_each(|node| node.accepts = Bounds::AUTO);
+        let misses = |world: &World, plan: &Plan| misses(plan, &world.experts, &world.nodes, &world.harm);
+        let small = world.plan();
+        let node = node.index(world.nodes.len());
+        let mut large = world.clone();
+        large.nodes[node].page_bytes_max += more;
+        match (small, large.plan()) {
+            (Ok(small), Ok(grown)) => prop_assert!(misses(&large, &grown) <= misses(&world, &small)),
+            (Ok(small), Err(_)) => prop_assert!(false, "it was covered by {small:?}"),
+            (Err(small), Err(grown)) => prop_assert!(grown.missing_bytes <= small.missing_bytes),
+            (Err(_), Ok(_)) => {}
+        }
+    }
+
+    #[test]
+    fn what_is_paged_is_the_coldest(mut world in worlds(true)) {
+        world.current.clear();
+        world.nodes.iter_mut().for_each(|node| node.accepts = Bounds::AUTO);
+        let Ok(plan) = world.plan() else { return Ok(()) };
+        if plan.paged_bytes.is_empty() {
+            return Ok(());
+        }
+        let in_memory: u64 = world.nodes.iter().map(|c| c.expert_bytes_max.saturating_sub(9) / 5).sum();
+        let mut popularity: Vec<_> = world.experts.keys().map(|&e| u64::from(world.harm.popularity().of(e))).collect();
+        popularity.sort_unstable();
+        let coldest = popularity.len().saturating_sub(in_memory as usize);
+        let least: u64 = popularity[..coldest].iter().sum();
+        prop_assert!(misses(&plan, &world.experts, &world.nodes, &world.harm) <= least);
+        // No memory is overrun while another could take an expert more, and none much more than another.
+        let overrun = |c: &Candidate| used(&plan, &world.experts, c.node) as f64 / c.expert_bytes_max.saturating_sub(9).max(1) as f64;
+        for one in world.nodes.iter().filter(|c| plan.paged_bytes.contains_key(&c.node)) {
+            let cap = |c: &Candidate| c.expert_bytes_max.saturating_sub(9).max(c.page_bytes_max);
+            for other in world.nodes.iter().filter(|c| cap(c) >= used(&plan, &world.experts, c.node) + 5) {
+                let expert = 5.0 / other.expert_bytes_max.saturating_sub(9).max(1) as f64;
+                prop_assert!(overrun(one) <= 1.0 || overrun(one) <= overrun(other) + expert + 1e-5, "{one:?} {other:?} {plan:?}");
+            }
         }
     }
 
@@ -345,7 +514,8 @@ proptest! {
     }
 
     #[test]
-    fn more_room_for_the_same_replicas_is_never_worse(world in worlds(false), more in 0u64..200, node in any::<prop::sample::Index>()) {
+    fn more_room_for_the_same_replicas_is_never_worse(mut world in worlds(false), more in 0u64..200, node in any::<prop::sample::Index>()) {
+        world.nodes.iter_mut().for_each(|node| node.page_bytes_max = 0);
         let hosts: BTreeSet<_> = match world.plan() {
             Ok(plan) => plan.replicas.iter().flat_map(|(&e, nodes)| nodes.keys().map(move |&n| (e, n))).collect(),
             Err(_) => return Ok(()),
@@ -385,7 +555,7 @@ proptest! {
             for candidate in &world.nodes {
                 let wanted: u64 = world.current.iter()
                     .filter_map(|(&e, nodes)| Some(world.bytes(e, nodes.get(&candidate.node)?.precision))).sum();
-                prop_assert!(wanted <= candidate.expert_bytes_max, "{} is asked for too much", candidate.node);
+                prop_assert!(wanted <= capacity(candidate), "{} is asked for too much", candidate.node);
             }
             // Nodes get there in any order.
             let mut open: Vec<_> = world.current.values_mut().flat_map(BTreeMap::values_mut).filter(|r| !r.is_settled()).collect();
@@ -410,7 +580,7 @@ fn check_reach(held: &[(u64, Option<Precision>)], planned: &[u64], expected: &[u
         trunk_ready: BTreeSet::new(),
     };
     let nodes = planned.iter().map(|&node| (NodeId(node), Precision::Bf16)).collect();
-    let plan = Plan { replicas: BTreeMap::from([(expert, nodes)]) };
+    let plan = Plan { replicas: BTreeMap::from([(expert, nodes)]), ..Plan::default() };
     let leaving = BTreeSet::from([NodeId(9)]);
     let plan = within_reach(plan, &placed, &mesh(&[1, 1, 1]), &leaving, &experts(1, 1));
     let found: Vec<_> = plan.replicas[&expert].keys().map(|node| node.0).collect();

@@ -29,15 +29,25 @@ pub struct Draft {
     path: PathBuf,
 }
 
-/// A file that is hashed as it is written.
+/// A file that is hashed and counted as it is written.
 struct Hashed {
+    blobs: Blobs,
     file: File,
     hasher: BlobHasher,
+    /// It is given up: what is still buffered goes nowhere.
+    closed: bool,
 }
 
 impl Write for Hashed {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let written = self.file.write(bytes)?;
+        if self.closed {
+            return Ok(bytes.len());
+        }
+        let quota = &self.blobs.0.quota;
+        let wanted = bytes.len() as u64;
+        quota.resize(0, wanted).map_err(|over| std::io::Error::new(std::io::ErrorKind::QuotaExceeded, over))?;
+        let written = self.file.write(bytes).inspect_err(|_| quota.give_back(wanted))?;
+        quota.give_back(wanted - written as u64);
         self.hasher.update(&bytes[..written]);
         Ok(written)
     }
@@ -59,8 +69,9 @@ impl Write for Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
+        self.file.get_mut().closed = true;
         // Gone already if it was kept; what a crash leaves behind goes when the store is opened.
-        let _ = fs::remove_file(&self.path);
+        let _ = self.file.get_ref().blobs.delete(&self.path);
     }
 }
 
@@ -98,7 +109,7 @@ impl Blobs {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let path = self.0.partial.join(format!("{PREFIX}{}", NEXT.fetch_add(1, Ordering::Relaxed)));
         let file = File::options().write(true).create(true).truncate(true).open(&path).map_err(io(&path))?;
-        let hashed = Hashed { file, hasher: BlobHasher::new() };
+        let hashed = Hashed { blobs: self.clone(), file, hasher: BlobHasher::new(), closed: false };
         Ok(Draft { file: BufWriter::with_capacity(BUFFER_BYTES, hashed), path })
     }
 
@@ -143,7 +154,7 @@ impl Blobs {
             make_folder(folder)?;
             folders.insert(folder.to_owned());
         }
-        fs::rename(&draft.path, &path).map_err(io(&path))?;
+        self.rename(&draft.path, &path)?;
         index(batch, &entry, Keep::File)?;
         Ok(entry)
     }

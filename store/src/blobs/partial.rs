@@ -4,13 +4,13 @@
 //! point loses at most the chunk that was being written.
 
 use super::segment::{Keep, Record};
-use super::{BlobError, Blobs, io, make_folder};
+use super::{BlobError, Blobs, io, make_folder, quota};
 use crate::disk::sync_folder;
 use crate::ids::BlobId;
 use crate::manifest::{BlobEntry, BlobHasher, CHUNK_BYTES};
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A blob that is being received. Dropping it keeps what has arrived for the next attempt.
 pub struct Partial {
@@ -19,6 +19,8 @@ pub struct Partial {
     path: PathBuf,
     file: File,
     have: Vec<bool>,
+    /// It is not where it was received any more.
+    moved: bool,
 }
 
 impl std::fmt::Debug for Partial {
@@ -59,14 +61,28 @@ impl Partial {
             // It got its name but not its place in the index, or it was cut short: look again.
             fs::rename(&complete, &path).map_err(io(&complete))?;
         }
-        let mut file =
-            File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(io(&path))?;
-        let have = present(&mut file, entry).map_err(io(&path))?;
+        // Taken whole: a blob that is begun can be ended.
+        let there = quota::length(&path);
+        blobs.0.quota.resize(there, entry.bytes)?;
+        let opened = Self::open_file(&path, entry);
+        if opened.is_err() {
+            blobs.0.quota.give_back(entry.bytes.saturating_sub(quota::length(&path)));
+        }
+        let (file, have) = opened.map_err(io(&path))?;
         if have.iter().any(|have| *have) {
             let chunks = have.iter().filter(|have| **have).count();
             tracing::debug!(id = %entry.id, chunks, of = have.len(), "resuming a blob");
         }
-        Ok(Self { blobs: blobs.clone(), entry: entry.clone(), path, file, have })
+        Ok(Self { blobs: blobs.clone(), entry: entry.clone(), path, file, have, moved: false })
+    }
+
+    fn open_file(path: &Path, entry: &BlobEntry) -> std::io::Result<(File, Vec<bool>)> {
+        let mut file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        if file.metadata()?.len() > entry.bytes {
+            file.set_len(entry.bytes)?;
+        }
+        let have = present(&mut file, entry)?;
+        Ok((file, have))
     }
 
     /// Which blob this is.
@@ -132,7 +148,8 @@ impl Partial {
         let path = self.blobs.path(&id);
         if let Some(folder) = path.parent() {
             make_folder(folder)?;
-            fs::rename(&self.path, &path).map_err(io(&path))?;
+            self.blobs.rename(&self.path, &path)?;
+            self.moved = true;
             sync_folder(folder).map_err(io(folder))?;
         }
         self.blobs.remember(&id, &Record { bytes: self.entry.bytes, keep: Keep::File })
@@ -141,6 +158,10 @@ impl Partial {
 
 impl Drop for Partial {
     fn drop(&mut self) {
+        if !self.moved {
+            // What has not come takes no room while nobody receives it.
+            self.blobs.0.quota.give_back(self.entry.bytes.saturating_sub(quota::length(&self.path)));
+        }
         release(&self.blobs, &self.entry.id);
     }
 }

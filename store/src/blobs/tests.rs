@@ -275,3 +275,90 @@ fn many_threads_may_read_and_receive_at_once() {
     });
     assert_eq!(blobs.list().unwrap().len(), 21);
 }
+
+/// A store of 10 MiB and a bit.
+const BUDGET: u64 = 10 * (1 << 20) + 100;
+
+fn within(dir: &Path) -> Blobs {
+    Blobs::open_within(dir, Some(BUDGET)).unwrap()
+}
+
+#[test]
+fn the_budget_is_never_passed_and_both_numbers_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = within(dir.path());
+    let first = blobs.put(&content(6 * CHUNK_BYTES)).unwrap();
+    let error = blobs.put(&content(5 * CHUNK_BYTES)).unwrap_err();
+    assert!(
+        matches!(error, BlobError::OverBudget { wanted_bytes, used_bytes, budget_bytes }
+        if (wanted_bytes, used_bytes, budget_bytes) == (5 << 20, 6 << 20, BUDGET)),
+        "{error}"
+    );
+    let words = error.to_string();
+    assert!(words.contains(&BUDGET.to_string()) && words.contains(&(5 << 20).to_string()), "{words}");
+    assert_eq!(blobs.usage().room_bytes(), Some(BUDGET - (6 << 20)));
+
+    // What is on its way counts whole, so that two that do not fit together are not both begun.
+    let (three, two) = (BlobEntry::of(&content(3 * CHUNK_BYTES)), BlobEntry::of(&content(2 * CHUNK_BYTES)));
+    let mut partial = blobs.receive(&three).unwrap();
+    assert!(blobs.receive(&two).unwrap_err().is_over_budget());
+    partial.write(0, piece(&content(3 * CHUNK_BYTES), 0)).unwrap();
+    assert!(matches!(blobs.discard(&three.id), Err(BlobError::Busy { .. })));
+    drop(partial);
+    assert_eq!(blobs.usage().used_bytes, 7 << 20, "what has arrived stays for the next attempt");
+    blobs.put(&content(2 * CHUNK_BYTES)).unwrap();
+    assert_eq!(blobs.usage().used_bytes, 9 << 20);
+    let mut files = vec![(first.id, 6 << 20), (three.id, 1 << 20), (two.id, 2 << 20)];
+    files.sort();
+    assert_eq!(blobs.files().unwrap(), files);
+
+    // The same count after a restart; room is made by giving something up.
+    drop(blobs);
+    let blobs = within(dir.path());
+    assert_eq!((blobs.usage().used_bytes, blobs.files().unwrap()), (9 << 20, files));
+    blobs.discard(&three.id).unwrap();
+    blobs.discard(&first.id).unwrap();
+    assert!(!blobs.has(&first.id) && blobs.has(&two.id));
+    assert_eq!(blobs.usage().used_bytes, 2 << 20);
+    blobs.put(&content(5 * CHUNK_BYTES)).unwrap();
+
+    // A budget that became smaller keeps what there is, and takes nothing more.
+    drop(blobs);
+    let blobs = Blobs::open_within(dir.path(), Some(1 << 20)).unwrap();
+    assert!(blobs.has(&two.id));
+    assert_eq!((blobs.usage().used_bytes, blobs.usage().room_bytes()), (7 << 20, Some(0)));
+    assert!(blobs.put(b"more").unwrap_err().is_over_budget());
+    assert_eq!(blobs.put(&[]).unwrap().bytes, 0);
+}
+
+#[test]
+fn drafts_count_as_they_are_written_and_references_do_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = dir.path().join("model.safetensors");
+    fs::write(&checkpoint, content(20 * CHUNK_BYTES)).unwrap();
+    let blobs = within(dir.path());
+    let draft = |bytes: usize| {
+        let mut draft = blobs.draft().unwrap();
+        draft.write_all(&content(bytes)).and_then(|()| draft.flush()).map(|()| draft)
+    };
+    let exact = BlobEntry::of(&content(20 * CHUNK_BYTES));
+    let segments = vec![Segment::File { path: checkpoint, offset: 0, bytes: exact.bytes }];
+    let slices = [draft(3 * CHUNK_BYTES).unwrap(), draft(77).unwrap()];
+    blobs.keep(vec![NewPart { key: [1; 32], exact: (exact.clone(), segments), slices: Some(slices) }]).unwrap();
+    assert_eq!(blobs.usage().used_bytes, (3 << 20) + 77);
+    assert!(blobs.has(&exact.id), "it is held, though it is larger than the budget");
+
+    // The same content again takes the place of the first.
+    let again = [draft(3 * CHUNK_BYTES).unwrap(), draft(77).unwrap()];
+    let part = NewPart { key: [2; 32], exact: (BlobEntry::of(&[]), Vec::new()), slices: Some(again) };
+    blobs.keep(vec![part]).unwrap();
+    assert_eq!(blobs.usage().used_bytes, (3 << 20) + 77);
+
+    let error = draft(9 * CHUNK_BYTES).map(drop).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::QuotaExceeded);
+    assert!(io(dir.path())(error).is_over_budget());
+    let mut unfinished = blobs.draft().unwrap();
+    unfinished.write_all(&[1; 10]).unwrap();
+    drop(unfinished);
+    assert_eq!(blobs.usage().used_bytes, (3 << 20) + 77, "what was given up is not counted");
+}

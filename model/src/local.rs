@@ -1,0 +1,181 @@
+//! A whole model on one machine.
+//!
+//! Owns [`LocalModel`]: a model folder, its text side and an engine that holds all of it. Without a memory budget, or
+//! where everything fits it, weights are used in place. Otherwise the trunk is read into memory of this process's own,
+//! and experts stay on disk and take what is left of the budget by turns. The invariant: what is loaded and reserved,
+//! with what the process had before, is no more than the budget. It answers nothing by itself.
+
+use std::path::Path;
+
+use crate::{
+    config::ModelConfig,
+    device::Device,
+    engine::{Engine, EngineError, EngineOptions, block_on},
+    folder::ModelFolder,
+    inventory::Inventory,
+    layout::{self, ExpertId},
+    pages::PAGE_TOKENS,
+    sequence::SequenceError,
+    slices::Precision,
+    tensors::{LoadError, Tensors},
+    text::{TextError, TextModel},
+    tiers::{
+        buffer::PAGE,
+        fit::{Fit, Needs, TooSmall},
+    },
+};
+
+/// Why a local model cannot be opened or cannot answer.
+#[derive(Debug, thiserror::Error)]
+pub enum LocalError {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Text(#[from] TextError),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Sequence(#[from] SequenceError),
+    #[error(transparent)]
+    TooSmall(#[from] TooSmall),
+    #[error(
+        "not all experts fit into {budget} bytes of memory, and those of a checkpoint can be read from disk only as they \
+         are there; slice it first (coel model slice), or compute with --precision exact"
+    )]
+    NotSliced { budget: u64 },
+}
+
+/// A whole model on this machine.
+#[derive(Clone)]
+pub struct LocalModel {
+    pub engine: Engine,
+    pub text: TextModel,
+}
+
+/// How a local model is opened.
+#[derive(Clone, Debug)]
+pub struct LocalOptions {
+    pub device: Device,
+    pub trunk: Precision,
+    pub experts: Precision,
+    /// Threads that compute; 0 takes all cores.
+    pub threads: usize,
+    /// Tokens of KV cache; one full context if not given.
+    pub kv_tokens: Option<usize>,
+    /// Bytes of memory the process may take; experts that do not fit stay on disk.
+    pub memory: Option<u64>,
+    /// Count for all rows how well the next layer's experts are predicted, also where none is on disk.
+    pub foresee: bool,
+}
+
+impl Default for LocalOptions {
+    fn default() -> Self {
+        let exact = Precision::Exact;
+        Self {
+            device: Device::Auto,
+            trunk: exact,
+            experts: exact,
+            threads: 0,
+            kv_tokens: None,
+            memory: None,
+            foresee: false,
+        }
+    }
+}
+
+impl LocalModel {
+    /// Opens a checkpoint folder and loads all of it as it is, with all cores. See [`open_with`](Self::open_with).
+    pub fn open(dir: &Path, device: Device) -> Result<Self, LocalError> {
+        Self::open_with(dir, &LocalOptions { device, ..LocalOptions::default() })
+    }
+
+    /// Opens a model folder and loads all of it. Weights are used in place where the device computes in this memory and
+    /// the folder has them in that form; those of a checkpoint are sliced on the way.
+    pub fn open_with(dir: &Path, options: &LocalOptions) -> Result<Self, LocalError> {
+        let folder = ModelFolder::open(dir)?;
+        let config = folder.config().clone();
+        let text = TextModel::from_paths(&config, folder.files())?;
+        let process = resident_bytes();
+        let trunk = folder.trunk(options.trunk)?;
+        let mut engine_options = EngineOptions {
+            kv_tokens: options.kv_tokens.unwrap_or(config.max_position_embeddings),
+            threads: options.threads,
+            foresee: options.foresee,
+            ..EngineOptions::default()
+        };
+        let fit = match options.memory {
+            None => Fit::All,
+            Some(budget) => needs(&folder, &trunk, process, options.experts, engine_options.kv_tokens).fit(budget)?,
+        };
+        if let Fit::Tiers { experts, .. } = fit {
+            engine_options.tier_bytes = experts;
+        }
+        let engine = Engine::start(options.device, config.clone(), engine_options)?;
+        match fit {
+            Fit::All => {
+                block_on(engine.load_trunk_tensors(trunk))?;
+                for id in layout::experts(&config) {
+                    block_on(engine.load_expert_tensors(id, folder.expert(id, options.experts)?))?;
+                }
+            }
+            Fit::Tiers { embedding_on_disk, .. } => {
+                let trunk = owned(&trunk, embedding_on_disk)?;
+                match embedding_on_disk {
+                    true => block_on(engine.load_trunk_without_embedding(trunk))?,
+                    false => block_on(engine.load_trunk_tensors(trunk))?,
+                }
+                for id in layout::experts(&config) {
+                    let budget = options.memory.unwrap_or_default();
+                    let tensors = folder.expert_on_disk(id, options.experts)?;
+                    let tensors = tensors.ok_or(LocalError::NotSliced { budget })?;
+                    block_on(engine.shelve_expert_tensors(id, tensors))?;
+                }
+            }
+        }
+        Ok(Self { engine, text })
+    }
+
+    /// Holds one expert at another precision from now on, as `folder` has it.
+    pub fn hold(&self, folder: &ModelFolder, id: ExpertId, precision: Precision) -> Result<(), LocalError> {
+        Ok(block_on(self.engine.load_expert_tensors(id, folder.expert(id, precision)?))?)
+    }
+}
+
+/// What the model takes, where `trunk` is loaded.
+fn needs(folder: &ModelFolder, trunk: &Tensors, process: u64, experts: Precision, kv_tokens: usize) -> Needs {
+    let (config, inventory): (&ModelConfig, _) = (folder.config(), Inventory::of(folder));
+    let table = trunk.get(layout::EMBED).filter(|table| table.bytes.is_mapped() && !config.tie_word_embeddings);
+    // An expert is read in whole pages, and may lie in three places.
+    let whole_pages = |bytes: u64| bytes + 3 * 2 * PAGE as u64;
+    Needs {
+        process,
+        trunk: trunk.data_bytes(),
+        embedding: table.map_or(0, |table| table.data_bytes()),
+        kv: inventory.kv_bytes_per_token * kv_tokens.next_multiple_of(PAGE_TOKENS) as u64,
+        buffers: inventory.buffer_bytes,
+        // What cannot be held like that is refused when it is loaded.
+        experts: inventory.experts.at(experts).unwrap_or_default(),
+        expert: whole_pages(inventory.expert.at(experts).unwrap_or_default()),
+        // While one row's experts are computed, another flight's come.
+        experts_least: 2 * config.num_experts_per_tok,
+    }
+}
+
+/// The same tensors in this process's own memory, but for the embedding table if it stays where it is.
+fn owned(trunk: &Tensors, but_embedding: bool) -> Result<Tensors, LoadError> {
+    trunk.moved(|name, bytes| {
+        if but_embedding && name == layout::EMBED {
+            return Ok(bytes.clone());
+        }
+        let file = || bytes.place().map_or(name.to_owned(), |place| place.file.display().to_string());
+        bytes.owned().map_err(|source| LoadError::Io { file: file(), source })
+    })
+}
+
+/// Memory this process has resident; 0 where the system does not say.
+fn resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}

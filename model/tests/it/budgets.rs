@@ -1,0 +1,90 @@
+//! Experts on their way from memory to disk and back while the engine serves, and the memory they have meanwhile.
+
+use coel_model::{
+    bytes::WeightBytes,
+    checkpoint::Checkpoint,
+    decoder::Want,
+    device::Device,
+    engine::{Engine, EngineOptions, block_on},
+    layout,
+};
+
+use crate::whole::checkpoint;
+
+/// An expert of the bundled model in memory: three runs of whole pages, at most.
+const EXPERT: u64 = 3 * (96 * 256 * 2 + 2 * 4096);
+
+fn start(checkpoint: &Checkpoint) -> Engine {
+    let options = EngineOptions { kv_tokens: 256, ..EngineOptions::default() };
+    let engine = Engine::start(Device::Cpu, checkpoint.config().clone(), options).expect("the CPU is always there");
+    block_on(engine.load_checkpoint(checkpoint)).unwrap();
+    engine
+}
+
+fn logits(engine: &Engine) -> Vec<f32> {
+    let mut session = engine.open_session(64).unwrap();
+    let prompt: Vec<u32> = (5..45).collect();
+    block_on(session.advance(&prompt, Want::Last)).unwrap().logits
+}
+
+#[test]
+fn experts_go_to_disk_and_come_back_and_the_bits_stay() {
+    let checkpoint = checkpoint();
+    let engine = start(&checkpoint);
+    let expected = logits(&engine);
+    let all: Vec<_> = layout::experts(checkpoint.config()).collect();
+    let loaded = engine.memory();
+    assert_eq!((loaded.tier_bytes_reserved, engine.tiers().shelved), (0, 0));
+
+    // There, a few at a time; what they had is the shelf's.
+    block_on(engine.set_tier_bytes(8 * EXPERT)).unwrap();
+    assert_eq!(engine.memory().tier_bytes_reserved, 0, "nothing is on disk yet");
+    for (index, id) in all.iter().enumerate() {
+        block_on(engine.shelve_expert_tensors(*id, checkpoint.expert(*id))).unwrap();
+        if index % 36 == 0 {
+            assert!(logits(&engine) == expected, "with {} on disk", index + 1);
+        }
+    }
+    let shelved = engine.memory();
+    assert_eq!((shelved.expert_bytes, shelved.tier_bytes_reserved), (0, 8 * EXPERT));
+    assert_eq!((engine.held().len(), engine.tiers().shelved), (all.len(), all.len()));
+    let misses = engine.tiers().misses;
+    assert!(logits(&engine) == expected && engine.tiers().misses > misses);
+    assert!(engine.tiers().bytes_in_memory <= 8 * EXPERT);
+
+    // More memory is used, and given back when there is less.
+    block_on(engine.set_tier_bytes(40 * EXPERT)).unwrap();
+    assert!(logits(&engine) == expected);
+    assert!(engine.tiers().bytes_in_memory > 8 * EXPERT);
+    block_on(engine.set_tier_bytes(2 * EXPERT)).unwrap();
+    assert!(engine.tiers().bytes_in_memory <= 2 * EXPERT, "nobody computes now");
+    assert!(logits(&engine) == expected);
+
+    // And back.
+    for id in &all {
+        block_on(engine.load_expert_tensors(*id, checkpoint.expert(*id))).unwrap();
+    }
+    block_on(engine.set_tier_bytes(0)).unwrap();
+    assert_eq!(engine.memory(), loaded);
+    assert_eq!(engine.tiers().bytes_in_memory, 0);
+    let misses = engine.tiers().misses;
+    assert!(logits(&engine) == expected && engine.tiers().misses == misses);
+}
+
+#[test]
+fn tensors_that_were_read_are_found_where_they_lie() {
+    let checkpoint = checkpoint();
+    let file = WeightBytes::map(&checkpoint.weight_files()[0]).unwrap();
+    let id = layout::experts(checkpoint.config()).last().unwrap();
+    let mapped = checkpoint.expert(id);
+    // In two pieces that meet between two tensors.
+    let cut = mapped.iter().map(|(_, view)| view.offset as usize).max().unwrap();
+    let pieces = [(0, file.slice(0..cut).unwrap()), (cut as u64, file.slice(cut..file.len()).unwrap())];
+    let lying = mapped.lying_in(&pieces).unwrap();
+    for ((name, a), (_, b)) in mapped.iter().zip(lying.iter()) {
+        assert_eq!(a.bytes.as_slice(), b.bytes.as_slice(), "{name}");
+        assert!(b.bytes.place().is_some(), "{name}");
+    }
+    let error = mapped.lying_in(&pieces[..1]).unwrap_err().to_string();
+    assert!(error.contains("lies in no file"), "{error}");
+}

@@ -1,0 +1,237 @@
+//! Experts on disk: the same bits as in memory, within the budget, and files that cannot be read.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use coel_model::{
+    checkpoint::Checkpoint,
+    decoder::Want,
+    device::Device,
+    engine::{Engine, EngineError, EngineOptions, block_on},
+    folder::ModelFolder,
+    layout::{self, ExpertId},
+    slices::Precision,
+    slicing::slice_checkpoint,
+    tiers::{ReadError, TierError},
+};
+
+use crate::whole::checkpoint;
+
+/// An expert of the bundled model in memory: three runs of whole pages, at most.
+const EXPERT: u64 = 3 * (96 * 256 * 2 + 2 * 4096);
+
+fn start(checkpoint: &Checkpoint, tier_bytes: u64) -> Engine {
+    let options =
+        EngineOptions { kv_tokens: 2048, page_tokens: 16, low_priority: true, tier_bytes, ..EngineOptions::default() };
+    Engine::start(Device::Cpu, checkpoint.config().clone(), options).expect("the CPU is always there")
+}
+
+/// Everything in memory.
+fn whole(checkpoint: &Checkpoint) -> Engine {
+    let engine = start(checkpoint, 0);
+    block_on(engine.load_checkpoint(checkpoint)).unwrap();
+    engine
+}
+
+/// All experts on disk, with memory for `experts` of them.
+fn shelved(checkpoint: &Checkpoint, experts: u64) -> Engine {
+    let engine = start(checkpoint, experts * EXPERT);
+    block_on(engine.load_trunk_tensors(checkpoint.trunk())).unwrap();
+    for id in layout::experts(checkpoint.config()) {
+        block_on(engine.shelve_expert_tensors(id, checkpoint.expert(id))).unwrap();
+    }
+    engine
+}
+
+fn tokens(count: usize, salt: u32) -> Vec<u32> {
+    (0..count as u32).map(|index| (index * index * 7 + index * 31 + salt * 97 + 3) % 4096).collect()
+}
+
+/// The logits after a prompt, then after each of some more tokens.
+fn follow(engine: &Engine, prompt: usize, more: usize, salt: u32) -> Vec<Vec<f32>> {
+    let all = tokens(prompt + more, salt);
+    let mut session = engine.open_session(prompt + more).unwrap();
+    let mut logits = vec![block_on(session.advance(&all[..prompt], Want::Last)).unwrap().logits];
+    for token in &all[prompt..] {
+        logits.push(block_on(session.advance(&[*token], Want::Last)).unwrap().logits);
+    }
+    logits
+}
+
+#[test]
+fn any_budget_gives_the_same_bits() {
+    let checkpoint = checkpoint();
+    let cases = [(150, 12, 1), (1, 20, 2), (9, 3, 3)];
+    let expected = {
+        let engine = whole(&checkpoint);
+        cases.map(|(prompt, more, salt)| follow(&engine, prompt, more, salt))
+    };
+    // A tenth of an expert per row, one row's, and nearly all of them.
+    for experts in [1, 8, 40, 140] {
+        let engine = shelved(&checkpoint, experts);
+        let ledger = engine.memory();
+        assert_eq!((ledger.expert_bytes, ledger.tier_bytes_reserved), (0, experts * EXPERT));
+        assert_eq!(engine.held().len(), 6 * 24);
+        for ((prompt, more, salt), expected) in cases.into_iter().zip(&expected) {
+            assert!(
+                follow(&engine, prompt, more, salt) == *expected,
+                "{experts} experts in memory, prompt of {prompt}"
+            );
+        }
+        let stats = engine.tiers();
+        assert_eq!((stats.shelved, stats.in_memory <= experts as usize + 3), (144, true), "{stats:?}");
+        assert!(stats.misses > 0 && stats.bytes_read > 0, "{stats:?}");
+        // One row decodes in 35 flights, with five layers to foresee in each.
+        let pairs: u64 = stats.recall.iter().map(|layer| layer.pairs).sum();
+        assert_eq!(pairs, (12 + 1 + 20 + 3) * 5 * 4, "{stats:?}");
+        assert!(stats.mean_recall().is_some_and(|[early, late]| early > 0.3 && late > early), "{stats:?}");
+    }
+}
+
+#[test]
+fn sessions_that_wait_for_the_disk_do_not_disturb_each_other() {
+    let checkpoint = checkpoint();
+    let cases: Vec<(usize, u32)> = vec![(120, 1), (1, 2), (30, 3), (5, 4), (64, 5)];
+    let engine = whole(&checkpoint);
+    let expected: Vec<_> = cases.iter().map(|(prompt, salt)| follow(&engine, *prompt, 8, *salt)).collect();
+    for experts in [4, 60] {
+        let engine = shelved(&checkpoint, experts);
+        let found: Vec<_> = std::thread::scope(|scope| {
+            let run = |(prompt, salt): &(usize, u32)| {
+                let (prompt, salt, engine) = (*prompt, *salt, &engine);
+                scope.spawn(move || follow(engine, prompt, 8, salt))
+            };
+            let running: Vec<_> = cases.iter().map(run).collect();
+            running.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(found == expected, "{experts} experts in memory");
+    }
+}
+
+#[test]
+fn a_peers_call_waits_for_the_disk_too() {
+    let checkpoint = checkpoint();
+    let rows: Vec<f32> = (0..4 * 256).map(|index| (index % 13) as f32 / 16.0 - 0.4).collect();
+    let calls: Vec<(u16, Vec<u32>)> = (0..12).map(|expert| (expert * 2, vec![u32::from(expert) % 4])).collect();
+    let run = |engine: &Engine| block_on(engine.run_experts(3, rows.clone(), calls.clone())).unwrap();
+    let expected = run(&whole(&checkpoint));
+    let engine = shelved(&checkpoint, 3);
+    assert!(run(&engine) == expected);
+    assert!(run(&engine) == expected, "also when others are in memory");
+    assert!(block_on(engine.drop_expert(ExpertId { layer: 3, index: 4 })).unwrap());
+    let gone = block_on(engine.run_experts(3, rows.clone(), calls.clone())).unwrap_err();
+    assert!(matches!(gone, EngineError::NotHeld(ExpertId { layer: 3, index: 4 })), "{gone}");
+}
+
+#[test]
+fn slices_on_disk_and_experts_that_change_places() {
+    let checkpoint = checkpoint();
+    let (_dir, slices) = sliced();
+    let folder = ModelFolder::open(&slices).unwrap();
+    let load = |precision| {
+        let engine = start(&checkpoint, 0);
+        block_on(engine.load_trunk_tensors(folder.trunk(Precision::Q8).unwrap())).unwrap();
+        for id in layout::experts(folder.config()) {
+            block_on(engine.load_expert_tensors(id, folder.expert(id, precision).unwrap())).unwrap();
+        }
+        engine
+    };
+    let [q4, q8] = [Precision::Q4, Precision::Q8].map(|precision| follow(&load(precision), 20, 6, 1));
+
+    let engine = start(&checkpoint, 30 * EXPERT);
+    block_on(engine.load_trunk_without_embedding(folder.trunk(Precision::Q8).unwrap())).unwrap();
+    let whole_trunk = load(Precision::Q4).memory().trunk_bytes;
+    assert!(engine.memory().trunk_bytes < whole_trunk, "the embedding table is not in memory");
+    let shelve = |precision| {
+        for id in layout::experts(folder.config()) {
+            block_on(engine.shelve_expert_tensors(id, folder.expert(id, precision).unwrap())).unwrap();
+        }
+    };
+    shelve(Precision::Q4);
+    assert!(follow(&engine, 20, 6, 1) == q4);
+    assert!(engine.held().values().all(|precision| *precision == Precision::Q4));
+    shelve(Precision::Q8);
+    assert!(follow(&engine, 20, 6, 1) == q8, "raised on the shelf");
+    for id in layout::experts(folder.config()).filter(|id| id.index % 2 == 0) {
+        block_on(engine.load_expert_tensors(id, folder.expert(id, Precision::Q8).unwrap())).unwrap();
+    }
+    assert_eq!((engine.tiers().shelved, engine.held().len()), (72, 144));
+    assert!(follow(&engine, 20, 6, 1) == q8, "half of them in memory for good");
+    shelve(Precision::Q4);
+    assert!(follow(&engine, 20, 6, 1) == q4, "and back");
+}
+
+/// The bundled model as slices, in a folder of its own.
+fn sliced() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let slices = dir.path().join("slices");
+    slice_checkpoint(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/fixture")), &slices, |_, _| {}).unwrap();
+    (dir, slices)
+}
+
+#[test]
+fn a_file_that_goes_ends_the_requests_that_need_it_and_says_which() {
+    // Slices: each expert is a file of its own.
+    let (_dir, slices) = sliced();
+    let folder = ModelFolder::open(&slices).unwrap();
+    let engine = start(&checkpoint(), 10 * EXPERT);
+    block_on(engine.load_trunk_tensors(folder.trunk(Precision::Q4).unwrap())).unwrap();
+    for id in layout::experts(folder.config()) {
+        block_on(engine.shelve_expert_tensors(id, folder.expert(id, Precision::Q4).unwrap())).unwrap();
+    }
+    let expected = follow(&engine, 40, 2, 1);
+
+    // One layer's experts, of which a prompt needs many and one row four.
+    let file = |index: u16| slices.join(format!("layer.2.expert.{index}.base.safetensors"));
+    let mut session = engine.open_session(1).unwrap();
+    let (_, routes) = block_on(session.advance_watched(&[7], Want::Last)).unwrap();
+    drop(session);
+    let used: Vec<u16> = routes[2][0].iter().map(|route| route.expert).collect();
+    let spoilt = (0..24).filter(|index| !used.contains(index)).collect::<Vec<_>>();
+    let kept: Vec<Vec<u8>> = spoilt.iter().map(|index| fs::read(file(*index)).unwrap()).collect();
+    for (turn, index) in spoilt.iter().enumerate() {
+        match turn % 2 {
+            0 => fs::remove_file(file(*index)).unwrap(),
+            _ => fs::File::options().write(true).open(file(*index)).unwrap().set_len(8192).unwrap(),
+        }
+    }
+    // Others come and go until none of the spoilt ones is in memory.
+    for salt in 0..8 {
+        let mut session = engine.open_session(1).unwrap();
+        _ = block_on(session.advance(&[salt * 50 + 11], Want::Last));
+    }
+    let mut session = engine.open_session(40).unwrap();
+    let error = block_on(session.advance(&tokens(40, 1), Want::Last)).unwrap_err();
+    let EngineError::Tier(TierError::Read { id, why }) = &error else { panic!("{error}") };
+    assert!(id.layer == 2 && spoilt.contains(&id.index), "{error}");
+    assert!(matches!(why, ReadError::Io { .. } | ReadError::Truncated { .. }), "{error}");
+    let name = format!("layer.2.expert.{}.base.safetensors", id.index);
+    assert!(error.to_string().contains(&name), "{error}");
+    drop(session);
+
+    let mut session = engine.open_session(1).unwrap();
+    block_on(session.advance(&[7], Want::Last)).expect("it needs none of them");
+    drop(session);
+    for (index, bytes) in spoilt.iter().zip(kept) {
+        fs::write(file(*index), bytes).unwrap();
+    }
+    assert!(follow(&engine, 40, 2, 1) == expected, "they are read again once they are back");
+}
+
+#[test]
+fn what_cannot_stay_on_disk_is_refused() {
+    let checkpoint = checkpoint();
+    let id = ExpertId { layer: 1, index: 2 };
+    let refused = |engine: &Engine, tensors| block_on(engine.shelve_expert_tensors(id, tensors)).unwrap_err();
+    let engine = start(&checkpoint, 8 * EXPERT);
+    let sliced = checkpoint.expert(id).sliced(Precision::Q4).unwrap();
+    let error = refused(&engine, sliced);
+    assert!(matches!(&error, EngineError::Tier(TierError::Read { why: ReadError::NotInAFile { .. }, .. })), "{error}");
+    let error = refused(&engine, checkpoint.expert(ExpertId { layer: 1, index: 3 }));
+    assert!(matches!(&error, EngineError::Load(_)), "another expert's: {error}");
+    let error = refused(&start(&checkpoint, 0), checkpoint.expert(id));
+    assert!(matches!(&error, EngineError::Tier(TierError::TooSmall { budget: 0, .. })), "{error}");
+    assert!(engine.held().is_empty());
+}
