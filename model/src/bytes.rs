@@ -165,7 +165,8 @@ impl WeightBytes {
             let (start, end) = (self.range.start.next_multiple_of(PAGE), self.range.end / PAGE * PAGE);
             if start < end {
                 // SAFETY: the mapping is shared with the file and read-only, so dropped pages come back as they were.
-                let advised = unsafe { mapped.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+                let advised =
+                    unsafe { mapped.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
                 if let Err(error) = advised {
                     tracing::debug!("mapped weights stay in memory: {error}");
                 }

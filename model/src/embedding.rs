@@ -76,9 +76,8 @@ impl Stored {
             }
             Form::Sliced { base, refine } => {
                 let (block, groups) = (row / BLOCK_ROWS, self.cols / GROUP);
-                let read = |region: &Region, cell: usize| {
-                    region.read(block as u64 * (groups * cell) as u64, groups * cell)
-                };
+                let read =
+                    |region: &Region, cell: usize| region.read(block as u64 * (groups * cell) as u64, groups * cell);
                 let refine = refine.as_ref().map(|refine| read(refine, REFINE_CELL)).transpose()?;
                 let block = Sliced::new(BLOCK_ROWS, self.cols, read(base, BASE_CELL)?, refine);
                 block.expect("the cells of one block").widen_row(row % BLOCK_ROWS, out);

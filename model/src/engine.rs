@@ -206,7 +206,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Shared {
     pub(crate) fn new(config: Arc<ModelConfig>, options: EngineOptions) -> Self {
         let pages = Pages::for_tokens(options.kv_tokens, options.page_tokens);
-        let accounts = Mutex::new(Accounts { trunk_bytes: None, experts: BTreeMap::new(), shelved: BTreeMap::new(), pages });
+        let accounts =
+            Mutex::new(Accounts { trunk_bytes: None, experts: BTreeMap::new(), shelved: BTreeMap::new(), pages });
         let (activity, meter) = (Counters::default(), Meter::default());
         Self { config, options, activity, meter, accounts, closed: Mutex::default(), source: Mutex::default() }
     }

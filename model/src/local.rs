@@ -105,9 +105,7 @@ impl LocalModel {
         };
         let fit = match options.memory {
             None => Fit::All,
-            Some(budget) => {
-                needs(&folder, &trunk, process, options.experts, engine_options.kv_tokens).fit(budget)?
-            }
+            Some(budget) => needs(&folder, &trunk, process, options.experts, engine_options.kv_tokens).fit(budget)?,
         };
         if let Fit::Tiers { experts, .. } = fit {
             engine_options.tier_bytes = experts;

@@ -293,7 +293,10 @@ impl Tensors {
 
     /// The same tensors in other places: `put` is given each range of bytes, always in the same order, and says where
     /// these bytes are now.
-    pub(crate) fn moved<E>(&self, mut put: impl FnMut(&str, &WeightBytes) -> Result<WeightBytes, E>) -> Result<Self, E> {
+    pub(crate) fn moved<E>(
+        &self,
+        mut put: impl FnMut(&str, &WeightBytes) -> Result<WeightBytes, E>,
+    ) -> Result<Self, E> {
         let mut moved = self.clone();
         for (name, view) in &mut moved.entries {
             view.bytes = put(name, &view.bytes)?;

@@ -72,16 +72,8 @@ impl Needs {
 mod tests {
     use super::*;
 
-    const NEEDS: Needs = Needs {
-        process: 5,
-        trunk: 100,
-        embedding: 30,
-        kv: 10,
-        buffers: 5,
-        experts: 200,
-        expert: 8,
-        experts_least: 4,
-    };
+    const NEEDS: Needs =
+        Needs { process: 5, trunk: 100, embedding: 30, kv: 10, buffers: 5, experts: 200, expert: 8, experts_least: 4 };
 
     #[test]
     fn everything_or_by_turns_or_not_at_all() {

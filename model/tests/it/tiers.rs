@@ -75,7 +75,10 @@ fn any_budget_gives_the_same_bits() {
         assert_eq!((ledger.expert_bytes, ledger.tier_bytes_reserved), (0, experts * EXPERT));
         assert_eq!(engine.held().len(), 6 * 24);
         for ((prompt, more, salt), expected) in cases.into_iter().zip(&expected) {
-            assert!(follow(&engine, prompt, more, salt) == *expected, "{experts} experts in memory, prompt of {prompt}");
+            assert!(
+                follow(&engine, prompt, more, salt) == *expected,
+                "{experts} experts in memory, prompt of {prompt}"
+            );
         }
         let stats = engine.tiers();
         assert_eq!((stats.shelved, stats.in_memory <= experts as usize + 3), (144, true), "{stats:?}");
