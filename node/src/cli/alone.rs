@@ -37,6 +37,9 @@ pub struct Local {
     /// them in memory].
     #[arg(long, value_name = "SIZE", env = "COEL_MEMORY")]
     memory: Option<Size>,
+    /// Threads that read experts from disk [default: 2].
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, requires = "memory")]
+    readers: usize,
 }
 
 impl Local {
@@ -68,6 +71,7 @@ impl Local {
             threads: self.threads,
             kv_tokens,
             memory: self.memory.map(|size| size.0),
+            readers: self.readers,
             foresee,
         };
         Ok(LocalModel::open_with(&self.model, &options)?)
