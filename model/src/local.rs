@@ -64,6 +64,8 @@ pub struct LocalOptions {
     pub kv_tokens: Option<usize>,
     /// Bytes of memory the process may take; experts that do not fit stay on disk.
     pub memory: Option<u64>,
+    /// Threads that read experts from disk; 0 takes the engine's default.
+    pub readers: usize,
     /// Count for all rows how well the next layer's experts are predicted, also where none is on disk.
     pub foresee: bool,
 }
@@ -78,6 +80,7 @@ impl Default for LocalOptions {
             threads: 0,
             kv_tokens: None,
             memory: None,
+            readers: 0,
             foresee: false,
         }
     }
@@ -109,6 +112,9 @@ impl LocalModel {
         };
         if let Fit::Tiers { experts, .. } = fit {
             engine_options.tier_bytes = experts;
+        }
+        if options.readers > 0 {
+            engine_options.readers = options.readers;
         }
         let engine = Engine::start(options.device, config.clone(), engine_options)?;
         match fit {

@@ -227,6 +227,7 @@ impl Residency {
             if claim.needs.contains(&id) {
                 continue;
             }
+            claim.failed.remove(&id);
             claim.needs.push(id);
             entry.needed += 1;
             self.counts.ahead_used += u64::from(entry.ahead);

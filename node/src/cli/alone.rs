@@ -38,6 +38,9 @@ pub struct Local {
     /// them in memory].
     #[arg(long, value_name = "SIZE", env = "COEL_MEMORY")]
     memory: Option<Size>,
+    /// Threads that read experts from disk [default: 2].
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, requires = "memory")]
+    readers: usize,
 }
 
 impl Local {
@@ -71,6 +74,7 @@ impl Local {
             experts: self.precision,
             threads: self.threads,
             memory: self.memory.map(|size| size.0),
+            readers: self.readers,
             ..LocalOptions::default()
         })
     }

@@ -359,7 +359,7 @@ proptest! {
 #[test]
 fn a_smaller_budget_takes_effect_as_far_as_nobody_needs_it() {
     let mut world = World::new(40, (0..4).map(|index| (index, 10)));
-    let mut give = |world: &mut World, budget: u64, within: u64| {
+    let give = |world: &mut World, budget: u64, within: u64| {
         world.budget = within;
         world.residency.set_budget(budget);
         world.obey();
