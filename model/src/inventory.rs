@@ -121,7 +121,8 @@ impl Inventory {
     /// What fits `budget_bytes` beside a KV cache of `kv_tokens`, for each precision the trunk may have.
     pub fn fits(&self, budget_bytes: u64, kv_tokens: usize) -> Vec<Fit> {
         let fit = |trunk| {
-            let fixed = self.trunk.at(trunk)? + self.kv_bytes_per_token * kv_tokens as u64 + self.buffer_bytes;
+            let cache = self.kv_bytes_per_token.saturating_mul(kv_tokens as u64);
+            let fixed = self.trunk.at(trunk)?.saturating_add(cache).saturating_add(self.buffer_bytes);
             let experts = Precision::ALL.map(|precision| {
                 let (room, each) = (budget_bytes.checked_sub(fixed)?, self.expert.at(precision)?);
                 Some(usize::try_from(room / each.max(1)).unwrap_or(usize::MAX).min(self.experts_total))

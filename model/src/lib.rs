@@ -43,6 +43,7 @@ pub mod sliced;
 pub mod slices;
 pub mod slicing;
 pub mod source;
+pub mod sums;
 pub mod survey;
 pub mod synth;
 pub mod tensors;

@@ -12,6 +12,7 @@ use crate::{
     device::Device,
     engine::{Engine, EngineError, EngineOptions, block_on},
     folder::ModelFolder,
+    footprint::Footprint,
     inventory::Inventory,
     layout::{self, ExpertId},
     pages::PAGE_TOKENS,
@@ -38,6 +39,8 @@ pub enum LocalError {
     Sequence(#[from] SequenceError),
     #[error(transparent)]
     TooSmall(#[from] TooSmall),
+    #[error("a KV cache of {tokens} tokens takes {bytes} bytes, and this machine has {machine}; ask for fewer tokens")]
+    Pool { tokens: usize, bytes: u64, machine: u64 },
     #[error(
         "not all experts fit into {budget} bytes of memory, and those of a checkpoint can be read from disk only as they \
          are there; slice it first (coel model slice), or compute with --precision exact"
@@ -96,6 +99,7 @@ impl LocalModel {
     /// the folder has them in that form; those of a checkpoint are sliced on the way.
     pub fn open_with(dir: &Path, options: &LocalOptions) -> Result<Self, LocalError> {
         let folder = ModelFolder::open(dir)?;
+        folder.verify(options.trunk, options.experts)?;
         let config = folder.config().clone();
         let text = TextModel::from_paths(&config, folder.files())?;
         let process = resident_bytes();
@@ -106,6 +110,7 @@ impl LocalModel {
             foresee: options.foresee,
             ..EngineOptions::default()
         };
+        check_pool(&config, engine_options.kv_tokens)?;
         let fit = match options.memory {
             None => Fit::All,
             Some(budget) => needs(&folder, &trunk, process, options.experts, engine_options.kv_tokens).fit(budget)?,
@@ -145,6 +150,20 @@ impl LocalModel {
     pub fn hold(&self, folder: &ModelFolder, id: ExpertId, precision: Precision) -> Result<(), LocalError> {
         Ok(block_on(self.engine.load_expert_tensors(id, folder.expert(id, precision)?))?)
     }
+}
+
+/// Refuses a KV cache that this machine cannot hold, before it is allocated.
+fn check_pool(config: &ModelConfig, tokens: usize) -> Result<(), LocalError> {
+    let each = Footprint::of(config, config.dtype).kv_bytes_per_token;
+    let (bytes, machine) = (each.saturating_mul(tokens as u64), machine_bytes());
+    if bytes > machine { Err(LocalError::Pool { tokens, bytes, machine }) } else { Ok(()) }
+}
+
+/// Memory of this machine.
+fn machine_bytes() -> u64 {
+    // SAFETY: sysconf has no preconditions.
+    let (pages, page) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    u64::try_from(pages).unwrap_or(0) * u64::try_from(page).unwrap_or(0)
 }
 
 /// What the model takes, where `trunk` is loaded.

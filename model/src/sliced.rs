@@ -18,12 +18,13 @@ use crate::{
     bytes::WeightBytes,
     checkpoint::{files_beside, read_config},
     config::ModelConfig,
-    layout::ExpertId,
+    layout::{self, ExpertId},
     parts::{PartKind, kinds},
     slices::{
         Precision,
         blob::{PartBlobs, PartBytes, READABLE, Slice},
     },
+    sums,
     tensors::{LoadError, Tensors},
 };
 
@@ -53,11 +54,18 @@ pub(crate) struct PartFiles {
 pub(crate) struct SliceFile {
     pub(crate) file: String,
     pub(crate) bytes: u64,
+    /// Of its contents, in hexadecimal; none in folders of format 1.
+    #[serde(default)]
+    pub(crate) blake3: String,
 }
 
 impl PartFiles {
     pub(crate) fn new(kind: &PartKind, bytes: PartBytes) -> Self {
-        let named = |slice: Slice, bytes| SliceFile { file: format!("{kind}.{}.safetensors", slice.name()), bytes };
+        let named = |slice: Slice, bytes| SliceFile {
+            file: format!("{kind}.{}.safetensors", slice.name()),
+            bytes,
+            blake3: String::new(),
+        };
         let (base, refine) = (named(Slice::Base, bytes.base), named(Slice::Refine, bytes.refine));
         Self { part: kind.to_string(), base, refine }
     }
@@ -91,6 +99,11 @@ impl SlicedFolder {
         let listed: SlicesFile = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
         if !READABLE.contains(&listed.format.as_str()) {
             return Err(LoadError::Format { file, found: listed.format });
+        }
+        // Before the parts are written out, which a few bytes of configuration can make too many to hold.
+        let experts = layout::experts(&config).take(listed.parts.len() + 1).count();
+        if experts > listed.parts.len() {
+            return Err(wrong(format!("its {} parts are fewer than the model's experts", listed.parts.len())));
         }
         let mut listed: BTreeMap<String, PartFiles> =
             listed.parts.into_iter().map(|part| (part.part.clone(), part)).collect();
@@ -152,6 +165,21 @@ impl SlicedFolder {
             Some(files) => self.part(files, precision, WeightBytes::map_sparsely),
             None => Ok(Tensors::default()),
         }
+    }
+
+    /// Checks that the files of these precisions contain what was written when the model was sliced. Those that were found
+    /// whole before and have not been touched since are not read again; see [`sums`].
+    ///
+    /// # Errors
+    /// [`LoadError::Corrupt`] names the first that does not.
+    pub fn verify(&self, trunk: Precision, experts: Precision) -> Result<(), LoadError> {
+        let files = self.parts.iter().flat_map(|(kind, files)| {
+            let precision = if matches!(kind, PartKind::Expert(_)) { experts } else { trunk };
+            let refine = (precision == Precision::Q8).then_some(&files.refine);
+            [Some(&files.base), refine].into_iter().flatten()
+        });
+        let listed = files.filter(|slice| !slice.blake3.is_empty());
+        sums::verify(&self.dir, listed.map(|slice| (slice.file.as_str(), slice.blake3.as_str())).collect())
     }
 
     fn part(

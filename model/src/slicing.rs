@@ -2,11 +2,12 @@
 //!
 //! Owns [`slice_checkpoint`] and [`write_slices`]. A file is written under a temporary name, synced and renamed, and
 //! `slices.json` comes last: so a folder is complete or is not a model yet, whatever happens in between, and what is
-//! finished is not written again. `slicing.json` says meanwhile what is being sliced; a folder that was begun from
-//! something else is refused. The invariant: memory does not grow with the model; weights are read from their files in
+//! finished is not written again. `slicing.json` says meanwhile what is being sliced, and `slicing.sums` what the
+//! finished files should contain; a folder that was begun from something else is refused. The invariant: memory does not grow with the model; weights are read from their files in
 //! blocks and never mapped.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, BufWriter, Write},
     path::{Path, PathBuf},
@@ -20,11 +21,14 @@ use crate::{
     parts::{Part, parts},
     sliced::{PartFiles, SLICES, SliceFile, SlicesFile},
     slices::blob::{FORMAT, ReadAt, Slice, SliceError, part_bytes, write_part},
+    sums::sum_of_file,
     tensors::LoadError,
 };
 
 /// What is being sliced; there until the folder is complete.
 const MARKER: &str = "slicing.json";
+/// Finished files, a line for each: BLAKE3 and name; there as long.
+const SUMS: &str = "slicing.sums";
 /// Bytes gathered before a file is written to.
 const BUFFER_BYTES: usize = 1 << 20;
 
@@ -107,12 +111,19 @@ pub fn write_slices<S: ReadAt + ?Sized>(
         Err(source) => return Err(named(&marker)(source)),
     }
     let sizes = material.parts.iter().map(|part| Ok(PartFiles::new(&part.kind, in_part(part, part_bytes(part))?)));
-    let listed = sizes.collect::<Result<Vec<_>, SlicingError>>()?;
+    let mut listed = sizes.collect::<Result<Vec<_>, SlicingError>>()?;
+    let noted_in = out.join(SUMS);
+    let noted = sums(&noted_in).map_err(named(&noted_in))?;
+    let mut notes = File::options().append(true).create(true).open(&noted_in).map_err(named(&noted_in))?;
     let (mut done, total) = (0, material.parts.iter().map(Part::data_bytes).sum());
-    for (index, (part, files)) in material.parts.iter().zip(&listed).enumerate() {
+    for (index, (part, files)) in material.parts.iter().zip(&mut listed).enumerate() {
         progress(done, total);
-        if !(finished(out, &files.base) && finished(out, &files.refine)) {
+        if !(finished(out, &mut files.base, &noted) && finished(out, &mut files.refine, &noted)) {
             write_pair(out, part, files, material.source, index, material.parts.len())?;
+            let note = [&files.base, &files.refine].map(|slice| format!("{} {}\n", slice.blake3, slice.file));
+            notes
+                .write_all(note.concat().as_bytes())
+                .map_err(|error| failed(&noted_in, error, index, material.parts.len()))?;
         }
         done += part.data_bytes();
     }
@@ -124,7 +135,20 @@ pub fn write_slices<S: ReadAt + ?Sized>(
     let slices = SlicesFile { format: FORMAT.to_owned(), parts: listed };
     let slices = serde_json::to_vec_pretty(&slices).expect("strings and numbers");
     write_file(out, SLICES, |file| file.write_all(&slices)).map_err(|error| at_end(&out.join(SLICES), error))?;
+    fs::remove_file(&noted_in).map_err(named(&noted_in))?;
     fs::remove_file(&marker).map_err(named(&marker))
+}
+
+/// What is noted of finished files: BLAKE3 by name. A line that was cut short says nothing.
+fn sums(noted: &Path) -> io::Result<BTreeMap<String, String>> {
+    match fs::read_to_string(noted) {
+        Ok(text) => {
+            let lines = text.lines().filter_map(|line| line.split_once(' '));
+            Ok(lines.map(|(sum, name)| (name.to_owned(), sum.to_owned())).collect())
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+        Err(error) => Err(error),
+    }
 }
 
 fn named(path: &Path) -> impl FnOnce(io::Error) -> SlicingError {
@@ -144,37 +168,59 @@ fn failed(path: &Path, source: io::Error, done: usize, total: usize) -> SlicingE
     }
 }
 
-fn finished(out: &Path, slice: &SliceFile) -> bool {
-    fs::metadata(out.join(&slice.file)).is_ok_and(|found| found.is_file() && found.len() == slice.bytes)
+/// Whether the file is there as it was noted; takes over its sum.
+fn finished(out: &Path, slice: &mut SliceFile, noted: &BTreeMap<String, String>) -> bool {
+    let path = out.join(&slice.file);
+    let whole = fs::metadata(&path).is_ok_and(|found| found.is_file() && found.len() == slice.bytes);
+    match noted.get(&slice.file) {
+        Some(sum) if whole && sum_of_file(&path).is_ok_and(|found| found == *sum) => {
+            slice.blake3.clone_from(sum);
+            true
+        }
+        _ => false,
+    }
 }
 
-/// A file that vanishes unless it is kept.
+/// A file that vanishes unless it is kept. What is written is summed on the way.
 struct Temporary {
     path: PathBuf,
     file: Option<BufWriter<File>>,
+    sum: blake3::Hasher,
 }
 
 impl Temporary {
     fn new(dir: &Path, name: &str) -> io::Result<Self> {
         let path = dir.join(format!("{name}.partial"));
         let file = File::create(&path)?;
-        Ok(Self { path, file: Some(BufWriter::with_capacity(BUFFER_BYTES, file)) })
+        Ok(Self { path, file: Some(BufWriter::with_capacity(BUFFER_BYTES, file)), sum: blake3::Hasher::new() })
     }
 
     fn writer(&mut self) -> &mut BufWriter<File> {
         self.file.as_mut().expect("open until it is kept")
     }
 
-    /// Puts it under its name, once all of it is on disk.
-    fn keep(mut self, name: &Path) -> io::Result<()> {
+    /// Puts it under its name, once all of it is on disk. Returns its sum.
+    fn keep(mut self, name: &Path) -> io::Result<String> {
         self.writer().flush()?;
         self.writer().get_ref().sync_all()?;
         fs::rename(&self.path, name)?;
         self.file = None;
-        match name.parent() {
-            Some(dir) => File::open(dir)?.sync_all(),
-            None => Ok(()),
+        if let Some(dir) = name.parent() {
+            File::open(dir)?.sync_all()?;
         }
+        Ok(self.sum.finalize().to_string())
+    }
+}
+
+impl Write for Temporary {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.writer().write(bytes)?;
+        self.sum.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.writer().flush()
     }
 }
 
@@ -192,17 +238,17 @@ impl Drop for Temporary {
 pub(crate) fn write_file(
     dir: &Path,
     name: &str,
-    write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> io::Result<()> {
     let mut temporary = Temporary::new(dir, name)?;
-    write(temporary.writer())?;
-    temporary.keep(&dir.join(name))
+    write(&mut temporary)?;
+    temporary.keep(&dir.join(name)).map(drop)
 }
 
 fn write_pair(
     out: &Path,
     part: &Part,
-    files: &PartFiles,
+    files: &mut PartFiles,
     source: &(impl ReadAt + ?Sized),
     done: usize,
     total: usize,
@@ -213,15 +259,15 @@ fn write_pair(
         Temporary::new(out, &slice.file).map_err(|error| failed(path, error, done, total))
     };
     let (mut base, mut refine) = (open(&files.base, base_path)?, open(&files.refine, refine_path)?);
-    match write_part(part, source, base.writer(), refine.writer()) {
+    match write_part(part, source, &mut base, &mut refine) {
         Err(SliceError::Write { slice, source }) => {
             let path = if slice == Slice::Base { base_path } else { refine_path };
             return Err(failed(path, source, done, total));
         }
         other => in_part(part, other)?,
     }
-    for (file, path) in [(base, base_path), (refine, refine_path)] {
-        file.keep(path).map_err(|error| failed(path, error, done, total))?;
+    for (file, path, slice) in [(base, base_path, &mut files.base), (refine, refine_path, &mut files.refine)] {
+        slice.blake3 = file.keep(path).map_err(|error| failed(path, error, done, total))?;
     }
     Ok(())
 }

@@ -6,8 +6,7 @@
 //! same bytes, whatever the number of layers or the way they are written.
 
 use std::{
-    fs,
-    io::{self, Write},
+    fs, io,
     path::{Path, PathBuf},
 };
 

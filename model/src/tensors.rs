@@ -52,6 +52,8 @@ pub enum LoadError {
     Header { file: String, why: String },
     #[error("{file}: truncated or padded: its header describes {expected} bytes, the file has {found}; fetch it again")]
     Length { file: String, expected: u64, found: u64 },
+    #[error("{file}: its bytes are not those that were written when the model was sliced; slice the checkpoint again")]
+    Corrupt { file: String },
     #[error("{file}: tensor {tensor} is missing")]
     Missing { file: String, tensor: String },
     #[error("{file}: tensor {tensor} is not part of this model; is config.json the one of this checkpoint?")]

@@ -182,6 +182,41 @@ fn a_full_disk_leaves_nothing_half_done() {
     SlicedFolder::open(out.path()).unwrap();
 }
 
+/// Another file in its place, with one bit of its last byte flipped.
+fn flip(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    *bytes.last_mut().unwrap() ^= 0x10;
+    fs::write(path.with_extension("new"), bytes).unwrap();
+    fs::rename(path.with_extension("new"), path).unwrap();
+}
+
+#[test]
+fn a_flipped_bit_in_a_slice_is_found() {
+    let (from, out) = (small(5), tempfile::tempdir().unwrap());
+    slice_checkpoint(from.path(), out.path(), |_, _| {}).unwrap();
+    let folder = SlicedFolder::open(out.path()).unwrap();
+    let [q4, q8] = SLICED;
+    folder.verify(q8, q8).unwrap();
+    let name = "layer.1.expert.2.refine.safetensors";
+    flip(&out.path().join(name));
+    folder.verify(q8, q4).unwrap(); // which does not read it
+    check_names(folder.verify(q8, q8).unwrap_err(), &[name, "slice the checkpoint again"]);
+}
+
+#[test]
+fn a_file_damaged_while_slicing_was_interrupted_is_made_again() {
+    let (from, whole, out) = (small(5), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    slice_checkpoint(from.path(), whole.path(), |_, _| {}).unwrap();
+    // The head's file is the last one.
+    std::os::unix::fs::symlink("/dev/full", out.path().join("head.base.safetensors.partial")).unwrap();
+    slice_checkpoint(from.path(), out.path(), |_, _| {}).unwrap_err();
+    let name = "layer.1.base.safetensors";
+    flip(&out.path().join(name));
+    slice_checkpoint(from.path(), out.path(), |_, _| {}).unwrap();
+    assert!(fs::read(out.path().join(name)).unwrap() == fs::read(whole.path().join(name)).unwrap());
+    assert_eq!(names(whole.path()), names(out.path()));
+}
+
 #[test]
 fn damaged_folders_are_named() {
     let (from, out) = (small(5), tempfile::tempdir().unwrap());

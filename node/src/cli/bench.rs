@@ -33,8 +33,8 @@ pub struct BenchArgs {
     /// Tokens decoded one after another.
     #[arg(long, value_name = "N", default_value_t = 64)]
     r#gen: usize,
-    /// Also decode this many sequences at once, each after a prompt of 64 tokens.
-    #[arg(long, value_name = "N")]
+    /// Also decode this many sequences at once, each after a prompt of 64 tokens; at most 1024.
+    #[arg(long, value_name = "N", value_parser = concurrent)]
     concurrent: Option<usize>,
     /// Rounds; medians are printed.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
@@ -130,6 +130,11 @@ impl Tiers {
         self.recall = sums.mean_recall();
         self.recall_layers = sums.recall.clone();
     }
+}
+
+fn concurrent(text: &str) -> Result<usize, String> {
+    let number = text.parse::<usize>().ok().filter(|number| (1..=1024).contains(number));
+    number.ok_or_else(|| "write a number from 1 to 1024".to_owned())
 }
 
 impl BenchArgs {
