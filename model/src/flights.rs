@@ -88,8 +88,9 @@ impl<K: Kernels> Flights<K> {
         self.scheduler.waiting()
     }
 
-    /// Computes a layer, or says that there is nothing to compute.
-    pub(crate) fn turn(&mut self, machine: &mut Machine<K>, now: Instant) -> Turn {
+    /// Computes a layer, or says that there is nothing to compute. The clock is read again after computing, which can take
+    /// longer than answered sessions are waited for.
+    pub(crate) fn turn(&mut self, machine: &mut Machine<K>, clock: &dyn Fn() -> Instant) -> Turn {
         self.let_go(machine);
         let _ = self.poll_arrivals(&mut Context::from_waker(Waker::noop()));
         let ready = self.aloft.iter().position(|aloft| aloft.can_fly(machine));
@@ -98,7 +99,7 @@ impl<K: Kernels> Flights<K> {
                 Ok(None) => self.aloft.push_back(aloft),
                 Ok(Some(logits)) => {
                     aloft.release(machine);
-                    self.land(aloft, logits, now);
+                    self.land(aloft, logits, clock());
                 }
                 Err(error) => {
                     aloft.release(machine);
@@ -114,9 +115,9 @@ impl<K: Kernels> Flights<K> {
             let rows = self.scheduler.limits().rows;
             self.scheduler.keep_decode_rows(DECODE_ROWS_KEPT.min(rows / 2));
         }
-        match self.scheduler.next(now) {
+        match self.scheduler.next(clock()) {
             Decision::Run(parts) => {
-                self.take_off(machine, &parts, now);
+                self.take_off(machine, &parts, clock);
                 Turn::Again
             }
             Decision::WaitUntil(until) => Turn::Wait(Some(until)),
@@ -162,7 +163,8 @@ impl<K: Kernels> Flights<K> {
         });
     }
 
-    fn take_off(&mut self, machine: &mut Machine<K>, parts: &[Part], now: Instant) {
+    fn take_off(&mut self, machine: &mut Machine<K>, parts: &[Part], clock: &dyn Fn() -> Instant) {
+        let since = clock();
         let (mut pieces, mut aboard) = (Vec::new(), Vec::new());
         for part in parts {
             let Open { advance, done, .. } = &self.open[&part.ticket];
@@ -184,10 +186,10 @@ impl<K: Kernels> Flights<K> {
         let begun = machine.core().and_then(|mut core| Ok(Flight::begin(&mut core, pieces)?));
         match begun {
             Ok((flight, step)) => {
-                let aloft = Aloft::new(flight, aboard, now);
+                let aloft = Aloft::new(flight, aboard, since);
                 match step {
                     Step::NeedExperts => self.aloft.push_back(aloft),
-                    Step::Logits(logits) => self.land(aloft, logits, now),
+                    Step::Logits(logits) => self.land(aloft, logits, clock()),
                 }
             }
             Err(error) => self.fail(aboard, error),

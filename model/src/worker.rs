@@ -138,7 +138,7 @@ fn run<K: Kernels>(
     };
     let _ = ready.send(Ok(kernels.class())); // whoever started the thread waits for this
     let mut worker = Worker::new(kernels, shared);
-    while let Some(turn) = worker.round(&mut queue, Instant::now()) {
+    while let Some(turn) = worker.round(&mut queue, &Instant::now) {
         let Turn::Wait(until) = turn else { continue };
         let Worker { flights, machine, duties } = &mut worker;
         let stalled = flights.wait_for_disk().then(Instant::now);
@@ -194,7 +194,7 @@ impl<K: Kernels> Worker<K> {
     }
 
     /// Serves the jobs that have come, then computes at most one layer. Nothing if all who could send jobs are gone.
-    fn round(&mut self, queue: &mut mpsc::Receiver<Job>, now: Instant) -> Option<Turn> {
+    fn round(&mut self, queue: &mut mpsc::Receiver<Job>, clock: &dyn Fn() -> Instant) -> Option<Turn> {
         for _ in 0..JOBS_MAX {
             if self.duties.are_full() {
                 break;
@@ -210,7 +210,7 @@ impl<K: Kernels> Worker<K> {
         }
         self.machine.settle();
         self.duties.go_on(&mut self.machine);
-        let turn = self.flights.turn(&mut self.machine, now);
+        let turn = self.flights.turn(&mut self.machine, clock);
         self.machine.shared.activity.waiting(self.flights.waiting());
         Some(turn)
     }

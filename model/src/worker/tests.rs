@@ -48,7 +48,7 @@ impl Bench {
     }
 
     fn round(&mut self) -> Turn {
-        self.worker.round(&mut self.queue, self.now).expect("the engine is still there")
+        self.worker.round(&mut self.queue, &|| self.now).expect("the engine is still there")
     }
 
     /// Rounds until there is nothing to compute; the clock moves as far as it must.
