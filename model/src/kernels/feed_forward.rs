@@ -5,6 +5,8 @@
 //! sliced `down`, so each piece quantizes what it made; the second is `down`. An output depends on its own row and
 //! expert alone.
 
+use std::cmp::Reverse;
+
 use super::{
     ExpertWork,
     activations::{Quantized, Slots},
@@ -61,9 +63,17 @@ pub(super) fn experts(
     let batch = Batch { x, quantized: input.view() };
     hidden.resize_with(hidden.len().max(work.len()), Hidden::default);
 
+    // The largest need gets the first buffer: what is kept follows what a call needs, not where its largest expert stood.
+    let mut by_need: Vec<usize> = (0..work.len()).collect();
+    by_need.sort_by_key(|index| Reverse(work[*index].rows.len() * work[*index].expert.gate.rows()));
+    let mut places = vec![0; work.len()];
+    by_need.iter().zip(0..).for_each(|(index, place)| places[*index] = place);
+    let mut free: Vec<_> = hidden.iter_mut().map(Some).collect();
+
     let mut items = Vec::with_capacity(work.len());
     let mut pieces = Vec::new();
-    for (index, (work, hidden)) in work.iter().zip(hidden.iter_mut()).enumerate() {
+    for (index, work) in work.iter().enumerate() {
+        let hidden = free[places[index]].take().expect("places are different");
         let (expert, rows, width) = (work.expert, work.rows.len(), work.expert.gate.rows());
         assert!(expert.gate.cols() == d && expert.up.cols() == d && expert.down.rows() == d);
         assert!(expert.up.rows() == width && expert.down.cols() == width);
@@ -101,11 +111,12 @@ pub(super) fn experts(
         }
     }
     let rows: Vec<u32> = (0..most as u32).collect();
+    drop(free);
     let hidden = &*hidden;
     pool.each(pieces.len(), 1, |_, piece| {
         let (index, block) = pieces[piece];
         let (down, rows) = ((&work[index].expert.down, None), &rows[..work[index].rows.len()]);
-        let batch = Batch { x: &hidden[index].values, quantized: hidden[index].quantized.view() };
+        let batch = Batch { x: &hidden[places[index]].values, quantized: hidden[places[index]].quantized.view() };
         // SAFETY: pieces are different columns of different parts.
         unsafe {
             match rows.len() {
