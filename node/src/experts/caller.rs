@@ -90,6 +90,8 @@ struct View<'a> {
     peers: &'a BTreeMap<PeerId, PeerView>,
     held: &'a Held,
     hosts: &'a SharedHosts,
+    /// What hosts said during this call that they do not hold, whatever the placement says.
+    absent: &'a BTreeSet<(NodeId, ExpertId)>,
     now: Instant,
 }
 
@@ -108,6 +110,7 @@ impl Replicas for View<'_> {
         let placed = self.state.placement.iter().flat_map(|placement| placement.hosts(expert));
         let others = placed.map(|(node, _)| node).filter(|&node| node != self.home);
         let mut nodes: Vec<_> = others.chain(self.held.contains_key(&expert).then_some(self.home)).collect();
+        nodes.retain(|node| !self.absent.contains(&(*node, expert)));
         nodes.sort_unstable();
         nodes
     }
@@ -160,7 +163,7 @@ impl Calling {
         let mut open = pairs_of(call);
         let mut outputs = vec![0.0; open.len() * call.hidden];
         let mut shares = Vec::new();
-        let mut failed = BTreeSet::new();
+        let (mut failed, mut absent) = (BTreeSet::new(), BTreeSet::new());
         let mut reasons = Vec::new();
         let mut chances = SECOND_CHANCES;
         while !open.is_empty() {
@@ -171,13 +174,15 @@ impl Calling {
                 peers: &peers,
                 held: &held,
                 hosts: &self.hosts,
+                absent: &absent,
                 now: Instant::now(),
             };
             let calls = match assign(layer, &open, &view, &failed, &mut rng) {
                 Ok(calls) => calls,
-                Err(_) if chances > 0 && !failed.is_empty() => {
+                Err(_) if chances > 0 && !(failed.is_empty() && absent.is_empty()) => {
                     chances -= 1;
                     failed.clear();
+                    absent.clear();
                     tokio::time::sleep(SECOND_CHANCE_AFTER).await;
                     continue;
                 }
@@ -198,7 +203,7 @@ impl Calling {
                     self.one(part, peer, call, epoch, deadline)
                 })
                 .collect();
-            let mut left = Vec::new();
+            let (mut left, mut denied) = (Vec::new(), BTreeSet::new());
             while let Some((part, result)) = running.next().await {
                 match result {
                     Ok((rows, class)) => {
@@ -210,6 +215,13 @@ impl Calling {
                         shares.push(Share { elsewhere: class, slots });
                     }
                     Err(Fault::Engine(error)) => return Err(error.into()),
+                    // Its placement is another than ours, for a moment: what else it holds it goes on computing.
+                    Err(Fault::Absent(experts)) => {
+                        debug!(host = %part.host, layer, ?experts, "an expert is no longer there; asking a replica");
+                        reasons.push((part.host, "no longer holds it".into()));
+                        denied.extend(experts.into_iter().map(|expert| (part.host, expert)));
+                        left.extend(part.pairs);
+                    }
                     Err(Fault::Host(why)) => {
                         warn!(host = %part.host, layer, why, "an expert call failed; asking a replica");
                         self.shared.metrics.expert_calls_failed.inc();
@@ -221,6 +233,7 @@ impl Calling {
                 }
             }
             drop(running);
+            absent.extend(denied);
             open = left;
         }
         Ok(ExpertOutputs { values: outputs, shares })
@@ -261,7 +274,7 @@ impl Calling {
         match self.serving.engine.run_experts(call.layer, rows, work).await {
             Ok(outputs) => Ok((outputs, None)),
             // Dropped since the view was taken: a replica has it.
-            Err(EngineError::NotHeld(expert)) => Err(Fault::Host(format!("no longer holds {expert}"))),
+            Err(EngineError::NotHeld(expert)) => Err(Fault::Absent(vec![ids::to_store(expert)])),
             Err(error) => Err(Fault::Engine(error)),
         }
     }
@@ -294,8 +307,15 @@ impl Calling {
                 Ok((rows, Some(class)))
             }
             (ReplyHeader::NotHeld(experts), _) => {
-                let experts: Vec<_> = experts.iter().take(8).map(ToString::to_string).collect();
-                Err(Fault::Host(format!("does not hold {}", experts.join(", "))))
+                // Others than were asked for would be no answer, and the call would never end.
+                let asked = |expert: &ExpertId| {
+                    expert.layer == call.layer && part.pairs.iter().any(|pair| pair.expert == expert.index)
+                };
+                let absent: Vec<_> = experts.into_iter().filter(asked).collect();
+                match absent.is_empty() {
+                    true => Err(Fault::Host("names experts that it was not asked for".into())),
+                    false => Err(Fault::Absent(absent)),
+                }
             }
             (ReplyHeader::Refused(reason), _) => Err(Fault::Host(format!("refused: {reason}"))),
         }
@@ -306,6 +326,8 @@ impl Calling {
 enum Fault {
     /// Another host may do it.
     Host(String),
+    /// The host does not hold these experts of the call; never none.
+    Absent(Vec<ExpertId>),
     /// Nobody else would do better.
     Engine(EngineError),
 }
