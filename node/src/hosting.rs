@@ -61,6 +61,11 @@ enum Setback {
     Fetch(#[from] FetchError),
     #[error("{what} cannot be loaded: {why}")]
     Load { what: String, why: String },
+    #[error(
+        "{what} waits for room: with it {total} bytes would be taken of the {budget} that --memory gives; the placement was made \
+         for a larger budget, and a new one is on its way while the mesh has a leader"
+    )]
+    Room { what: String, total: u64, budget: u64 },
     #[error("the log cannot be told what is ready: {0}")]
     Report(String),
 }
@@ -70,7 +75,7 @@ impl Setback {
     fn lasts(&self) -> bool {
         match self {
             Self::Fetch(fetch) | Self::Library(LibraryError::Fetch(fetch)) => fetch.lasts(),
-            Self::Load { .. } | Self::Library(LibraryError::Unusable(_)) => true,
+            Self::Load { .. } | Self::Room { .. } | Self::Library(LibraryError::Unusable(_)) => true,
             Self::Report(_) => false,
         }
     }

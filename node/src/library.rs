@@ -231,3 +231,56 @@ pub async fn run_blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + '
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use coel_store::manifest::FORMAT;
+    use coel_store::{PartEntry, Slices};
+
+    use super::*;
+
+    /// A model of four experts beside a trunk of 1000 bytes, with the texts of the bundled one.
+    fn known() -> Known {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/fixture");
+        let names = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+        let files = names.map(|name| (name.to_owned(), std::fs::read(dir.join(name)).unwrap()));
+        let blob = |bytes| BlobEntry { bytes, ..BlobEntry::default() };
+        let slices =
+            |exact, base, refine| Slices { exact: blob(exact), base: Some(blob(base)), refine: Some(blob(refine)) };
+        let manifest = Manifest {
+            format: FORMAT,
+            name: "m".into(),
+            architecture: "Test".into(),
+            files: Vec::new(),
+            trunk: vec![PartEntry { name: "head".into(), slices: slices(1000, 300, 200) }],
+            experts: (0..4).map(|index| (ExpertId::new(0, index), slices(160, 50, 40))).collect(),
+        };
+        Known::new(ModelId([7; 32]), manifest, 10, &files.into()).unwrap()
+    }
+
+    fn facts(disk_bytes: Option<u64>, trunk: Precision) -> Facts {
+        Facts { disk_bytes, trunk: Some(trunk), ..Facts::default() }
+    }
+
+    #[test]
+    fn a_disk_holds_what_everybody_keeps_and_room_for_an_exchange_before_experts() {
+        let known = known();
+        assert_eq!(known.disk_for_experts(&facts(None, Precision::Q4)), None, "no bound, and no paging");
+        assert_eq!(known.disk_for_experts(&facts(Some(1000), Precision::Q4)), Some(1000 - 10 - 300 - 160));
+        assert_eq!(known.disk_for_experts(&facts(Some(1000), Precision::Bf16)), Some(0));
+        let complete = Facts { complete_models: vec![known.id], ..facts(Some(1000), Precision::Bf16) };
+        assert_eq!(known.disk_for_experts(&complete), Some(4 * 160), "it has them already");
+    }
+
+    #[test]
+    fn a_small_disk_takes_the_trunk_at_fewer_bits() {
+        let known = known();
+        let chosen = |disk: Option<u64>| known.trunk_precision(Bounds::AUTO, u64::MAX, disk, 16, 1);
+        // Beside the manifest, the experts at Q4 and an exchange.
+        let beside = 10 + 4 * 50 + 160;
+        let least = [(None, Precision::Bf16), (Some(1000), Precision::Bf16), (Some(999), Precision::Q8)];
+        for (trunk, precision) in least.into_iter().chain([(Some(500), Precision::Q8), (Some(499), Precision::Q4)]) {
+            assert_eq!(chosen(trunk.map(|trunk: u64| trunk + beside)), precision, "{trunk:?}");
+        }
+    }
+}

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use coel_model::bytes::WeightBytes;
 use coel_model::slices::blob::PartBlobs;
-use coel_store::{BlobEntry, ExpertId, ModelId, Precision, Slice, Slices, State};
+use coel_store::{BlobEntry, ExpertId, ModelId, NodeId, Precision, Replica, Slice, Slices, State};
 use tracing::debug;
 
 use super::{Hosting, Setback};
@@ -50,6 +50,14 @@ impl Hosting {
             self.make_room(serving, expert, bytes).await?;
         }
         let blobs = self.get(&what, slices, precision, state, known.id, Some(expert)).await?;
+        if exchanging.is_none() {
+            // The placement may be of a larger budget than this process was given.
+            exchanging = Some(self.exchange.lock().await);
+            let (total, budget) = (serving.engine.memory().total() + bytes, self.shared.config.memory_bytes);
+            if total > budget {
+                return Err(Setback::Room { what: what.clone(), total, budget });
+            }
+        }
         serving.engine.load_expert(ids::to_model(expert), blobs).await.map_err(|error| load(&error))?;
         self.shared.held.send_modify(|held| {
             Arc::make_mut(held).insert(expert, precision);
@@ -67,16 +75,26 @@ impl Hosting {
     /// Where the old and the new form of a replica do not fit side by side, and another live node serves the expert too, the old
     /// one goes first. An only copy stays: then the budget is exceeded by one expert for as long as the exchange takes.
     async fn make_room(&self, serving: &Serving, expert: ExpertId, bytes: u64) -> Result<(), Setback> {
-        let (shared, node) = (&self.shared, self.shared.log.node_id());
+        let shared = &self.shared;
         if serving.engine.memory().total() + bytes <= shared.config.memory_bytes {
             return Ok(());
         }
-        let (state, down) = (shared.state(), shared.down());
-        let mut hosts = state.placement.iter().flat_map(|placement| placement.hosts(expert));
-        if hosts.any(|(host, _)| host != node && !down.contains(&host)) {
+        if self.another_stays(expert) {
             self.drop_expert(serving, expert).await?;
         }
         Ok(())
+    }
+
+    /// Whether a live node serves the expert and will go on: two that exchange the same one must not both let go of it.
+    fn another_stays(&self, expert: ExpertId) -> bool {
+        let (state, down, node) = (self.shared.state(), self.shared.down(), self.shared.log.node_id());
+        let Some(replicas) = state.placement.as_ref().and_then(|placement| placement.replicas.get(&expert)) else {
+            return false;
+        };
+        let stays = |host: NodeId, replica: &Replica| {
+            replica.ready.is_some() && (host < node || replica.ready == Some(replica.precision))
+        };
+        replicas.iter().any(|(&host, replica)| host != node && !down.contains(&host) && stays(host, replica))
     }
 
     /// What is not here yet of an expert's slices, without reading the rest.
