@@ -92,8 +92,8 @@ impl Shelf {
     /// Another budget from now on; less takes effect as experts that are needed now are computed.
     pub(crate) fn set_budget(&mut self, budget: u64, upper: &mut dyn Upper) {
         self.residency.set_budget(budget);
-        self.carry_out(upper);
         self.buffers.set_budget(budget);
+        self.carry_out(upper);
     }
 
     /// Bytes of memory it takes, in use or not.

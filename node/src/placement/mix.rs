@@ -13,7 +13,8 @@ use super::{Candidate, Current, Experts, Harm};
 /// The precision of each expert; `None` if they do not fit. At most `bytes_max` bytes, all within `accepts`.
 pub fn mix(experts: &Experts, bytes_max: u64, accepts: Bounds, harm: &Harm) -> Option<BTreeMap<ExpertId, Precision>> {
     let (node, current) = (NodeId(0), Current::new());
-    let mut table = Table::new(experts, &[Candidate { node, expert_bytes_max: bytes_max, page_bytes_max: 0, accepts }], &current);
+    let mut table =
+        Table::new(experts, &[Candidate { node, expert_bytes_max: bytes_max, page_bytes_max: 0, accepts }], &current);
     for &expert in experts.keys() {
         if !table.may_hold_floor(expert, node) {
             return None;

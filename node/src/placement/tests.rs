@@ -190,8 +190,8 @@ fn a_node_that_joins_takes_its_share_of_what_is_paged_and_memory_ends_it() {
     let two = mesh_with_disks(&[(30, 100), (30, 100)]);
     let joined = plan(&experts, &two, &replicas_of(&alone, true), &harm).unwrap();
     assert_eq!([1, 2].map(|node| held(&joined, node)), [50, 50]);
-    let hottest = (70..100).map(|index| ExpertId::new(0, index));
-    assert!(hottest.into_iter().all(|e| joined.replicas[&e].contains_key(&NodeId(1))), "what lay in memory has moved");
+    let mut hottest = (70..100).map(|index| ExpertId::new(0, index));
+    assert!(hottest.all(|e| joined.replicas[&e].contains_key(&NodeId(1))), "what lay in memory has moved");
     assert_eq!(misses(&joined, &experts, &two, &harm), (0..40).sum::<u64>());
     // A third one with memory alone: paging ends, and nothing goes to a node that pages.
     let three = mesh_with_disks(&[(30, 100), (30, 100), (40, 0)]);
