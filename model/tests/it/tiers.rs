@@ -68,7 +68,7 @@ fn any_budget_gives_the_same_bits() {
         let engine = whole(&checkpoint);
         cases.map(|(prompt, more, salt)| follow(&engine, prompt, more, salt))
     };
-    // A tenth of an expert per row, one row's, and nearly all of them.
+    // One at a time, what one row takes twice, a third, and nearly all of them.
     for experts in [1, 8, 40, 140] {
         let engine = shelved(&checkpoint, experts);
         let ledger = engine.memory();
@@ -81,9 +81,10 @@ fn any_budget_gives_the_same_bits() {
             );
         }
         let stats = engine.tiers();
-        assert_eq!((stats.shelved, stats.in_memory <= experts as usize + 3), (144, true), "{stats:?}");
+        assert_eq!(stats.shelved, 144, "{stats:?}");
+        assert!(stats.in_memory as u64 * engine.footprint().expert_bytes <= experts * EXPERT, "{stats:?}");
         assert!(stats.misses > 0 && stats.bytes_read > 0, "{stats:?}");
-        // One row decodes in 35 flights, with five layers to foresee in each.
+        // One row decodes in 36 flights, with five layers to foresee in each.
         let pairs: u64 = stats.recall.iter().map(|layer| layer.pairs).sum();
         assert_eq!(pairs, (12 + 1 + 20 + 3) * 5 * 4, "{stats:?}");
         assert!(stats.mean_recall().is_some_and(|[early, late]| early > 0.3 && late > early), "{stats:?}");

@@ -59,6 +59,11 @@ impl Local {
         &self.model
     }
 
+    /// Bytes of memory to take, if that is bounded.
+    pub fn memory(&self) -> Option<u64> {
+        self.memory.map(|size| size.0)
+    }
+
     fn device(&self) -> Result<Device, Failure> {
         self.device.parse().map_err(|error| Failure::usage(format!("--device: {error}")))
     }
@@ -73,7 +78,7 @@ impl Local {
             trunk: self.trunk(),
             experts: self.precision,
             threads: self.threads,
-            memory: self.memory.map(|size| size.0),
+            memory: self.memory(),
             readers: self.readers,
             ..LocalOptions::default()
         })

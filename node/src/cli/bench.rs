@@ -140,6 +140,10 @@ fn concurrent(text: &str) -> Result<usize, String> {
 impl BenchArgs {
     /// Prints the figures.
     pub fn run(self) -> Result<(), Failure> {
+        let threads = self.local.threads();
+        // First, while the memory is still free: a budget holds for measuring too.
+        let read_bytes = self.local.memory().map_or(READ_BYTES, |budget| READ_BYTES.min(budget as usize / 2));
+        let read = read_gb_s(threads, read_bytes, READ_ROUNDS);
         let started = Instant::now();
         let context = CONCURRENT_PROMPT + self.r#gen;
         let kv_tokens = self.prompt.max(self.r#gen).max(self.concurrent.unwrap_or(0) * (context + 32));
@@ -147,7 +151,6 @@ impl BenchArgs {
         let mut bench = Bench::new(&model, 1);
         bench.decode(1)?;
         let first_token_ms = started.elapsed().as_secs_f64() * 1e3;
-        let threads = self.local.threads();
         let mut coel: [Vec<f64>; 3] = Default::default();
         let mut llama: [Vec<f64>; 3] = Default::default();
         bench.decode(8)?; // touches what the first token did not
@@ -175,7 +178,7 @@ impl BenchArgs {
             &model,
             &bench,
             first_token_ms,
-            threads,
+            read,
             rates(&coel),
             self.llama_bench.as_ref().map(|_| rates(&llama)),
             (model.engine.tiers().shelved > 0).then_some(tiers),
@@ -188,21 +191,20 @@ impl BenchArgs {
         model: &LocalModel,
         bench: &Bench<'_>,
         first_token_ms: f64,
-        threads: usize,
+        read: f64,
         coel: Rates,
         llama_cpp: Option<Rates>,
         tiers: Option<Tiers>,
     ) -> Report {
         let ledger = model.engine.memory();
         let bytes_per_token = bench.bytes_per_token();
-        let (memory, read) =
-            (bytes_per_token as f64 * coel.decode_tok_s / 1e9, read_gb_s(threads, READ_BYTES, READ_ROUNDS));
+        let memory = bytes_per_token as f64 * coel.decode_tok_s / 1e9;
         let without =
             "not measured: give --llama-bench and --gguf (and --llama-batched-bench) to measure it beside coel";
         Report {
             precision: self.local.precision().to_string(),
             trunk: self.local.trunk().to_string(),
-            threads,
+            threads: self.local.threads(),
             kernel_class: model.engine.class().to_owned(),
             rounds: self.rounds,
             coel,
