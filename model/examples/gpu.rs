@@ -112,7 +112,7 @@ fn run<K: Kernels<Matrix = CubeMatrix>>(mut kernels: K, options: &Options) -> Re
         let now = Instant::now();
         let copied: Tensor<K::Backend, 2> = (0..4).fold(large.clone(), |large, _| large + 1.0);
         download(copied.narrow(0, 0, 1));
-        copies.push((4 * 8 * (64 << 20)) as f64 / now.elapsed().as_secs_f64() / 1e9);
+        copies.push(4.0 * 8.0 * f64::from(64 << 20) / now.elapsed().as_secs_f64() / 1e9);
         for variant in &mut variants {
             let (experts, bytes) = &held[variant.precision as usize];
             let used = (TOP * variant.rows).min(EXPERTS);
