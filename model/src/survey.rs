@@ -33,9 +33,8 @@ pub struct Survey {
     pub losses: Vec<Vec<Option<Loss>>>,
 }
 
-/// Squared error of an expert's weighted output relative to the energy of the row that it becomes part of (the residual
-/// with the outputs of the layer's routed experts), mean over the expert's rows. Relative row by row, because what comes
-/// next norms row by row: a row of uncommon size, such as a text's first, has no more to say than others.
+/// Squared error of an expert's weighted output, mean over its rows, relative to the mean energy of the rows that the
+/// layer's output is added to.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Loss {
     pub q4: f32,
@@ -144,16 +143,15 @@ fn measure<K: Kernels>(
 ) -> Result<Vec<Outputs>, SurveyError> {
     let d = config.hidden_size;
     let calls: Vec<ExpertCall> = flights.iter().map(Flight::call).collect();
+    let energy = mean_energy(flights.iter().flat_map(Flight::residual), d);
     let mut outputs: Vec<Vec<f32>> = calls.iter().map(|call| vec![0.0; call.slots() * d]).collect();
-    let mut sums: Vec<Vec<f32>> = flights.iter().map(Flight::residual).collect();
     let mut places = BTreeMap::<u16, Vec<(usize, Pair)>>::new();
     for (flight, call) in calls.iter().enumerate() {
         for (expert, pairs) in by_expert(&call.routes) {
             places.entry(expert).or_default().extend(pairs.into_iter().map(|pair| (flight, pair)));
         }
     }
-    let mut errors = BTreeMap::new();
-    for (&index, places) in &places {
+    for (index, places) in places {
         let id = ExpertId { layer, index };
         let rows: Vec<f32> = places.iter().flat_map(|(flight, pair)| calls[*flight].row(pair.row)).copied().collect();
         let mut compute = |precision| {
@@ -169,20 +167,14 @@ fn measure<K: Kernels>(
         let weights = places.iter().map(|(flight, pair)| weight(&calls[*flight], *pair, index));
         let weights: Vec<f32> = weights.collect();
         survey.counts[usize::from(layer)][usize::from(index)] = places.len() as u64;
-        if let [Some(q4), Some(q8)] = sliced.map(|sliced| sliced.map(|sliced| squares(&exact, &sliced, &weights, d))) {
-            errors.insert(index, [q4, q8]);
+        if let [Some(q4), Some(q8)] =
+            sliced.map(|sliced| sliced.map(|sliced| error(&exact, &sliced, &weights, d) / energy))
+        {
+            survey.losses[usize::from(layer)][usize::from(index)] = Some(Loss { q4: q4 as f32, q8: q8 as f32 });
         }
-        for (((flight, pair), row), weight) in places.iter().zip(exact.chunks_exact(d)).zip(weights) {
+        for ((flight, pair), row) in places.iter().zip(exact.chunks_exact(d)) {
             outputs[*flight][pair.slot as usize * d..][..d].copy_from_slice(row);
-            let sum = &mut sums[*flight][pair.row as usize * d..][..d];
-            sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += weight * value);
         }
-    }
-    for (index, errors) in errors {
-        let energies = places[&index].iter().map(|(flight, pair)| energy(&sums[*flight][pair.row as usize * d..][..d]));
-        let energies: Vec<f64> = energies.collect();
-        let [q4, q8] = errors.map(|errors| mean_ratio(&errors, &energies) as f32);
-        survey.losses[usize::from(layer)][usize::from(index)] = Some(Loss { q4, q8 });
     }
     Ok(outputs.into_iter().map(|values| Outputs::whole(values, d)).collect())
 }
@@ -204,23 +196,22 @@ fn weight(call: &ExpertCall, pair: Pair, expert: u16) -> f32 {
     routes.iter().find(|route| route.expert == expert).map_or(0.0, |route| route.weight)
 }
 
-/// Squared length of a row.
-fn energy(row: &[f32]) -> f64 {
-    row.iter().map(|value| f64::from(*value).powi(2)).sum()
+/// Mean over the rows of their squared length.
+fn mean_energy(values: impl Iterator<Item = f32>, d: usize) -> f64 {
+    let (mut sum, mut count) = (0.0, 0u64);
+    for value in values {
+        sum += f64::from(value) * f64::from(value);
+        count += 1;
+    }
+    (sum * d as f64 / count.max(1) as f64).max(f64::MIN_POSITIVE)
 }
 
-/// Each row's weighted squared difference of two outputs `[n, d]`.
-fn squares(exact: &[f32], other: &[f32], weights: &[f32], d: usize) -> Vec<f64> {
+/// Mean over the rows of the weighted squared difference of two outputs `[n, d]`.
+fn error(exact: &[f32], other: &[f32], weights: &[f32], d: usize) -> f64 {
     let rows = exact.chunks_exact(d).zip(other.chunks_exact(d)).zip(weights);
     let each = rows.map(|((exact, other), weight)| {
         let differences = exact.iter().zip(other).map(|(exact, other)| f64::from(exact - other));
         f64::from(*weight).powi(2) * differences.map(|difference| difference * difference).sum::<f64>()
     });
-    each.collect()
-}
-
-/// Mean of errors, each relative to its row's energy.
-fn mean_ratio(errors: &[f64], energies: &[f64]) -> f64 {
-    let each = errors.iter().zip(energies).map(|(error, energy)| error / energy.max(f64::MIN_POSITIVE));
-    each.sum::<f64>() / errors.len().max(1) as f64
+    each.sum::<f64>() / weights.len().max(1) as f64
 }
