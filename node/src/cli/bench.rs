@@ -132,6 +132,15 @@ impl Tiers {
     }
 }
 
+/// What the rounds came to.
+struct Measured {
+    first_token_ms: f64,
+    read_gb_s: f64,
+    coel: Rates,
+    llama_cpp: Option<Rates>,
+    tiers: Option<Tiers>,
+}
+
 fn concurrent(text: &str) -> Result<usize, String> {
     let number = text.parse::<usize>().ok().filter(|number| (1..=1024).contains(number));
     number.ok_or_else(|| "write a number from 1 to 1024".to_owned())
@@ -174,28 +183,19 @@ impl BenchArgs {
                 llama[2].push(self.llama_batched_bench(program, gguf, threads, requests)?);
             }
         }
-        let report = self.report(
-            &model,
-            &bench,
+        let measured = Measured {
             first_token_ms,
-            read,
-            rates(&coel),
-            self.llama_bench.as_ref().map(|_| rates(&llama)),
-            (model.engine.tiers().shelved > 0).then_some(tiers),
-        );
+            read_gb_s: read,
+            coel: rates(&coel),
+            llama_cpp: self.llama_bench.as_ref().map(|_| rates(&llama)),
+            tiers: (model.engine.tiers().shelved > 0).then_some(tiers),
+        };
+        let report = self.report(&model, &bench, measured);
         if self.output.json { print::json(&report) } else { report.print() }
     }
 
-    fn report(
-        &self,
-        model: &LocalModel,
-        bench: &Bench<'_>,
-        first_token_ms: f64,
-        read: f64,
-        coel: Rates,
-        llama_cpp: Option<Rates>,
-        tiers: Option<Tiers>,
-    ) -> Report {
+    fn report(&self, model: &LocalModel, bench: &Bench<'_>, measured: Measured) -> Report {
+        let Measured { first_token_ms, read_gb_s, coel, llama_cpp, tiers } = measured;
         let ledger = model.engine.memory();
         let bytes_per_token = bench.bytes_per_token();
         let memory = bytes_per_token as f64 * coel.decode_tok_s / 1e9;
@@ -211,8 +211,8 @@ impl BenchArgs {
             first_token_ms,
             bytes_per_token,
             memory_gb_s: memory,
-            read_gb_s: read,
-            memory_share: memory / read,
+            read_gb_s,
+            memory_share: memory / read_gb_s,
             resident_bytes: crate::hosting::resident_bytes(),
             peak_rss_bytes: peak_rss_bytes(),
             packed_bytes: ledger.trunk_bytes

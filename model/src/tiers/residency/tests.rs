@@ -132,7 +132,7 @@ impl World {
     }
 
     /// What is needed is computed, however long it takes.
-    fn to_the_end(&mut self) {
+    fn come_to_rest(&mut self) {
         for _ in 0..100_000 {
             if self.compute() == 0 && !self.arrive() {
                 break;
@@ -145,7 +145,7 @@ impl World {
     fn use_once(&mut self, ids: &[u16]) {
         self.residency.tick();
         self.need(1, ids);
-        self.to_the_end();
+        self.come_to_rest();
     }
 
     fn in_memory(&self) -> Vec<u16> {
@@ -242,7 +242,7 @@ fn two_claims_that_need_more_than_fits_both_get_it() {
     let mut world = World::new(20, (0..16).map(|index| (index, 10)));
     world.need(1, &[0, 1, 2, 3, 4, 5, 6, 7]);
     world.need(2, &[8, 9, 10, 11, 4, 5, 6, 7]);
-    world.to_the_end();
+    world.come_to_rest();
     assert!(world.reads.len() <= 16, "{} reads: nothing was read in vain", world.reads.len());
 }
 
@@ -262,7 +262,7 @@ fn a_failure_is_told_to_those_who_need_it_and_tried_again_by_the_next() {
     world.release(1);
     world.release(2);
     world.need(3, &[1]);
-    world.to_the_end();
+    world.come_to_rest();
     assert_eq!(world.in_memory(), [0, 1]);
 }
 
@@ -277,7 +277,7 @@ fn one_that_is_dropped_or_replaced_leaves_nobody_waiting() {
     assert_eq!(world.residency.ready(ClaimId(1)), [id(0)], "gone, which its claim must know");
     world.sizes.insert(id(0), 10);
     world.add(id(1), 20);
-    world.to_the_end();
+    world.come_to_rest();
     assert!(world.memory.contains(&id(1)));
     assert_eq!(world.residency.used, 20);
     assert!(!world.residency.add(id(2), 41), "it could never fit");
@@ -354,12 +354,12 @@ proptest! {
                 }
             }
         }
-        world.to_the_end();
+        world.come_to_rest();
         prop_assert!(world.loads.is_empty());
         for claim in 0..3 {
             world.release(claim);
         }
-        world.to_the_end();
+        world.come_to_rest();
         let held: u64 = world.memory.iter().map(|id| world.sizes[id]).sum();
         prop_assert_eq!(world.residency.used, held, "the books agree once all is quiet");
     }
@@ -374,7 +374,7 @@ fn a_smaller_budget_takes_effect_as_far_as_nobody_needs_it() {
         world.obey();
     };
     world.need(1, &[0, 1, 2, 3]);
-    world.to_the_end();
+    world.come_to_rest();
     world.need(1, &[0]);
     give(&mut world, 25);
     assert_eq!(world.in_memory().len(), 2);
@@ -385,6 +385,6 @@ fn a_smaller_budget_takes_effect_as_far_as_nobody_needs_it() {
     assert_eq!((world.in_memory(), world.residency.used), (vec![], 0));
     assert!(world.loads.is_empty(), "there is no room for what is needed now");
     give(&mut world, 10);
-    world.to_the_end();
+    world.come_to_rest();
     assert_eq!(world.in_memory(), [1]);
 }
