@@ -92,6 +92,11 @@ pub struct Outputs {
 const MISSING: u32 = u32::MAX;
 
 impl Outputs {
+    /// The same without any of the layer's own: at most the shared expert's.
+    pub(crate) fn shared_alone(&self) -> Self {
+        Self { places: vec![MISSING; self.places.len()], ..self.clone() }
+    }
+
     /// Outputs of all slots, `[slots, d]`.
     pub fn whole(values: Vec<f32>, d: usize) -> Self {
         let places = (0..(values.len() / d) as u32).collect();
@@ -262,28 +267,24 @@ impl<K: Kernels> Flight<K> {
         (slots, values)
     }
 
-    /// What the router of `layer` would choose for each row if the layer saw the residual as it is now; nothing for a
-    /// layer without experts.
-    pub(crate) fn routes_if(&self, core: &mut Core<'_, K>, layer: usize) -> Vec<Vec<Route>> {
-        let Core { kernels, trunk, .. } = core;
-        let Some(Layer { post_attention_norm, feed_forward: FeedForward::Sparse { router, .. }, .. }) =
-            trunk.layers.get(layer)
-        else {
-            return Vec::new();
+    /// What the next layer with experts would choose for each row if the awaited experts had no other outputs than
+    /// `known`; nothing if there is no such layer. A flight of its own goes there, through the very attention that this
+    /// one will: it leaves keys and values where this one will write its own before it reads them.
+    pub(crate) fn routes_ahead(&self, core: &mut Core<'_, K>, known: &Outputs) -> Vec<Vec<Route>> {
+        let mut ahead = Self {
+            pieces: self.pieces.iter().map(|piece| Piece { want: Want::Nothing, ..piece.clone() }).collect(),
+            angles: self.angles.clone(),
+            layer: self.layer + 1,
+            residual: self.finish_layer(core, known),
+            normed: self.normed.clone(),
+            routes: Vec::new(),
         };
-        let config = &trunk.config;
-        let normed = kernels.rms_norm(&self.residual, post_attention_norm, config.rms_norm_eps);
-        routes(config, download(kernels.linear(&normed, router, None)))
+        ahead.go_on(core);
+        ahead.routes
     }
 
     /// Takes the outputs of all awaited experts and computes on.
     pub fn resume(&mut self, core: &mut Core<'_, K>, outputs: Outputs) -> Result<Step, DecodeError> {
-        self.finish(core, outputs)?;
-        Ok(self.go_on(core))
-    }
-
-    /// The first half of [`resume`](Self::resume): the layer is done and the next not begun.
-    pub(crate) fn finish(&mut self, core: &mut Core<'_, K>, outputs: Outputs) -> Result<(), DecodeError> {
         if self.routes.is_empty() {
             return Err(DecodeError::NotPending);
         }
@@ -293,14 +294,13 @@ impl<K: Kernels> Flight<K> {
         if found != expected || outputs.places.len() != expected || outputs.values.len() != rows * d {
             return Err(DecodeError::Outputs { expected, found });
         }
-        self.residual = self.finish_layer(core, outputs);
+        self.residual = self.finish_layer(core, &outputs);
         self.layer += 1;
-        self.routes.clear();
-        Ok(())
+        Ok(self.go_on(core))
     }
 
     /// Layer after layer over `residual`, until one needs experts or all are done.
-    pub(crate) fn go_on(&mut self, core: &mut Core<'_, K>) -> Step {
+    fn go_on(&mut self, core: &mut Core<'_, K>) -> Step {
         let trunk = core.trunk;
         let config = &trunk.config;
         while let Some(layer) = trunk.layers.get(self.layer) {
@@ -337,15 +337,15 @@ impl<K: Kernels> Flight<K> {
         kernels.linear(&mixed, &layer.o.matrix, layer.o.bias.as_ref())
     }
 
-    /// `residual + (sum of weighted expert outputs, ascending) + shared expert`, `[n, d]`.
-    fn finish_layer(&self, core: &mut Core<'_, K>, outputs: Outputs) -> Rows<K> {
+    /// `residual + (sum of weighted expert outputs, ascending) + shared expert`, `[n, d]`, where missing outputs are none.
+    fn finish_layer(&self, core: &mut Core<'_, K>, outputs: &Outputs) -> Rows<K> {
         let Core { kernels, trunk, .. } = core;
         let d = trunk.config.hidden_size;
         let Outputs { values, places, shared: shared_rows } = outputs;
         let mut mixed = vec![0.0; self.routes.len() * d];
         let mut places = places.iter();
         for (routes, mixed) in self.routes.iter().zip(mixed.chunks_exact_mut(d)) {
-            for (route, place) in routes.iter().zip(&mut places) {
+            for (route, place) in routes.iter().zip(&mut places).filter(|(_, place)| **place != MISSING) {
                 for (mixed, value) in mixed.iter_mut().zip(&values[*place as usize * d..]) {
                     *mixed += route.weight * value;
                 }

@@ -238,10 +238,10 @@ impl<K: Kernels> Machine<K> {
         self.shared.config.sparse_layers().find(|sparse| *sparse >= layer)
     }
 
-    /// What the rows of a flight will need in `layer`, it seems.
-    pub(crate) fn predict(&mut self, flight: &Flight<K>, layer: usize) -> Result<Vec<Vec<Route>>, EngineError> {
+    /// What the rows of a flight will need in the next layer with experts, it seems, `known` of this one's outputs.
+    pub(crate) fn predict(&mut self, flight: &Flight<K>, known: &Outputs) -> Result<Vec<Vec<Route>>, EngineError> {
         let predictor = self.shared.options.predictor;
-        Ok(predictor.predict(&mut self.core()?, flight, layer))
+        Ok(predictor.predict(&mut self.core()?, flight, known))
     }
 
     /// The awaited experts of a flight, as far as they are in memory, and the one that all rows share.

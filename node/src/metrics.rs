@@ -178,10 +178,11 @@ impl Metrics {
         }
         tiers.stall_seconds.inner().store(stats.stall.as_secs_f64().to_bits(), Ordering::Relaxed);
         tiers.shelved.set(stats.shelved as i64);
-        for (layer, recall) in (0..).zip(&stats.recall).filter(|(_, recall)| recall.pairs > 0) {
-            for (when, foreseen) in [("early", recall.early), ("late", recall.late)] {
-                let share = foreseen as f64 / recall.pairs as f64;
-                tiers.recall.get_or_create(&Foreseen { layer, when }).set(share);
+        for (layer, recall) in (0..).zip(&stats.recall) {
+            for (when, tally) in [("early", recall.early), ("late", recall.late)] {
+                if let Some(share) = tally.recall() {
+                    tiers.recall.get_or_create(&Foreseen { layer, when }).set(share);
+                }
             }
         }
     }
@@ -241,7 +242,7 @@ impl Tiers {
         let help = "Time in which there was nothing to compute but what was on its way from disk";
         registry.register_with_unit("tier_stall", help, Unit::Seconds, tiers.stall_seconds.clone());
         registry.register("tier_experts", "Experts held on disk", tiers.shelved.clone());
-        let help = "Share of the experts chosen in a layer that were foreseen, with the attention or the whole of the layer before";
+        let help = "Share of the experts chosen in a layer that were foreseen while the one before waited: late, by its experts in memory; early, without them";
         registry.register("tier_recall", help, tiers.recall.clone());
         tiers
     }
@@ -249,14 +250,16 @@ impl Tiers {
 
 #[cfg(test)]
 mod tests {
-    use coel_model::tiers::meter::LayerRecall;
+    use coel_model::tiers::meter::{LayerRecall, Tally};
 
     use super::*;
 
     #[test]
     fn tiers_are_counted_once_and_by_layer() {
         let metrics = Metrics::default();
-        let recall = [(0, 0, 0), (8, 4, 6)].map(|(pairs, early, late)| LayerRecall { pairs, early, late });
+        let tally = |pairs, found| Tally { pairs, found };
+        let recall = [(tally(0, 0), tally(0, 0)), (tally(8, 4), tally(4, 3)), (tally(0, 0), tally(2, 1))];
+        let recall = recall.map(|(early, late)| LayerRecall { early, late });
         let stats = TierStats {
             shelved: 9,
             hits: 5,
@@ -281,10 +284,12 @@ mod tests {
             "coel_tier_experts 9",
             "coel_tier_recall{layer=\"1\",when=\"early\"} 0.5",
             "coel_tier_recall{layer=\"1\",when=\"late\"} 0.75",
+            "coel_tier_recall{layer=\"2\",when=\"late\"} 0.5",
         ] {
             assert!(text.contains(line), "{line} not in\n{text}");
         }
         assert!(!text.contains("layer=\"0\""), "nothing was chosen there");
+        assert!(!text.contains("layer=\"2\",when=\"early\""), "nothing was predicted then");
     }
 
     #[test]

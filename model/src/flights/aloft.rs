@@ -22,11 +22,11 @@ use crate::{
     kernels::Kernels,
     layout::ExpertId,
     machine::Machine,
-    router::Route,
     scheduler::Part,
     session::{Advanced, Lease, Routes},
     source::{ExpertOutputs, ExpertRequest, SourceError},
     tiers::{
+        meter::LayerRecall,
         predict::{Foresight, by_weight},
         residency::ClaimId,
     },
@@ -71,6 +71,13 @@ struct Waiting {
     /// Experts of the shelf that are not computed yet.
     shelved: BTreeSet<ExpertId>,
     elsewhere: Option<Elsewhere>,
+}
+
+impl Waiting {
+    /// Whether outputs are missing.
+    fn waits(&self) -> bool {
+        !self.shelved.is_empty() || self.elsewhere.is_some()
+    }
 }
 
 /// Experts that are computed elsewhere.
@@ -127,13 +134,11 @@ impl<K: Kernels> Aloft<K> {
             Phase::Waiting(waiting) => waiting,
         };
         self.take_in(machine, &mut waiting)?;
-        if !waiting.shelved.is_empty() || waiting.elsewhere.is_some() {
+        if waiting.waits() {
             self.phase = Phase::Waiting(waiting);
             return Ok(None);
         }
-        self.flight.finish(&mut machine.core()?, waiting.outputs)?;
-        self.look_ahead_again(machine)?;
-        match self.flight.go_on(&mut machine.core()?) {
+        match self.flight.resume(&mut machine.core()?, waiting.outputs)? {
             Step::NeedExperts => Ok(None),
             Step::Logits(logits) => Ok(Some(logits)),
         }
@@ -160,12 +165,19 @@ impl<K: Kernels> Aloft<K> {
             // Also if there is nothing to need: what was foreseen for this layer is over.
             machine.need(claim, &shelved.iter().copied().collect::<Vec<_>>());
         }
-        self.look_ahead(machine)?;
+        let next = machine.sparse_layer_from(usize::from(layer) + 1).filter(|_| machine.looks_ahead());
+        if let Some(next) = next.filter(|_| self.needs_nearly_all(machine)) {
+            let all = (0..machine.shared.config.num_experts as u16).collect::<Vec<_>>();
+            self.foresee(machine, next, &all);
+        }
         let outputs = machine.run_held(&self.flight)?;
         let mut waiting = Waiting { outputs, shelved, elsewhere };
         if let Some(claim) = self.claim {
             let ready = machine.ready(claim)?;
             self.count_computed(machine, &mut waiting, claim, &ready);
+        }
+        if let Some(next) = next {
+            self.look_ahead(machine, next, &waiting)?;
         }
         Ok(waiting)
     }
@@ -216,34 +228,20 @@ impl<K: Kernels> Aloft<K> {
         Ok(())
     }
 
-    /// Predicts what the next layer will need, and has it read ahead.
-    fn look_ahead(&mut self, machine: &mut Machine<K>) -> Result<(), EngineError> {
-        let next = machine.sparse_layer_from(usize::from(self.flight.layer()) + 1);
-        let Some(next) = next.filter(|_| machine.looks_ahead()) else { return Ok(()) };
-        let nearly_all = self.needs_nearly_all(machine);
-        if nearly_all {
-            let all = (0..machine.shared.config.num_experts as u16).collect::<Vec<_>>();
-            self.foresee(machine, next, &all);
+    /// Predicts what `next` will need while this layer waits for experts, and has it read ahead. Nothing is predicted
+    /// where nothing is missing: the next layer itself tells as soon.
+    fn look_ahead(&mut self, machine: &mut Machine<K>, next: usize, waiting: &Waiting) -> Result<(), EngineError> {
+        let measured = machine.shared.options.foresee;
+        let (waits, nearly_all) = (waiting.waits() && machine.has_shelf(), self.needs_nearly_all(machine));
+        self.foresight.layer = next;
+        if measured {
+            self.foresight.early = machine.predict(&self.flight, &waiting.outputs.shared_alone())?;
         }
-        if !nearly_all || machine.shared.options.foresee {
-            let routes = machine.predict(&self.flight, next)?;
+        if waits && (measured || !nearly_all) {
+            self.foresight.late = machine.predict(&self.flight, &waiting.outputs)?;
             if !nearly_all {
-                self.foresee(machine, next, &by_weight(&routes));
+                self.foresee(machine, next, &by_weight(&self.foresight.late));
             }
-            self.foresight = Foresight::early(next, routes);
-        }
-        Ok(())
-    }
-
-    /// The same once the layer is done, which shows more.
-    fn look_ahead_again(&mut self, machine: &mut Machine<K>) -> Result<(), EngineError> {
-        let next = machine.sparse_layer_from(usize::from(self.flight.layer()));
-        if let Some(next) = next.filter(|next| self.foresight.is_about(*next)) {
-            let routes: Vec<Vec<Route>> = machine.predict(&self.flight, next)?;
-            if !self.needs_nearly_all(machine) {
-                self.foresee(machine, next, &by_weight(&routes));
-            }
-            self.foresight.late(routes);
         }
         Ok(())
     }
@@ -271,20 +269,17 @@ impl<K: Kernels> Aloft<K> {
     fn note_recall(&mut self, machine: &Machine<K>) {
         let layer = usize::from(self.flight.layer());
         let foresight = std::mem::take(&mut self.foresight);
-        if foresight.is_about(layer) {
-            let decoding: Vec<bool> = self
-                .aboard
-                .iter()
-                .flat_map(|aboard| std::iter::repeat_n(aboard.part.rows == 1, aboard.part.rows))
-                .collect();
-            let all = machine.shared.options.foresee;
-            let recall = foresight.recall(layer, self.flight.routes(), |row| all || decoding[row]);
+        let decoding: Vec<bool> = self
+            .aboard
+            .iter()
+            .flat_map(|aboard| std::iter::repeat_n(aboard.part.rows == 1, aboard.part.rows))
+            .collect();
+        let all = machine.shared.options.foresee;
+        let recall = foresight.recall(layer, self.flight.routes(), |row| all || decoding[row]);
+        if recall != LayerRecall::default() {
             machine.shared.meter.update(|stats| {
                 stats.recall.resize(stats.recall.len().max(layer + 1), Default::default());
-                let counted = &mut stats.recall[layer];
-                counted.pairs += recall.pairs;
-                counted.early += recall.early;
-                counted.late += recall.late;
+                stats.recall[layer].add(&recall);
             });
         }
     }

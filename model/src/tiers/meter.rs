@@ -10,15 +10,45 @@ use std::{
 
 use serde::Serialize;
 
+/// Predictions that came true, as many as there were choices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Tally {
+    /// (row, expert) pairs the router chose.
+    pub pairs: u64,
+    /// Of these, predicted.
+    pub found: u64,
+}
+
+impl Tally {
+    /// None where there was nothing to choose.
+    pub fn recall(&self) -> Option<f64> {
+        (self.pairs > 0).then(|| share(self.found, self.pairs))
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.pairs += other.pairs;
+        self.found += other.found;
+    }
+
+    fn since(&self, earlier: &Self) -> Self {
+        Self { pairs: self.pairs - earlier.pairs, found: self.found - earlier.found }
+    }
+}
+
 /// How well the experts of one layer were predicted for rows that decode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LayerRecall {
-    /// (row, expert) pairs the router chose.
-    pub pairs: u64,
-    /// Of these, predicted as soon as the layer before had its attention.
-    pub early: u64,
-    /// Predicted once the layer before was computed.
-    pub late: u64,
+    /// Before any expert of the layer before was computed; counted only where that is asked for.
+    pub early: Tally,
+    /// While some of them were missing, by those that were in memory: what is read ahead.
+    pub late: Tally,
+}
+
+impl LayerRecall {
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.early.add(&other.early);
+        self.late.add(&other.late);
+    }
 }
 
 /// What an engine's tiers have done so far.
@@ -52,13 +82,13 @@ impl TierStats {
         share(self.hits, self.hits + self.misses)
     }
 
-    /// Predicted experts among those chosen, over all layers: early, and late.
-    pub fn mean_recall(&self) -> Option<[f64; 2]> {
-        let layers: Vec<_> = self.recall.iter().filter(|layer| layer.pairs > 0).collect();
-        let mean = |of: fn(&LayerRecall) -> u64| {
-            layers.iter().map(|layer| share(of(layer), layer.pairs)).sum::<f64>() / layers.len() as f64
+    /// Predicted experts among those chosen, on average over the layers for which some were: early, and late.
+    pub fn mean_recall(&self) -> [Option<f64>; 2] {
+        let mean = |of: fn(&LayerRecall) -> Tally| {
+            let layers: Vec<f64> = self.recall.iter().filter_map(|layer| of(layer).recall()).collect();
+            (!layers.is_empty()).then(|| layers.iter().sum::<f64>() / layers.len() as f64)
         };
-        (!layers.is_empty()).then(|| [mean(|layer| layer.early), mean(|layer| layer.late)])
+        [mean(|layer| layer.early), mean(|layer| layer.late)]
     }
 
     /// Adds what was done in another stretch of time.
@@ -72,9 +102,7 @@ impl TierStats {
         self.stall += other.stall;
         self.recall.resize(self.recall.len().max(other.recall.len()), LayerRecall::default());
         for (sum, layer) in self.recall.iter_mut().zip(&other.recall) {
-            sum.pairs += layer.pairs;
-            sum.early += layer.early;
-            sum.late += layer.late;
+            sum.add(layer);
         }
     }
 
@@ -82,11 +110,7 @@ impl TierStats {
     pub fn since(&self, earlier: &Self) -> Self {
         let recall = self.recall.iter().enumerate().map(|(layer, now)| {
             let before = earlier.recall.get(layer).copied().unwrap_or_default();
-            LayerRecall {
-                pairs: now.pairs - before.pairs,
-                early: now.early - before.early,
-                late: now.late - before.late,
-            }
+            LayerRecall { early: now.early.since(&before.early), late: now.late.since(&before.late) }
         });
         Self {
             recall: recall.collect(),
@@ -125,18 +149,19 @@ mod tests {
 
     #[test]
     fn two_readings_are_subtracted() {
-        let recall = |pairs, early, late| LayerRecall { pairs, early, late };
-        let before = TierStats { hits: 3, misses: 1, recall: vec![recall(4, 2, 3)], ..TierStats::default() };
+        let tally = |(pairs, found)| Tally { pairs, found };
+        let recall = |early, late| LayerRecall { early: tally(early), late: tally(late) };
+        let before = TierStats { hits: 3, misses: 1, recall: vec![recall((4, 2), (4, 3))], ..TierStats::default() };
         let stall = Duration::from_millis(5);
-        let recalls = vec![recall(12, 4, 9), recall(8, 4, 4), recall(0, 0, 0)];
+        let recalls = vec![recall((12, 4), (8, 6)), recall((8, 4), (0, 0)), recall((0, 0), (0, 0))];
         let now = TierStats { hits: 6, misses: 2, stall, recall: recalls, ..TierStats::default() };
         let since = now.since(&before);
         assert_eq!((since.hit_rate(), since.stall), (0.75, stall));
-        assert_eq!(since.mean_recall(), Some([(0.25 + 0.5) / 2.0, (0.75 + 0.5) / 2.0]));
+        assert_eq!(since.mean_recall(), [Some((0.25 + 0.5) / 2.0), Some(0.75)]);
         let mut sum = before;
         sum.add(&since);
         assert_eq!((sum.hits, sum.misses, sum.recall), (now.hits, now.misses, now.recall));
-        assert_eq!(TierStats::default().mean_recall(), None);
+        assert_eq!(TierStats::default().mean_recall(), [None; 2]);
         assert_eq!(TierStats::default().hit_rate(), 1.0);
     }
 }

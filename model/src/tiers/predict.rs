@@ -1,12 +1,14 @@
 //! Which experts the next layer will need.
 //!
-//! Owns [`Predictor`] and [`Foresight`], what was predicted for the rows of a flight and how it came true. A prediction
-//! is made twice: when a layer stops for its experts, which leaves time to read, and again when the layer is done, which
-//! is surer. The invariant: predictions change nothing but what is read ahead. Nothing here reads.
+//! Owns [`Predictor`] and [`Foresight`], what was predicted for the rows of a flight and how it came true. While a layer
+//! waits for experts, the rows go on without them: what is known of the layer's output (the shared expert's part, and
+//! that of the experts in memory, all of which is computed anyway) passes through the next layer's own attention to its
+//! router. That takes no training and no memory, and costs one attention where the disk is waited for. The invariant:
+//! predictions change nothing but what is read ahead. Nothing here reads.
 
-use super::meter::LayerRecall;
+use super::meter::{LayerRecall, Tally};
 use crate::{
-    decoder::{Core, Flight},
+    decoder::{Core, Flight, Outputs},
     kernels::Kernels,
     router::Route,
 };
@@ -16,66 +18,55 @@ use crate::{
 pub enum Predictor {
     /// Not at all.
     Off,
-    /// The layer's own router, shown the rows as they are now: a layer changes a row by little.
+    /// By the next layer's attention and router, shown the rows as far as they are known.
     #[default]
-    Gate,
+    Attention,
 }
 
 impl Predictor {
-    /// For each row of `flight` the experts of `layer` it will need, ascending, as its residual is now; nothing for a
-    /// layer without experts.
+    /// For each row of `flight` the experts that the next layer with experts will need, ascending, as far as `known`
+    /// tells; nothing if there is no such layer.
     pub(crate) fn predict<K: Kernels>(
         self,
         core: &mut Core<'_, K>,
         flight: &Flight<K>,
-        layer: usize,
+        known: &Outputs,
     ) -> Vec<Vec<Route>> {
         match self {
             Predictor::Off => Vec::new(),
-            Predictor::Gate => flight.routes_if(core, layer),
+            Predictor::Attention => flight.routes_ahead(core, known),
         }
     }
 }
 
-/// What is predicted for the next layer of a flight.
+/// What is predicted for the next layer of a flight; nothing where there are no rows.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Foresight {
     /// The layer it is about.
-    layer: usize,
-    /// For each row, early and late.
-    predicted: [Vec<Vec<Route>>; 2],
+    pub layer: usize,
+    /// For each row, before any expert of the layer before was computed.
+    pub early: Vec<Vec<Route>>,
+    /// With those that were in memory, while others were missing.
+    pub late: Vec<Vec<Route>>,
 }
 
 impl Foresight {
-    pub(crate) fn early(layer: usize, routes: Vec<Vec<Route>>) -> Self {
-        Self { layer, predicted: [routes, Vec::new()] }
-    }
-
-    pub(crate) fn is_about(&self, layer: usize) -> bool {
-        self.layer == layer && !self.predicted[0].is_empty()
-    }
-
-    pub(crate) fn late(&mut self, routes: Vec<Vec<Route>>) {
-        self.predicted[1] = routes;
-    }
-
     /// How much of what `layer` chose was predicted, over the rows for which `counts`.
     pub(crate) fn recall(&self, layer: usize, chosen: &[Vec<Route>], counts: impl Fn(usize) -> bool) -> LayerRecall {
-        let mut recall = LayerRecall::default();
-        if !self.is_about(layer) {
-            return recall;
+        let tally = |predicted: &[Vec<Route>]| {
+            let mut tally = Tally::default();
+            let rows = predicted.iter().zip(chosen).enumerate().filter(|(row, _)| counts(*row));
+            for (predicted, chosen) in rows.map(|(_, row)| row) {
+                let found = |route: &&Route| predicted.iter().any(|other| other.expert == route.expert);
+                tally.pairs += chosen.len() as u64;
+                tally.found += chosen.iter().filter(found).count() as u64;
+            }
+            tally
+        };
+        match self.layer == layer {
+            true => LayerRecall { early: tally(&self.early), late: tally(&self.late) },
+            false => LayerRecall::default(),
         }
-        for (row, routes) in chosen.iter().enumerate().filter(|(row, _)| counts(*row)) {
-            let found = |predicted: &[Vec<Route>]| {
-                let predicted = predicted.get(row).map(Vec::as_slice).unwrap_or_default();
-                let mine = |route: &&Route| predicted.iter().any(|other| other.expert == route.expert);
-                routes.iter().filter(mine).count() as u64
-            };
-            recall.pairs += routes.len() as u64;
-            recall.early += found(&self.predicted[0]);
-            recall.late += found(&self.predicted[1]);
-        }
-        recall
     }
 }
 
@@ -100,14 +91,18 @@ mod tests {
 
     #[test]
     fn what_came_true_is_counted_for_the_rows_that_count() {
-        let mut foresight = Foresight::early(2, vec![routes(&[(1, 0.5), (4, 0.5)]), routes(&[(0, 0.5), (1, 0.5)])]);
-        foresight.late(vec![routes(&[(1, 0.5), (5, 0.5)]), routes(&[(0, 0.5), (1, 0.5)])]);
+        let early = vec![routes(&[(1, 0.5), (4, 0.5)]), routes(&[(0, 0.5), (1, 0.5)])];
+        let late = vec![routes(&[(1, 0.5), (5, 0.5)]), routes(&[(0, 0.5), (2, 0.5)])];
         let chosen = [routes(&[(1, 0.6), (5, 0.4)]), routes(&[(2, 0.6), (3, 0.4)])];
+        let tally = |pairs, found| Tally { pairs, found };
+        let foresight = Foresight { layer: 2, early, late };
         let first = foresight.recall(2, &chosen, |row| row == 0);
-        assert_eq!(first, LayerRecall { pairs: 2, early: 1, late: 2 });
+        assert_eq!(first, LayerRecall { early: tally(2, 1), late: tally(2, 2) });
         let all = foresight.recall(2, &chosen, |_| true);
-        assert_eq!(all, LayerRecall { pairs: 4, early: 1, late: 2 });
+        assert_eq!(all, LayerRecall { early: tally(4, 1), late: tally(4, 3) });
         assert_eq!(foresight.recall(3, &chosen, |_| true), LayerRecall::default(), "another layer");
+        let none = Foresight { early: Vec::new(), ..foresight };
+        assert_eq!(none.recall(2, &chosen, |_| true).early, Tally::default(), "nothing was predicted then");
     }
 
     #[test]

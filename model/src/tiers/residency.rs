@@ -24,7 +24,7 @@ const URGENT_MAX: usize = 8;
 const AHEAD_MAX: usize = 4;
 /// How a foreseen use counts against uses that were: as those of an expert that is needed in so many of all ticks as
 /// predictions come true.
-const FORESEEN_WEIGHT: f64 = 0.6 * HALF_LIFE / std::f64::consts::LN_2;
+const FORESEEN_WEIGHT: f64 = 0.9 * HALF_LIFE / std::f64::consts::LN_2;
 
 /// One who computes with experts: a flight, or a duty for a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

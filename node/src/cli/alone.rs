@@ -223,8 +223,9 @@ pub struct Eval {
     /// With --policies: how many lots are drawn for the random rule.
     #[arg(long, value_name = "N", default_value_t = 3, requires = "policies", value_parser = clap::value_parser!(u32).range(1..))]
     seeds: u32,
-    /// Also print how many of the experts a layer chooses were predicted, layer by layer and on average: early, when the
-    /// layer before had its attention, and late, when it was done.
+    /// Also print how many of the experts a layer chooses were predicted, by as many guesses, layer by layer and on
+    /// average: early, as if none of the layer before were in memory (its shared expert is), and, with --memory, late,
+    /// by those that were, where some were missing.
     #[arg(long)]
     recall: bool,
     #[command(flatten)]
@@ -297,7 +298,7 @@ impl Eval {
         let mut fields = serde_json::to_value(report)?;
         if let (true, Some(fields)) = (self.recall, fields.as_object_mut()) {
             let stats = model.engine.tiers();
-            let [early, late] = stats.mean_recall().unwrap_or_default();
+            let [early, late] = stats.mean_recall();
             fields.insert("recall_early".into(), early.into());
             fields.insert("recall_late".into(), late.into());
             fields.insert("recall_layers".into(), serde_json::to_value(stats.recall)?);

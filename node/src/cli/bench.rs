@@ -108,8 +108,8 @@ struct Tiers {
     read_bytes_per_token: f64,
     /// Of what was read ahead, the share that was then needed.
     prefetch_used: f64,
-    /// Predicted among the chosen experts on average: early, and late.
-    recall: Option<[f64; 2]>,
+    /// Predicted among the chosen experts, on average over layers, where the layer before waited for some.
+    recall: Option<f64>,
     recall_layers: Vec<LayerRecall>,
     #[serde(skip)]
     sums: TierStats,
@@ -127,7 +127,7 @@ impl Tiers {
         self.stall_ms_per_token = sums.stall.as_secs_f64() * 1e3 / tokens;
         self.read_bytes_per_token = sums.bytes_read as f64 / tokens;
         self.prefetch_used = sums.prefetch_used as f64 / sums.prefetched.max(1) as f64;
-        self.recall = sums.mean_recall();
+        [_, self.recall] = sums.mean_recall();
         self.recall_layers = sums.recall.clone();
     }
 }
