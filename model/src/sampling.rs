@@ -12,7 +12,7 @@
 //! believed, not what the sampler was told to do.
 //!
 //! It deliberately does not know which tokens end a text, and never invents a token: logits that are not
-//! numbers are an error, since they mean that the computation before went wrong.
+//! finite numbers are an error, since they mean that weights are damaged or the computation before went wrong.
 
 use std::cmp::Ordering;
 use std::collections::HashSet;
@@ -39,17 +39,15 @@ impl ParamError {
 }
 
 /// Logits from which no token can be chosen.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum SamplingError {
     #[error("the model returned no logits: its vocabulary is empty")]
     Empty,
     #[error(
-        "the logit of token {token} is {value}: the model's weights or its computation are damaged; \
-         verify the checkpoint"
+        "the logit of token {token} is {value}: weights of the model are no finite numbers, or its arithmetic gave such; \
+         `coel model slice DIR OUT` looks through a checkpoint and names the tensor, as an import does"
     )]
-    NotANumber { token: u32, value: &'static str },
-    #[error("every logit is -inf: no token can be chosen; verify the checkpoint")]
-    NothingPossible,
+    NotFinite { token: u32, value: f32 },
 }
 
 /// How the next token is drawn. Fields are named as in OpenAI's and vLLM's requests.
@@ -234,16 +232,11 @@ fn check_logits(logits: &[f32]) -> Result<(), SamplingError> {
     if logits.is_empty() {
         return Err(SamplingError::Empty);
     }
-    let bad = (0u32..).zip(logits).find(|(_, logit)| logit.is_nan() || **logit == f32::INFINITY);
-    if let Some((token, logit)) = bad {
-        let value = if logit.is_nan() { "NaN" } else { "infinite" };
-        return Err(SamplingError::NotANumber { token, value });
+    // No model forbids a token by -inf; it is what overflows, and a NaN in the next sum.
+    match (0u32..).zip(logits).find(|(_, logit)| !logit.is_finite()) {
+        Some((token, &value)) => Err(SamplingError::NotFinite { token, value }),
+        None => Ok(()),
     }
-    // A single -inf is a token that is forbidden; all of them leave nothing to choose.
-    if logits.iter().all(|logit| *logit == f32::NEG_INFINITY) {
-        return Err(SamplingError::NothingPossible);
-    }
-    Ok(())
 }
 
 /// The index of the largest score, the lowest where several are equal. `scores` is not empty and holds no

@@ -53,6 +53,14 @@ async fn spoilt_checkpoints_are_refused_by_name() {
     });
     generate(&copy).await.refused(1, &[TENSOR, "96", "256"]);
 
+    // A weight that is no number: nothing is looked through at the start, but no token is drawn from what comes of it.
+    let spoilt = Copy::new();
+    spoilt.edit_weights(|header, data| {
+        let at = header["model.norm.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
+        data[at..][..2].copy_from_slice(&[0xc0, 0x7f]);
+    });
+    generate(&spoilt).await.refused(1, &["no finite numbers", "coel model slice"]);
+
     // Import refuses what generate refuses, before the mesh hears of it.
     let mesh = crate::support::lone_node().await;
     let data = mesh.nodes()[0].data();

@@ -186,7 +186,7 @@ fn a_character_cut_off_by_the_end_is_marked() {
 fn damaged_logits_are_an_error_and_change_nothing() {
     let mut sequence = sequence(greedy());
     let error = sequence.accept(&[f32::NAN; 4096]).unwrap_err();
-    assert!(matches!(error, SequenceError::Sampling(SamplingError::NotANumber { token: 0, .. })));
+    assert!(matches!(error, SequenceError::Sampling(SamplingError::NotFinite { token: 0, .. })));
     assert_eq!((sequence.next_input(), sequence.usage().completion_tokens), ([10, 11, 12].as_slice(), 0));
 }
 
