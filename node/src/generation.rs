@@ -92,7 +92,8 @@ impl Generator {
         let not_ready = || ServiceError::NotReady(self.readiness().to_string());
         let serving = self.shared.serving.borrow().clone().ok_or_else(not_ready)?;
         if serving.known.id != named {
-            return Err(ServiceError::NotReady(format!("the mesh serves '{}' only", serving.known.manifest.name)));
+            let served = state.models.get(&serving.known.id).map_or("another model", |model| model.name.as_str());
+            return Err(ServiceError::NotReady(format!("the mesh serves '{served}' only")));
         }
         let admitted = self.admitted.clone().try_acquire_owned().map_err(|_| {
             ServiceError::Busy(format!(

@@ -208,8 +208,10 @@ impl Hosting {
         let (accepted, nodes) = (shared.config.trunk, state.members.len());
         let decide = || known.trunk_precision(accepted, memory_bytes, disk_bytes, kv_tokens, nodes);
         let precision = shared.trunk.borrow().unwrap_or_else(decide);
-        let fits = check_budget(&known, memory_bytes, kv_tokens, accepted)
-            .and_then(|()| disk_bytes.map_or(Ok(()), |disk_bytes| room::check_disk(&known, disk_bytes, precision)));
+        let name = &registered.name;
+        let fits = check_budget(&known, name, memory_bytes, kv_tokens, accepted).and_then(|()| {
+            disk_bytes.map_or(Ok(()), |disk_bytes| room::check_disk(&known, name, disk_bytes, precision))
+        });
         if let Err(short) = fits {
             let node = shared.log.node_id();
             if shared.newcomer && !shared.log.voters().contains(&node) {
@@ -266,20 +268,25 @@ impl Default for Pass {
     }
 }
 
-/// Whether the budget holds the model's fixed part, its trunk at the fewest bits that are accepted.
+/// Whether the budget holds the fixed part of the model called `name`, its trunk at the fewest bits that are accepted.
 ///
 /// # Errors
 /// Both numbers and the remedy, in words.
-pub fn check_budget(known: &Known, memory_bytes: u64, kv_tokens: usize, trunk: Bounds) -> Result<(), String> {
+pub fn check_budget(
+    known: &Known,
+    name: &str,
+    memory_bytes: u64,
+    kv_tokens: usize,
+    trunk: Bounds,
+) -> Result<(), String> {
     let needed = known.fixed_bytes(kv_tokens, trunk.lowest());
     if memory_bytes >= needed {
         return Ok(());
     }
     Err(format!(
-        "the memory budget of {} ({memory_bytes} bytes) is too small for the trunk of model '{}': trunk, KV cache of {} tokens \
+        "the memory budget of {} ({memory_bytes} bytes) is too small for the trunk of model '{name}': trunk, KV cache of {} tokens \
          and buffers need {} ({needed} bytes); raise --memory or lower --kv-tokens",
         Size(memory_bytes),
-        known.manifest.name,
         known.kv_tokens(kv_tokens),
         Size(needed),
     ))

@@ -249,7 +249,6 @@ mod tests {
             |exact, base, refine| Slices { exact: blob(exact), base: Some(blob(base)), refine: Some(blob(refine)) };
         let manifest = Manifest {
             format: FORMAT,
-            name: "m".into(),
             architecture: "Test".into(),
             files: Vec::new(),
             trunk: vec![PartEntry { name: "head".into(), slices: slices(1000, 300, 200) }],

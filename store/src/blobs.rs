@@ -23,7 +23,7 @@ mod partial;
 mod quota;
 mod segment;
 
-pub use draft::{Draft, NewPart, PartKey};
+pub use draft::{Draft, NewPart, NewSlices, PartKey};
 pub use partial::Partial;
 pub use quota::Usage;
 pub use segment::Segment;
@@ -95,6 +95,16 @@ pub enum BlobError {
     /// All chunks match, but the blob they make has another hash: the manifest contradicts itself.
     #[error("blob {id}: the chunks that the manifest lists make blob {got}; import the model again")]
     OtherContent {
+        /// What it should be.
+        id: BlobId,
+        /// What it is.
+        got: BlobId,
+    },
+    /// What was made here to be a blob is another one.
+    #[error(
+        "what was made here in place of blob {id} is blob {got}: another version of coel sliced this model; fetch it"
+    )]
+    MadeOther {
         /// What it should be.
         id: BlobId,
         /// What it is.
@@ -447,6 +457,12 @@ impl Blobs {
         Ok(content)
     }
 
+    /// To read a held blob piece by piece. What it gives is as it lies there: whoever needs it verified checks it, or what comes
+    /// of it.
+    pub fn reader(&self, entry: &BlobEntry) -> Result<BlobReader, BlobError> {
+        Ok(BlobReader(segment::Reader::new(entry.id, self.lies_in(entry)?)))
+    }
+
     /// Checks every chunk without keeping the content.
     pub fn verify(&self, entry: &BlobEntry) -> Result<(), BlobError> {
         self.for_each_chunk(entry, |_| ())
@@ -455,6 +471,16 @@ impl Blobs {
     /// Begins to receive a blob, or goes on where an earlier attempt ended.
     pub fn receive(&self, entry: &BlobEntry) -> Result<Partial, BlobError> {
         Partial::open(self, entry)
+    }
+}
+
+/// A held blob, opened by [`Blobs::reader`].
+pub struct BlobReader(segment::Reader);
+
+impl BlobReader {
+    /// Fills `buffer` with the bytes from `start` on.
+    pub fn read_at(&mut self, start: u64, buffer: &mut [u8]) -> Result<(), BlobError> {
+        self.0.read_at(start, buffer)
     }
 }
 

@@ -30,7 +30,7 @@ pub mod precision;
 pub mod state;
 
 pub use apply::apply;
-pub use blobs::{BlobError, Blobs, Draft, NewPart, PartKey, Partial, Segment, Usage};
+pub use blobs::{BlobError, BlobReader, Blobs, Draft, NewPart, NewSlices, PartKey, Partial, Segment, Usage};
 pub use cbor::CborError;
 pub use command::{Assignment, Command, Outcome, Refusal};
 pub use disk::{DiskError, OpenError};

@@ -8,8 +8,8 @@
 //! Invariant: a decoded manifest is sound. Its sizes add up, every blob has the hashes that its
 //! length calls for, names are names and not paths, no expert is listed twice, a refine slice comes
 //! with its base, and encoding it again gives the same bytes. What the bytes of a blob mean is not
-//! known here. Nor is anything that was measured on the model: it is no part of its content, and two
-//! machines that import the same checkpoint must come to the same id.
+//! known here. Nor is anything that was measured on the model, nor what people call it: neither is part of its
+//! content, and two machines that import the same checkpoint must come to the same id.
 
 use crate::cbor::{self, CborError};
 use crate::ids::{BlobId, ExpertId, ModelId};
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// The format written and read here.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 /// Bytes of a chunk; the last one of a blob may be shorter.
 pub const CHUNK_BYTES: usize = 1 << 20;
 /// Longest encoded manifest. A model of 700 GB has 22 MB of chunk hashes.
@@ -33,8 +33,6 @@ const NAME_BYTES_MAX: usize = 256;
 pub struct Manifest {
     /// [`FORMAT`].
     pub format: u32,
-    /// What the model is called by default.
-    pub name: String,
     /// The architecture as its configuration names it.
     pub architecture: String,
     /// `config.json`, `tokenizer.json` and what else describes the model.
@@ -325,7 +323,6 @@ impl Manifest {
         if self.format != FORMAT {
             return Err(ManifestError::Format(self.format));
         }
-        check_name("model", &self.name)?;
         check_name("architecture", &self.architecture)?;
         let files = self.files.iter().map(|file| ("file", &file.name));
         let parts = self.trunk.iter().map(|part| ("trunk part", &part.name));

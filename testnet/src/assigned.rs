@@ -67,7 +67,6 @@ mod tests {
         };
         let manifest = Manifest {
             format: FORMAT,
-            name: "m".into(),
             architecture: "Test".into(),
             files: Vec::new(),
             trunk: vec![PartEntry { name: "head".into(), slices: Slices::exact_only(blob(100)) }],

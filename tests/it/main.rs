@@ -8,6 +8,7 @@ mod bad_input;
 mod failover;
 mod golden;
 mod http_client;
+mod import;
 mod main_job;
 mod membership;
 mod paging;

@@ -18,7 +18,8 @@ use crate::support::{
 /// Long enough that the mesh can be told something, and do it, well within it.
 const LONG_TOKENS: usize = 120;
 
-fn is_settled(status: &Status) -> bool {
+/// Whether everything that was placed is there, as wanted.
+pub fn is_settled(status: &Status) -> bool {
     status.coverage == 1.0 && status.placement.values().flatten().all(|replica| replica.ready)
 }
 
@@ -158,31 +159,4 @@ async fn what_does_not_fit_is_refused_and_changes_nothing() {
     let after = mesh.nodes()[0].status().await.unwrap();
     assert_eq!((after.precisions, after.epoch), (before.precisions, before.epoch));
     until(&mut mesh, 0, "still serving", is_settled).await;
-}
-
-#[tokio::test]
-async fn an_import_that_was_killed_goes_on_where_it_stopped() {
-    let _turn = turn().await;
-    let mut mesh = crate::support::lone_node().await;
-    let request = Request::Import { dir: fixture(), name: Some(MODEL.into()) };
-    // Killed while it cuts: as soon as it says that it does.
-    let (seen, mut began) = tokio::sync::mpsc::channel(1);
-    {
-        let import = mesh.nodes()[0].ask::<ModelInfo>(&request, |_, done, _| {
-            if done > 0 {
-                let _ = seen.try_send(());
-            }
-        });
-        tokio::select! {
-            ended = import => panic!("it ended before it could be killed: {ended:?}"),
-            _ = began.recv() => {}
-        }
-    }
-    mesh.node(0).kill();
-    mesh.node(0).start(&coel_testnet::node::Start::Again).await.unwrap();
-    let status = mesh.nodes()[0].status().await.unwrap();
-    assert!(status.models.is_empty(), "nothing is half-registered");
-    let model: ModelInfo = guarded(mesh.nodes()[0].ask(&request, |_, _, _| ())).await.unwrap();
-    assert_eq!(model.name, MODEL);
-    until(&mut mesh, 0, "serving", is_settled).await;
 }

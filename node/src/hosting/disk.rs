@@ -141,7 +141,6 @@ mod tests {
         let names = ["0.0", "0.1", "0.2", "0.3"];
         Manifest {
             format: FORMAT,
-            name: "m".into(),
             architecture: "Test".into(),
             files: Vec::new(),
             trunk: vec![PartEntry { name: "head".into(), slices: slices("head") }],

@@ -60,20 +60,19 @@ impl Hosting {
     }
 }
 
-/// Whether the disk budget holds what every node keeps of the model, its trunk at this precision among it.
+/// Whether the disk budget holds what every node keeps of the model called `name`, its trunk at this precision among it.
 ///
 /// # Errors
 /// Both numbers and the remedy, in words.
-pub fn check_disk(known: &Known, disk_bytes: u64, trunk: coel_store::Precision) -> Result<(), String> {
+pub fn check_disk(known: &Known, name: &str, disk_bytes: u64, trunk: coel_store::Precision) -> Result<(), String> {
     let needed = known.disk_fixed_bytes(trunk);
     if disk_bytes >= needed {
         return Ok(());
     }
     Err(format!(
-        "the disk budget of {} ({disk_bytes} bytes) is too small for the trunk of model '{}': its weights at {trunk} and its files \
+        "the disk budget of {} ({disk_bytes} bytes) is too small for the trunk of model '{name}': its weights at {trunk} and its files \
          need {} ({needed} bytes); raise --disk, leave it out, or accept a lower precision with --trunk",
         Size(disk_bytes),
-        known.manifest.name,
         Size(needed),
     ))
 }

@@ -16,10 +16,13 @@ use coel_model::checkpoint::Checkpoint;
 use coel_model::parts::{Part, PartKind, parts};
 use coel_model::slices::blob::{FORMAT, PartBytes, ReadAt, SliceError, part_bytes, write_part};
 use coel_model::slices::encode::first_not_finite;
-use coel_store::{BlobEntry, BlobError, BlobHasher, Blobs, Draft, NewPart, PartKey, Segment, Slices};
+use coel_store::{
+    BlobEntry, BlobError, BlobHasher, Blobs, CHUNK_BYTES, Manifest, NewPart, NewSlices, PartKey, Segment, Slices,
+};
 use tracing::warn;
 
 use super::Progress;
+use crate::ids;
 use crate::size::Size;
 
 /// Slices written before they are kept: what an interruption may cost, against a sync of the disk for each part.
@@ -61,6 +64,23 @@ pub enum CutError {
     /// The node is stopping.
     #[error("the node is stopping; import again once it is up: it goes on where it stopped")]
     Stopped,
+}
+
+/// What is known of a part beforehand.
+enum Known {
+    /// An earlier import kept all of it.
+    Whole(Slices),
+    /// These slices are here; whether they are of this part its exact weights will tell.
+    Slices(Slices),
+    Nothing,
+}
+
+/// The slices of a part in a manifest.
+fn slices_in<'a>(manifest: &'a Manifest, part: &PartKind) -> Option<&'a Slices> {
+    match part {
+        PartKind::Trunk { name } => manifest.trunk.iter().find(|part| part.name == *name).map(|part| &part.slices),
+        PartKind::Expert(expert) => manifest.experts.get(&ids::to_store(*expert)),
+    }
 }
 
 /// A checkpoint on its way into blobs.
@@ -109,14 +129,65 @@ impl<'a> Cut<'a> {
         &self.parts
     }
 
-    /// Cuts what was not cut before; the slices of every part, in their order.
+    /// Whether this can be the model of `manifest`: it has the same parts, as long, and those of the trunk begin alike. Looks at a
+    /// megabyte of each; two models that differ in experts only look the same from here.
+    ///
+    /// # Errors
+    /// [`CutError::Read`].
+    pub fn could_be(&self, manifest: &Manifest) -> Result<bool, CutError> {
+        if self.parts.len() != manifest.trunk.len() + manifest.experts.len() {
+            return Ok(false);
+        }
+        for part in &self.parts {
+            let Some(entry) = slices_in(manifest, &part.kind).map(|slices| &slices.exact) else {
+                return Ok(false);
+            };
+            let mut first = part.header();
+            if entry.bytes != first.len() as u64 + part.data_bytes() {
+                return Ok(false);
+            }
+            if part.expert().is_some() {
+                continue;
+            }
+            for tensor in &part.tensors {
+                let start = first.len();
+                let wanted = (CHUNK_BYTES.saturating_sub(start) as u64).min(tensor.bytes) as usize;
+                first.resize(start + wanted, 0);
+                let read = self.files[tensor.file].read_exact_at(&mut first[start..], tensor.offset);
+                let path = || self.checkpoint.weight_files()[tensor.file].clone();
+                read.map_err(|source| CutError::Read { path: path(), source })?;
+            }
+            first.truncate(CHUNK_BYTES);
+            if !entry.chunk_matches(0, &first) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Cuts what was not cut before; the slices of every part, in their order. Where this `could_be` a model whose slices are held
+    /// here already, they are not made again.
     ///
     /// # Errors
     /// [`CutError`]; what was kept by then is found again.
-    pub fn run(&self, progress: Progress<'_>, stopped: &dyn Fn() -> bool) -> Result<Vec<Slices>, CutError> {
+    pub fn run(
+        &self,
+        could_be: Option<&Manifest>,
+        progress: Progress<'_>,
+        stopped: &dyn Fn() -> bool,
+    ) -> Result<Vec<Slices>, CutError> {
         let noted = self.keys.iter().map(|key| self.blobs.noted(key)).collect::<Result<Vec<_>, _>>()?;
+        let of_manifest = |part: &Part| slices_in(could_be?, &part.kind).filter(|slices| self.holds(slices)).cloned();
+        let known: Vec<_> = noted
+            .into_iter()
+            .zip(&self.parts)
+            .map(|(noted, part)| match noted {
+                Some(slices) => Known::Whole(slices),
+                None => of_manifest(part).map_or(Known::Nothing, Known::Slices),
+            })
+            .collect();
         let mut cut = Vec::with_capacity(self.parts.len());
-        self.check_room(&noted, 0)?;
+        self.check_room(&known, 0)?;
         let total: u64 = self.parts.iter().map(Part::data_bytes).sum();
         let mut done = 0;
         let mut batch = Batch::default();
@@ -125,11 +196,13 @@ impl<'a> Cut<'a> {
             if stopped() {
                 return Err(CutError::Stopped);
             }
-            match &noted[index] {
-                Some(slices) => cut.push(Some(slices.clone())),
-                None => {
-                    let kept = self.cut(index).and_then(|part| {
-                        batch.bytes += self.sizes[index].map_or(0, |sizes| sizes.base + sizes.refine);
+            match &known[index] {
+                Known::Whole(slices) => cut.push(Some(slices.clone())),
+                before => {
+                    let kept = self.cut(index, before).and_then(|part| {
+                        if matches!(part.slices, NewSlices::Made(_)) {
+                            batch.bytes += self.sizes[index].map_or(0, |sizes| sizes.base + sizes.refine);
+                        }
                         batch.parts.push((index, part));
                         cut.push(None);
                         if batch.is_full() { batch.keep(self.blobs, &mut cut) } else { Ok(()) }
@@ -138,44 +211,56 @@ impl<'a> Cut<'a> {
                         // What was finished is kept if it can be, and what was not makes room for the next try.
                         let _ = batch.keep(self.blobs, &mut cut);
                         drop(batch);
-                        return Err(self.explain(error, &noted, &cut));
+                        return Err(self.explain(error, &known, &cut));
                     }
                 }
             }
             done += part.data_bytes();
         }
-        batch.keep(self.blobs, &mut cut).map_err(|error| self.explain(error, &noted, &cut))?;
+        batch.keep(self.blobs, &mut cut).map_err(|error| self.explain(error, &known, &cut))?;
         progress("cutting weights, bytes", total, total);
         Ok(cut.into_iter().map(|slices| slices.expect("every part was noted or kept")).collect())
     }
 
-    /// One part, hashed and sliced.
-    fn cut(&self, index: usize) -> Result<NewPart, CutError> {
+    /// Whether both slices lie here whole, as far as a look at the files tells.
+    fn holds(&self, slices: &Slices) -> bool {
+        let held = |slice: &Option<BlobEntry>| slice.as_ref().is_some_and(|entry| self.blobs.lies_in(entry).is_ok());
+        held(&slices.base) && held(&slices.refine)
+    }
+
+    /// One part, hashed and, unless its slices are here, sliced.
+    fn cut(&self, index: usize, before: &Known) -> Result<NewPart, CutError> {
         let part = &self.parts[index];
         let failed = |source| CutError::Slice { part: part.kind.clone(), source };
+        if let Known::Slices(Slices { exact, base: Some(base), refine: Some(refine) }) = before {
+            let found = ByTheWay::new(&self.files, part).finish(true).map_err(failed)?;
+            if found == *exact {
+                return Ok(self.part(index, found, NewSlices::Held([base.clone(), refine.clone()])));
+            }
+        }
         let by_the_way = ByTheWay::new(&self.files, part);
-        let mut slices = None;
+        let mut slices = NewSlices::None;
         if self.sizes[index].is_some() {
             let [mut base, mut refine] = [self.blobs.draft()?, self.blobs.draft()?];
             match write_part(part, &by_the_way, &mut base, &mut refine) {
-                Ok(()) => slices = Some([base, refine]),
+                Ok(()) => slices = NewSlices::Made([base, refine]),
                 // Such weights are rare and not damaged: they are only held exactly. What slicing did not come to was looked
                 // through by nobody.
                 Err(range @ SliceError::Range { .. }) => {
                     warn!(part = %part.kind, %range, "no slices of this part");
                     let again = ByTheWay::new(&self.files, part);
                     let exact = again.finish(true).map_err(failed)?;
-                    return Ok(self.part(index, exact, None));
+                    return Ok(self.part(index, exact, NewSlices::None));
                 }
                 Err(error) => return Err(failed(error)),
             }
         }
-        let exact = by_the_way.finish(slices.is_none()).map_err(failed)?;
+        let exact = by_the_way.finish(matches!(slices, NewSlices::None)).map_err(failed)?;
         Ok(self.part(index, exact, slices))
     }
 
     /// A part whose exact blob stays where it is.
-    fn part(&self, index: usize, exact: BlobEntry, slices: Option<[Draft; 2]>) -> NewPart {
+    fn part(&self, index: usize, exact: BlobEntry, slices: NewSlices) -> NewPart {
         let part = &self.parts[index];
         let mut segments = vec![Segment::Inline(part.header())];
         segments.extend(part.tensors.iter().map(|tensor| Segment::File {
@@ -187,15 +272,16 @@ impl<'a> Cut<'a> {
     }
 
     /// Whether what is still to be cut has room.
-    fn check_room(&self, noted: &[Option<Slices>], done: usize) -> Result<(), CutError> {
-        let open = self.sizes.iter().zip(noted).skip(done).filter(|(_, noted)| noted.is_none());
+    fn check_room(&self, known: &[Known], done: usize) -> Result<(), CutError> {
+        let open = self.sizes.iter().zip(known).skip(done).filter(|(_, known)| matches!(known, Known::Nothing));
         let needed: u64 = open.filter_map(|(sizes, _)| sizes.map(|sizes| sizes.base + sizes.refine)).sum();
         let needed_bytes = if needed == 0 { 0 } else { needed + INDEX_BYTES };
         let free_bytes =
             free_bytes(self.folder).map_err(|source| CutError::Read { path: self.folder.to_owned(), source })?;
         let usage = self.blobs.usage();
         let room = usage.budget_bytes.zip(usage.room_bytes()).filter(|(_, room)| needed > *room);
-        let (done, total) = (done + noted.iter().skip(done).flatten().count(), self.parts.len());
+        let (done, total) =
+            (done + known.iter().skip(done).filter(|known| matches!(known, Known::Whole(_))).count(), self.parts.len());
         if let Some((budget_bytes, room)) = room {
             let (needed_bytes, missing_bytes) = (needed, needed - room);
             let used_bytes = usage.used_bytes;
@@ -209,7 +295,7 @@ impl<'a> Cut<'a> {
     }
 
     /// Says of a full disk what is missing.
-    fn explain(&self, error: CutError, noted: &[Option<Slices>], cut: &[Option<Slices>]) -> CutError {
+    fn explain(&self, error: CutError, known: &[Known], cut: &[Option<Slices>]) -> CutError {
         let full = match &error {
             CutError::Keep(error) => error.is_full_disk() || error.is_over_budget(),
             CutError::Slice { source: SliceError::Write { source, .. }, .. } => is_full(source),
@@ -220,7 +306,7 @@ impl<'a> Cut<'a> {
         }
         let kept = cut.iter().take_while(|slices| slices.is_some()).count();
         // Somebody may have made room meanwhile; then the system's own words must do.
-        self.check_room(noted, kept).err().unwrap_or(error)
+        self.check_room(known, kept).err().unwrap_or(error)
     }
 }
 

@@ -21,8 +21,8 @@ use coel_model::survey::{self, Source, Survey, SurveyError, survey};
 use coel_model::tensors::{LoadError, Tensors};
 use coel_model::text::TextModel;
 use coel_store::manifest::FORMAT;
-use coel_store::{Command, FileEntry, Loss, Manifest, Model, Outcome, PartEntry};
-use tracing::{info, instrument};
+use coel_store::{BlobId, Command, FileEntry, Loss, Manifest, Model, ModelId, Outcome, PartEntry};
+use tracing::{info, instrument, warn};
 
 use crate::hosting::check_budget;
 use crate::ids;
@@ -37,7 +37,7 @@ use cut::{Cut, CutError};
 /// A step of the import, for progress: what is counted, how many are done, of how many.
 pub type Progress<'a> = &'a mut (dyn FnMut(&str, u64, u64) + Send);
 
-/// Imports `dir` under `name`, or under the directory's name.
+/// Imports `dir` under `name`; without one, under the name that the mesh knows the model by, or under the directory's.
 ///
 /// # Errors
 /// In words: what is wrong with the checkpoint, the budget or the mesh, and what to do.
@@ -49,36 +49,31 @@ pub async fn import(
     mut progress: impl FnMut(&str, u64, u64) + Send + 'static,
 ) -> Result<ModelInfo, String> {
     let dir = std::fs::canonicalize(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
-    let name =
-        name.or_else(|| Some(dir.file_name()?.to_string_lossy().into_owned())).ok_or("give the model a --name")?;
+    let folder = dir.file_name().map(|folder| folder.to_string_lossy().into_owned());
+    let called = name.clone().or(folder).filter(|name| !name.is_empty()).ok_or("give the model a --name")?;
     let _importing =
         shared.importing.try_lock().map_err(|_| "this node imports another model; wait until it is done")?;
-    let (importing, named) = (shared.clone(), name.clone());
+    let served = served(shared).await;
+    let importing = shared.clone();
     let (known, found) = run_blocking(move || {
         let checkpoint = Checkpoint::open(&dir).map_err(|error| error.to_string())?;
-        let known = cut(&importing, &checkpoint, named, &mut progress)?;
-        let found = measure(&importing, &checkpoint, &known, &mut progress)?;
-        Ok::<_, String>((known, found))
+        let known = cut(&importing, &checkpoint, &called, served.as_ref(), &mut progress)?;
+        let registered = importing.state().models.get(&known.id).cloned();
+        let model = match registered {
+            Some(model) => model,
+            None => registration(called, &known, &measure(&importing, &checkpoint, &known, &mut progress)?),
+        };
+        Ok::<_, String>((known, model))
     })
     .await?;
-    check_budget(&known, shared.config.memory_bytes, shared.config.kv_tokens, shared.config.trunk)?;
-
+    let (id, model) = (known.id, Model { name: name.unwrap_or(found.name.clone()), ..found });
+    let name = model.name.clone();
+    check_budget(&known, &name, shared.config.memory_bytes, shared.config.kv_tokens, shared.config.trunk)?;
+    // Another one may have been registered meanwhile.
     let state = shared.state();
-    if let Some((id, model)) = shared.model_to_place(&state).filter(|(id, _)| *id != known.id) {
-        return Err(format!(
-            "this mesh serves the model '{}' ({id}) and serves one model only; start another mesh for '{name}' \
-             with `coel up --new --data DIR`",
-            model.name
-        ));
+    if let Some((other, model)) = shared.model_to_place(&state).filter(|(other, _)| *other != id) {
+        return Err(another_model(other, &model.name, &name));
     }
-    let id = known.id;
-    let model = Model {
-        name: name.clone(),
-        manifest_bytes: known.manifest_bytes,
-        popularity: counts(&found),
-        popularity_text: CALIBRATION_NAME.into(),
-        sensitivity: losses(&found),
-    };
     let known = shared.library.insert(known);
     let (looking, seen) = (shared.clone(), known.clone());
     run_blocking(move || looking.look_for_all_of(&seen)).await;
@@ -92,8 +87,51 @@ pub async fn import(
     }
 }
 
-/// Cuts the checkpoint into blobs and writes its manifest.
-fn cut(shared: &Shared, checkpoint: &Checkpoint, name: String, progress: Progress<'_>) -> Result<Known, String> {
+/// What the mesh serves already.
+struct Served {
+    known: Arc<Known>,
+    name: String,
+}
+
+/// `None` where it serves nothing, or nobody can say any more what that consists of: then an import may bring it back.
+async fn served(shared: &Shared) -> Option<Served> {
+    let state = shared.state();
+    let (id, model) = shared.model_to_place(&state)?;
+    let sources = shared.sources(&state, id, None);
+    match shared.library.get(id, model, &shared.fetcher, &shared.blobs, &sources).await {
+        Ok(known) => Some(Served { known, name: model.name.clone() }),
+        Err(error) => {
+            warn!(%error, "it cannot be said beforehand whether this is the model that the mesh serves");
+            None
+        }
+    }
+}
+
+fn another_model(id: ModelId, name: &str, wanted: &str) -> String {
+    format!(
+        "this mesh serves the model '{name}' ({id}) and serves one model only; start another mesh for '{wanted}' with \
+         `coel up --new --data DIR`"
+    )
+}
+
+fn registration(name: String, known: &Known, found: &Survey) -> Model {
+    Model {
+        name,
+        manifest_bytes: known.manifest_bytes,
+        popularity: counts(found),
+        popularity_text: CALIBRATION_NAME.into(),
+        sensitivity: losses(found),
+    }
+}
+
+/// Cuts the checkpoint into blobs and writes its manifest. Refuses at once what cannot be the model that is `served`.
+fn cut(
+    shared: &Shared,
+    checkpoint: &Checkpoint,
+    name: &str,
+    served: Option<&Served>,
+    progress: Progress<'_>,
+) -> Result<Known, String> {
     let words = |error: &dyn std::fmt::Display| error.to_string();
     let mut files = BTreeMap::new();
     for (name, path) in checkpoint.files() {
@@ -104,13 +142,21 @@ fn cut(shared: &Shared, checkpoint: &Checkpoint, name: String, progress: Progres
     TextModel::from_files(checkpoint.config(), &files).map_err(|error| words(&error))?;
     let blobs = &shared.blobs;
     let cut = Cut::new(checkpoint, blobs, &shared.config.data).map_err(|error| words(&error))?;
+    if let Some(served) = served {
+        let manifest = &served.known.manifest;
+        let same_files = files.len() == manifest.files.len()
+            && files.iter().all(|(name, bytes)| manifest.file(name).is_some_and(|blob| blob.id == BlobId::of(bytes)));
+        if !same_files || !cut.could_be(manifest).map_err(|error| words(&error))? {
+            return Err(another_model(served.known.id, &served.name, name));
+        }
+    }
     let stopped = || shared.stopping.is_cancelled();
-    let slices = cut.run(progress, &stopped).map_err(|error| words(&error))?;
+    let before = served.map(|served| &served.known.manifest);
+    let slices = cut.run(before, progress, &stopped).map_err(|error| words(&error))?;
     let put = |bytes: &[u8]| blobs.put(bytes).map_err(|error| words(&error));
     let listed = files.iter().map(|(name, bytes)| Ok(FileEntry { name: name.clone(), blob: put(bytes)? }));
     let mut manifest = Manifest {
         format: FORMAT,
-        name,
         architecture: checkpoint.config().architecture.name().to_owned(),
         files: listed.collect::<Result<_, String>>()?,
         trunk: Vec::new(),

@@ -9,6 +9,7 @@ use super::segment::{self, Keep, Record};
 use super::{BlobError, Blobs, RECORD_BYTES_MAX, Segment, index_key, io, make_folder, put_record};
 use crate::cbor;
 use crate::disk::{Batch, sync_folder};
+use crate::ids::BlobId;
 use crate::manifest::{BlobEntry, BlobHasher, Slices};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -67,6 +68,15 @@ impl Write for Draft {
     }
 }
 
+impl Draft {
+    /// The entry of its content, once all of that is on the disk.
+    fn finish(&mut self) -> Result<BlobEntry, BlobError> {
+        self.file.flush().map_err(io(&self.path))?;
+        self.file.get_ref().file.sync_all().map_err(io(&self.path))?;
+        Ok(std::mem::take(&mut self.file.get_mut().hasher).finish())
+    }
+}
+
 impl Drop for Draft {
     fn drop(&mut self) {
         self.file.get_mut().closed = true;
@@ -85,7 +95,17 @@ pub struct NewPart {
     /// Its exact blob, and where that lies.
     pub exact: (BlobEntry, Vec<Segment>),
     /// Its base and its refine slice, if it has any.
-    pub slices: Option<[Draft; 2]>,
+    pub slices: NewSlices,
+}
+
+/// The base and the refine slice of a part.
+pub enum NewSlices {
+    /// It has none.
+    None,
+    /// They were made just now.
+    Made([Draft; 2]),
+    /// They are held already.
+    Held([BlobEntry; 2]),
 }
 
 fn note_key(key: &PartKey) -> Vec<u8> {
@@ -117,17 +137,32 @@ impl Blobs {
     pub fn keep(&self, parts: Vec<NewPart>) -> Result<Vec<Slices>, BlobError> {
         let mut batch = Batch::default();
         let mut folders = BTreeSet::new();
-        let mut kept = Vec::with_capacity(parts.len());
+        let (mut kept, mut replaced) = (Vec::with_capacity(parts.len()), Vec::new());
         for part in parts {
             let (exact, segments) = part.exact;
             let segments = segments.into_iter().map(Segment::absolute).collect::<Result<Vec<_>, _>>()?;
             exact.check()?;
             segment::check(&exact.id, exact.bytes, &segments)?;
-            index(&mut batch, &exact, Keep::Reference(segments))?;
+            // What was fetched before stays as it is, if it is good: who has it open knows it by that name.
+            if !self.has_file(&exact) {
+                index(&mut batch, &exact, Keep::Reference(segments))?;
+                replaced.push(exact.id);
+            }
             let mut slices = Slices::exact_only(exact);
-            if let Some([base, refine]) = part.slices {
-                slices.base = Some(self.name(base, &mut batch, &mut folders)?);
-                slices.refine = Some(self.name(refine, &mut batch, &mut folders)?);
+            match part.slices {
+                NewSlices::None => {}
+                NewSlices::Made(mut drafts) => {
+                    let [base, refine] = [drafts[0].finish()?, drafts[1].finish()?];
+                    for (draft, entry) in drafts.iter().zip([&base, &refine]) {
+                        self.name(draft, entry, &mut batch, &mut folders)?;
+                    }
+                    (slices.base, slices.refine) = (Some(base), Some(refine));
+                }
+                NewSlices::Held([base, refine]) => {
+                    self.lies_in(&base)?;
+                    self.lies_in(&refine)?;
+                    (slices.base, slices.refine) = (Some(base), Some(refine));
+                }
             }
             put_record(&mut batch, &note_key(&part.key), &slices, NOTE_BYTES_MAX)?;
             kept.push(slices);
@@ -136,27 +171,61 @@ impl Blobs {
             sync_folder(&folder).map_err(io(&folder))?;
         }
         self.0.index.write_blocking(batch)?;
+        for id in replaced {
+            // A file that was no good, or had not come whole: neither is read any more, and both take room.
+            self.delete(&self.path(&id))?;
+            self.delete_partial(&id)?;
+        }
+        for slice in kept.iter().flat_map(|slices: &Slices| slices.base.iter().chain(&slices.refine)) {
+            self.delete_partial(&slice.id)?;
+        }
         Ok(kept)
     }
 
-    /// Gives a draft the name of its content.
+    /// Whether the blob is held as a file of its own whose content is right.
+    fn has_file(&self, entry: &BlobEntry) -> bool {
+        self.record_of(entry).is_ok_and(|record| matches!(record.keep, Keep::File)) && self.verify(entry).is_ok()
+    }
+
+    /// Deletes what has arrived of a blob, unless it is being received.
+    fn delete_partial(&self, id: &BlobId) -> Result<(), BlobError> {
+        let receiving = self.0.receiving.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if receiving.contains(id) { Ok(()) } else { self.delete(&self.partial_path(id)).map(drop) }
+    }
+
+    /// Keeps a draft as the blob that it should be.
+    ///
+    /// # Errors
+    /// [`BlobError::MadeOther`] where it has become another one.
+    pub fn keep_as(&self, mut draft: Draft, wanted: &BlobEntry) -> Result<(), BlobError> {
+        let (mut batch, mut folders) = (Batch::default(), BTreeSet::new());
+        let made = draft.finish()?;
+        if made != *wanted {
+            return Err(BlobError::MadeOther { id: wanted.id, got: made.id });
+        }
+        self.name(&draft, &made, &mut batch, &mut folders)?;
+        for folder in folders {
+            sync_folder(&folder).map_err(io(&folder))?;
+        }
+        self.0.index.write_blocking(batch)?;
+        self.delete_partial(&made.id)
+    }
+
+    /// Gives a finished draft the name of its content.
     fn name(
         &self,
-        mut draft: Draft,
+        draft: &Draft,
+        entry: &BlobEntry,
         batch: &mut Batch,
         folders: &mut BTreeSet<PathBuf>,
-    ) -> Result<BlobEntry, BlobError> {
-        draft.file.flush().map_err(io(&draft.path))?;
-        draft.file.get_ref().file.sync_all().map_err(io(&draft.path))?;
-        let entry = std::mem::take(&mut draft.file.get_mut().hasher).finish();
+    ) -> Result<(), BlobError> {
         let path = self.path(&entry.id);
         if let Some(folder) = path.parent() {
             make_folder(folder)?;
             folders.insert(folder.to_owned());
         }
         self.rename(&draft.path, &path)?;
-        index(batch, &entry, Keep::File)?;
-        Ok(entry)
+        index(batch, entry, Keep::File)
     }
 
     /// The blobs of a part that an earlier import kept, if all of them are still here as far as a look at the files

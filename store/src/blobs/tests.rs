@@ -175,7 +175,7 @@ fn a_checkpoint_is_referenced_in_place() {
         range(2_000_000, 900_000),
     ];
     let refer = |entry: &BlobEntry, segments| {
-        blobs.keep(vec![NewPart { key: [0; 32], exact: (entry.clone(), segments), slices: None }])
+        blobs.keep(vec![NewPart { key: [0; 32], exact: (entry.clone(), segments), slices: NewSlices::None }])
     };
     refer(&entry, segments.clone()).unwrap();
     assert_eq!(blobs.read_verified(&entry).unwrap(), whole);
@@ -213,6 +213,7 @@ fn what_an_import_kept_is_found_again() {
                 draft
             })
         });
+        let drafts = drafts.map_or(NewSlices::None, NewSlices::Made);
         let segments = vec![Segment::File { path: checkpoint.clone(), offset: 0, bytes: 5_000 }];
         NewPart { key: [key; 32], exact: (BlobEntry::of(&content(5_000)), segments), slices: drafts }
     };
@@ -344,13 +345,15 @@ fn drafts_count_as_they_are_written_and_references_do_not() {
     let exact = BlobEntry::of(&content(20 * CHUNK_BYTES));
     let segments = vec![Segment::File { path: checkpoint, offset: 0, bytes: exact.bytes }];
     let slices = [draft(3 * CHUNK_BYTES).unwrap(), draft(77).unwrap()];
-    blobs.keep(vec![NewPart { key: [1; 32], exact: (exact.clone(), segments), slices: Some(slices) }]).unwrap();
+    blobs
+        .keep(vec![NewPart { key: [1; 32], exact: (exact.clone(), segments), slices: NewSlices::Made(slices) }])
+        .unwrap();
     assert_eq!(blobs.usage().used_bytes, (3 << 20) + 77);
     assert!(blobs.has(&exact.id), "it is held, though it is larger than the budget");
 
     // The same content again takes the place of the first.
     let again = [draft(3 * CHUNK_BYTES).unwrap(), draft(77).unwrap()];
-    let part = NewPart { key: [2; 32], exact: (BlobEntry::of(&[]), Vec::new()), slices: Some(again) };
+    let part = NewPart { key: [2; 32], exact: (BlobEntry::of(&[]), Vec::new()), slices: NewSlices::Made(again) };
     blobs.keep(vec![part]).unwrap();
     assert_eq!(blobs.usage().used_bytes, (3 << 20) + 77);
 
@@ -361,4 +364,66 @@ fn drafts_count_as_they_are_written_and_references_do_not() {
     unfinished.write_all(&[1; 10]).unwrap();
     drop(unfinished);
     assert_eq!(blobs.usage().used_bytes, (3 << 20) + 77, "what was given up is not counted");
+}
+
+#[test]
+fn an_import_over_fetched_blobs_keeps_them_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = dir.path().join("model.safetensors");
+    let exact = content(2 * CHUNK_BYTES + 5);
+    fs::write(&checkpoint, &exact).unwrap();
+    let blobs = within(dir.path());
+    // As they came from a peer.
+    let (fetched, base) = (blobs.put(&exact).unwrap(), blobs.put(&content(77)).unwrap());
+    let refine = blobs.put(&content(78)).unwrap();
+    let before = blobs.usage();
+    let import = |key: u8, slices| {
+        let segments = vec![Segment::File { path: checkpoint.clone(), offset: 0, bytes: fetched.bytes }];
+        blobs
+            .keep(vec![NewPart { key: [key; 32], exact: (fetched.clone(), segments), slices }])
+            .map(|mut kept| kept.remove(0))
+    };
+    let kept = import(1, NewSlices::Held([base.clone(), refine.clone()])).unwrap();
+    assert_eq!((kept.base, kept.refine), (Some(base.clone()), Some(refine.clone())));
+    assert_eq!(blobs.usage(), before);
+    assert!(
+        matches!(&blobs.lies_in(&fetched).unwrap()[..], [Segment::File { path, .. }] if *path == blobs.path(&fetched.id))
+    );
+    let away = dir.path().join("away");
+    fs::rename(&checkpoint, &away).unwrap();
+    assert_eq!(blobs.read_verified(&fetched).unwrap(), exact, "it lies here whatever becomes of the checkpoint");
+    fs::rename(&away, &checkpoint).unwrap();
+
+    // A fetched copy that is damaged gives its room back to what is good.
+    overwrite(&blobs.path(&fetched.id), 9, &[exact[9] ^ 1]);
+    import(2, NewSlices::Held([base.clone(), refine.clone()])).unwrap();
+    assert_eq!(blobs.usage().used_bytes, before.used_bytes - fetched.bytes);
+    assert_eq!(blobs.read_verified(&fetched).unwrap(), exact);
+    assert!(!blobs.path(&fetched.id).exists());
+
+    // What is said to be held has to be.
+    blobs.remove(&refine.id).unwrap();
+    assert!(matches!(import(3, NewSlices::Held([base, refine])), Err(BlobError::Missing { .. })));
+}
+
+#[test]
+fn what_has_begun_to_arrive_makes_room_for_what_is_made_here() {
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = within(dir.path());
+    let whole = content(2 * CHUNK_BYTES);
+    let entry = BlobEntry::of(&whole);
+    let mut partial = blobs.receive(&entry).unwrap();
+    partial.write(1, &whole[CHUNK_BYTES..]).unwrap();
+    drop(partial);
+    let made = |bytes: &[u8]| {
+        let mut draft = blobs.draft().unwrap();
+        draft.write_all(bytes).unwrap();
+        blobs.keep_as(draft, &entry)
+    };
+    assert!(matches!(made(&whole[1..]), Err(BlobError::MadeOther { .. })));
+    assert!(!blobs.has(&entry.id));
+    made(&whole).unwrap();
+    assert_eq!(blobs.read_verified(&entry).unwrap(), whole);
+    assert_eq!(blobs.usage().used_bytes, entry.bytes);
+    assert_eq!(fs::read_dir(dir.path().join("partial")).unwrap().count(), 0);
 }

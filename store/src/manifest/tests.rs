@@ -7,7 +7,6 @@ fn sample() -> Manifest {
     let blob = |text: &str| BlobEntry::of(text.as_bytes());
     Manifest {
         format: FORMAT,
-        name: "tiny".into(),
         architecture: "Qwen2MoeForCausalLM".into(),
         files: vec![
             FileEntry { name: "config.json".into(), blob: blob("{}") },
@@ -24,8 +23,8 @@ fn sample() -> Manifest {
 #[test]
 fn the_encoding_is_pinned() {
     let (bytes, id) = sample().encode().unwrap();
-    assert_eq!(bytes.len(), 813);
-    assert_eq!(id.to_string(), "1f301e982f0c9a7d8ca8b3b43be983d17f7c0e1234f314352b9c7205bac34c3c");
+    assert_eq!(bytes.len(), 803);
+    assert_eq!(id.to_string(), "f9a91549be6b36188e3f9df4706a63dba73ba69012ab4874c02452041bed7f4a");
     assert_eq!(Manifest::decode(&bytes), Ok(sample()));
     assert_eq!(Manifest::decode_as(&bytes, id), Ok(sample()));
     let other = ModelId([0; 32]);
@@ -100,16 +99,16 @@ fn what_contradicts_itself_is_refused_by_name() {
     assert!(refused(|m| m.trunk[0].slices.exact.id = BlobId([1; 32])).contains("another hash"));
     let torn = |m: &mut Manifest| m.experts.get_mut(&ExpertId::new(0, 1)).unwrap().refine = None;
     assert!(refused(torn).contains("but not both"));
-    assert!(refused(|m| m.name = "x".repeat(300)).contains("not a name"));
+    assert!(refused(|m| m.architecture = "x".repeat(300)).contains("not a name"));
 }
 
 #[test]
 fn another_spelling_of_the_same_manifest_is_refused() {
     let (bytes, _) = sample().encode().unwrap();
-    // The first field's value, 2, spelled in two bytes instead of one.
-    let at = bytes.windows(7).position(|w| w == b"format\x02").unwrap() + 6;
+    // The first field's value, 3, spelled in two bytes instead of one.
+    let at = bytes.windows(7).position(|w| w == b"format\x03").unwrap() + 6;
     let mut longer = bytes.clone();
-    longer.splice(at..=at, [0x18, 0x02]);
+    longer.splice(at..=at, [0x18, 0x03]);
     let message = Manifest::decode(&longer).unwrap_err().to_string();
     assert!(message.contains("canonical"), "{message}");
     let mut trailing = bytes;

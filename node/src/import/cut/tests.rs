@@ -6,7 +6,7 @@ use std::fs;
 use coel_model::bytes::WeightBytes;
 use coel_model::slices::blob::PartBlobs;
 use coel_model::tensors::Tensors;
-use coel_store::Precision;
+use coel_store::{PartEntry, Precision};
 use serde_json::Value;
 
 use super::*;
@@ -46,7 +46,7 @@ fn run(dir: &Path, data: &Path, stop_after: Option<usize>) -> Result<(Vec<Part>,
         asked.set(asked.get() + 1);
         stop_after.is_some_and(|after| asked.get() > after)
     };
-    let slices = cut.run(&mut |_, done, total| assert!(done <= total), &stopped)?;
+    let slices = cut.run(None, &mut |_, done, total| assert!(done <= total), &stopped)?;
     // A blob's entry is what its content hashes to, whether it was kept as a file or by reference.
     for entry in slices.iter().take(2).chain(slices.last()).flat_map(Slices::blobs) {
         let content = blobs.read_verified(entry).unwrap();
@@ -164,4 +164,76 @@ fn a_full_disk_is_told_in_bytes() {
     }
     assert!(free_bytes(Path::new("/tmp")).unwrap() > 0);
     assert!(free_bytes(Path::new("/nowhere")).is_err());
+}
+
+/// What the mesh would know of these parts.
+fn manifest(parts: &[Part], slices: &[Slices]) -> Manifest {
+    let trunk = |(part, slices): (&Part, &Slices)| match &part.kind {
+        PartKind::Trunk { name } => Some(PartEntry { name: name.clone(), slices: slices.clone() }),
+        PartKind::Expert(_) => None,
+    };
+    let expert = |(part, slices): (&Part, &Slices)| Some((ids::to_store(part.expert()?), slices.clone()));
+    Manifest {
+        format: coel_store::manifest::FORMAT,
+        architecture: "Test".into(),
+        files: Vec::new(),
+        trunk: parts.iter().zip(slices).filter_map(trunk).collect(),
+        experts: parts.iter().zip(slices).filter_map(expert).collect(),
+    }
+}
+
+#[test]
+fn another_model_is_told_by_its_first_bytes() {
+    let data = tempfile::tempdir().unwrap();
+    let (parts, slices) = run(&fixture(), data.path(), None).unwrap();
+    let manifest = manifest(&parts, &slices);
+    let empty = tempfile::tempdir().unwrap();
+    let blobs = Blobs::open(empty.path()).unwrap();
+    let could_be = |dir: &Path, manifest: &Manifest| {
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        Cut::new(&checkpoint, &blobs, empty.path()).unwrap().could_be(manifest).unwrap()
+    };
+    assert!(could_be(&fixture(), &manifest));
+    const NORM: &str = "model.layers.2.input_layernorm.weight";
+    let other = spoilt(|header, data| data[start(header, NORM)] ^= 1);
+    assert!(!could_be(other.path(), &manifest));
+    let mut fewer = manifest.clone();
+    fewer.experts.pop_last();
+    assert!(!could_be(&fixture(), &fewer));
+    let mut longer = manifest;
+    longer.experts.first_entry().unwrap().get_mut().exact.bytes += 1;
+    assert!(!could_be(&fixture(), &longer));
+    assert_eq!(files(empty.path()).len(), 0);
+}
+
+#[test]
+fn slices_that_were_fetched_are_not_made_again() {
+    let data = tempfile::tempdir().unwrap();
+    let (parts, slices) = run(&fixture(), data.path(), None).unwrap();
+    let (manifest, from) = (manifest(&parts, &slices), Blobs::open(data.path()).unwrap());
+    // All slices but those of the last part came from peers, and the disk has just room for these.
+    let node = tempfile::tempdir().unwrap();
+    let sliced = |slices: &Slices| [slices.base.clone().unwrap(), slices.refine.clone().unwrap()];
+    let bytes = slices.iter().flat_map(sliced).map(|entry| entry.bytes).sum::<u64>();
+    let blobs = Blobs::open_within(node.path(), Some(bytes)).unwrap();
+    for entry in slices[..parts.len() - 1].iter().flat_map(sliced) {
+        blobs.put(&from.read_verified(&entry).unwrap()).unwrap();
+    }
+    let checkpoint = Checkpoint::open(&fixture()).unwrap();
+    let cut = Cut::new(&checkpoint, &blobs, node.path()).unwrap();
+    let full = cut.run(None, &mut |_, _, _| (), &|| false).unwrap_err();
+    assert!(matches!(full, CutError::OverBudget { .. }), "{full}");
+    assert_eq!(cut.run(Some(&manifest), &mut |_, _, _| (), &|| false).unwrap(), slices);
+    assert_eq!(blobs.usage().used_bytes, bytes);
+
+    // Slices of other weights are not taken for these.
+    let mut other = manifest;
+    for slices in other.experts.values_mut() {
+        slices.exact = BlobEntry::of(b"other weights");
+    }
+    let node = tempfile::tempdir().unwrap();
+    let blobs = Blobs::open(node.path()).unwrap();
+    blobs.put(&from.read_verified(slices.last().unwrap().base.as_ref().unwrap()).unwrap()).unwrap();
+    let cut = Cut::new(&checkpoint, &blobs, node.path()).unwrap();
+    assert_eq!(cut.run(Some(&other), &mut |_, _, _| (), &|| false).unwrap(), slices);
 }

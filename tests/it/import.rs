@@ -1,0 +1,75 @@
+//! Imports: interrupted, repeated, of the same model under another name, and of another one.
+
+use coel_node::control::Request;
+use coel_node::service::ModelInfo;
+use coel_testnet::mesh::Mesh;
+
+use crate::precision::is_settled;
+use crate::support::{Copy, MODEL, coel_at, fixture, guarded, lone_node, spec, turn, until};
+
+/// Imports a folder on a node, without a word about its name.
+async fn import(mesh: &Mesh, index: usize, dir: std::path::PathBuf) -> ModelInfo {
+    guarded(mesh.nodes()[index].ask(&Request::Import { dir, name: None }, |_, _, _| ())).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_model_is_what_it_consists_of_whatever_its_folder_is_called() {
+    let _turn = turn().await;
+    let copy = Copy::new();
+    assert_ne!(copy.dir().file_name(), fixture().file_name());
+    let elsewhere = lone_node().await;
+    let there = import(&elsewhere, 0, copy.dir()).await;
+    drop(elsewhere);
+
+    let mut mesh = lone_node().await;
+    let here = import(&mesh, 0, fixture()).await;
+    assert_eq!((&here.id, here.name.as_str()), (&there.id, "fixture"));
+    // The mesh knows it by one name; who imports it too need not say it, and cannot give it another.
+    let invite = mesh.invite(1).await.unwrap();
+    mesh.join(vec![spec("b")], &invite).await.unwrap();
+    until(&mut mesh, 1, "both serve", |status| is_settled(status) && status.nodes.len() == 2 && status.readiness.ready)
+        .await;
+    assert_eq!(import(&mesh, 1, copy.dir()).await, here);
+    let data = mesh.nodes()[1].data();
+    let named = ["model", "import", copy.dir().to_str().unwrap(), "--name", "other"];
+    coel_at(&data, named).await.refused(1, &["registered as \"fixture\"", "use that name"]);
+
+    // Another model is refused before anything is made of it.
+    copy.edit_weights(|header, data| {
+        let at = header["model.norm.weight"]["data_offsets"][0].as_u64().unwrap();
+        data[at as usize] ^= 1;
+    });
+    let mut steps = Vec::new();
+    let request = Request::Import { dir: copy.dir(), name: Some("second".into()) };
+    let refused = guarded(mesh.nodes()[1].ask::<ModelInfo>(&request, |what, _, _| steps.push(what.to_owned()))).await;
+    let refusal = format!("{:#}", refused.unwrap_err());
+    assert!(refusal.contains("serves one model only") && refusal.contains("'fixture'"), "{refusal}");
+    assert_eq!(steps, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn an_import_that_was_killed_goes_on_where_it_stopped() {
+    let _turn = turn().await;
+    let mut mesh = lone_node().await;
+    let request = Request::Import { dir: fixture(), name: Some(MODEL.into()) };
+    // Killed while it cuts: as soon as it says that it does.
+    let (seen, mut began) = tokio::sync::mpsc::channel(1);
+    {
+        let import = mesh.nodes()[0].ask::<ModelInfo>(&request, |_, done, _| {
+            if done > 0 {
+                let _ = seen.try_send(());
+            }
+        });
+        tokio::select! {
+            ended = import => panic!("it ended before it could be killed: {ended:?}"),
+            _ = began.recv() => {}
+        }
+    }
+    mesh.node(0).kill();
+    mesh.node(0).start(&coel_testnet::node::Start::Again).await.unwrap();
+    let status = mesh.nodes()[0].status().await.unwrap();
+    assert!(status.models.is_empty(), "nothing is half-registered");
+    let model: ModelInfo = guarded(mesh.nodes()[0].ask(&request, |_, _, _| ())).await.unwrap();
+    assert_eq!(model.name, MODEL);
+    until(&mut mesh, 0, "serving", is_settled).await;
+}
