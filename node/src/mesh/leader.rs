@@ -11,44 +11,26 @@ use tracing::{info, warn};
 use super::PROPOSE_DEADLINE;
 use super::facts::Facts;
 use crate::library::Known;
-use crate::placement::{Candidate, Choices, Current, Experts, Harm, Plan, Popularity, plan, within_reach};
+use crate::placement::{
+    Away, Candidate, Choices, Current, Experts, Harm, Plan, Popularity, Since, cover, plan, within_reach,
+};
 use crate::shared::Shared;
 use crate::size::Size;
 
 /// How often the leader looks. Deaths and joins are looked at within this time.
 const PERIOD: Duration = Duration::from_millis(500);
-/// A node that is down this long gets its experts placed elsewhere. Short, since a replica costs only bytes; not zero, since
-/// a restart is quicker than a download.
-const REPLACE_AFTER: Duration = Duration::from_secs(2);
 /// A voter that is down this long gives its vote to a learner, if there is one.
 const UNSEAT_AFTER: Duration = Duration::from_secs(30);
 
 /// A member that is up and has not said what it can hold for this long speaks another version; the others do not wait for it.
 const MUTE_AFTER: Duration = Duration::from_secs(15);
 
-/// Since when something has been so of each member.
-#[derive(Debug, Default)]
-struct Since(BTreeMap<NodeId, Instant>);
-
-impl Since {
-    fn update(&mut self, members: &BTreeSet<NodeId>, now: Instant) {
-        self.0.retain(|node, _| members.contains(node));
-        for &node in members {
-            self.0.entry(node).or_insert(now);
-        }
-    }
-
-    fn longer_than(&self, time: Duration, now: Instant) -> BTreeSet<NodeId> {
-        let long = self.0.iter().filter(|(_, since)| now.duration_since(**since) >= time);
-        long.map(|(&node, _)| node).collect()
-    }
-}
-
 /// What a plan is made of, beside the model.
 #[derive(Debug, PartialEq)]
 struct Inputs {
     candidates: Vec<Candidate>,
     leaving: BTreeSet<NodeId>,
+    waited_for: BTreeSet<NodeId>,
     placement: Option<Placement>,
 }
 
@@ -78,9 +60,9 @@ pub async fn run(shared: Arc<Shared>) {
         if let Err(error) = shared.log.reconcile(&down_since.longer_than(UNSEAT_AFTER, now)).await {
             warn!(%error, "the voters could not be brought up to date; trying again");
         }
-        let mut gone = down_since.longer_than(REPLACE_AFTER, now);
-        gone.extend(mute_since.longer_than(MUTE_AFTER, now));
-        place(&shared, &gone, &mut settled, &mut aim).await;
+        let mut away = down_since.away(shared.state().placement.as_ref(), now);
+        away.gone.extend(mute_since.longer_than(MUTE_AFTER, now));
+        place(&shared, &away, &mut settled, &mut aim).await;
     }
 }
 
@@ -97,7 +79,7 @@ fn mute(shared: &Shared) -> BTreeSet<NodeId> {
 }
 
 /// Plans anew and proposes the plan where it differs from the placement. `settled` are inputs that gave nothing to propose.
-async fn place(shared: &Shared, gone: &BTreeSet<NodeId>, settled: &mut Option<Inputs>, aim: &mut Option<Aim>) {
+async fn place(shared: &Shared, away: &Away, settled: &mut Option<Inputs>, aim: &mut Option<Aim>) {
     let state = shared.log.state().borrow().clone();
     let Some((model, registered)) = shared.model_to_place(&state) else {
         return shared.set_planner(None);
@@ -105,52 +87,47 @@ async fn place(shared: &Shared, gone: &BTreeSet<NodeId>, settled: &mut Option<In
     let Some(known) = shared.library.cached(model) else {
         return;
     };
-    let Some(candidates) = candidates(shared, &state, &known, gone, state.precisions) else {
+    let not_there = away.waited_for.union(&away.gone).copied().collect();
+    let Some(candidates) = candidates(shared, &state, &known, &not_there, state.precisions) else {
         return;
     };
     let leaving = state.members.iter().filter(|(_, member)| member.leaving).map(|(&node, _)| node);
     let inputs = Inputs {
         candidates,
-        leaving: leaving.chain(gone.iter().copied()).collect(),
+        leaving: leaving.chain(away.gone.iter().copied()).collect(),
+        waited_for: away.waited_for.clone(),
         placement: state.placement.clone().filter(|placement| placement.model == model),
     };
     if settled.as_ref() == Some(&inputs) {
         return;
     }
-    let Inputs { candidates, leaving, placement: placed } = &inputs;
+    let Inputs { candidates, placement: placed, .. } = &inputs;
     let experts = experts(&known);
-    let nothing = Current::new();
-    let current = placed.as_ref().map_or(&nothing, |placed| &placed.replicas);
-    let aimed = aim.take().filter(|aim| aim.model == model && aim.candidates == *candidates).map(|aim| aim.plan);
-    let planned = aimed.map_or_else(|| plan(&experts, candidates, current, &harm(registered)), Ok);
-    let mut wanted = match planned {
-        Ok(plan) => {
-            shared.set_planner(None);
-            *aim = Some(Aim { model, candidates: candidates.clone(), plan: plan.clone() });
-            plan
+    let (wanted, paged_bytes) = match placed {
+        Some(placed) if !away.waited_for.is_empty() => {
+            let popularity = Popularity::new(registered.popularity.clone());
+            (cover(placed, candidates, &not_there, &experts, &popularity), BTreeMap::new())
         }
-        Err(shortfall) => {
-            shared.set_planner(Some(shortfall.to_string()));
-            // A first placement that cannot cover the model is not attempted; an existing one is kept true.
-            if placed.is_none() {
+        _ => match planned(shared, model, registered, &inputs, &experts, aim) {
+            Some(plan) => (plan.replicas, plan.paged_bytes),
+            None => {
                 *settled = Some(inputs);
                 return;
             }
-            shortfall.partial
-        }
+        },
     };
-    if let Some(placed) = placed {
-        wanted = within_reach(wanted, placed, candidates, leaving, &experts);
-    }
-    let paged: Vec<_> =
-        wanted.paged_bytes.iter().map(|(node, bytes)| format!("node {node} {}", Size(*bytes))).collect();
+    let paged: Vec<_> = paged_bytes.iter().map(|(node, bytes)| format!("node {node} {}", Size(*bytes))).collect();
     let replicas: Assignment =
-        experts.keys().map(|&expert| (expert, wanted.replicas.remove(&expert).unwrap_or_default())).collect();
-    let is_so = |(expert, nodes): (_, &BTreeMap<NodeId, _>)| {
-        let now = current.get(expert).into_iter().flatten().map(|(node, replica)| (*node, replica.precision));
-        now.eq(nodes.iter().map(|(node, precision)| (*node, *precision)))
+        experts.keys().map(|&expert| (expert, wanted.get(&expert).cloned().unwrap_or_default())).collect();
+    let is_so = |placed: &Placement| {
+        let now = |expert| placed.replicas.get(expert).into_iter().flatten().map(|(node, r)| (*node, r.precision));
+        replicas.iter().all(|(expert, nodes)| now(expert).eq(nodes.iter().map(|(node, p)| (*node, *p))))
     };
-    if placed.is_some() && replicas.iter().all(is_so) {
+    if placed.as_ref().is_some_and(is_so) {
+        if !away.waited_for.is_empty() {
+            let names = away.waited_for.iter().filter_map(|node| Some(state.members.get(node)?.name.as_str()));
+            info!(away = names.collect::<Vec<_>>().join(", "), "waited for before experts are placed elsewhere");
+        }
         *settled = Some(inputs);
         return;
     }
@@ -161,6 +138,39 @@ async fn place(shared: &Shared, gone: &BTreeSet<NodeId>, settled: &mut Option<In
         Ok(outcome) => info!(?outcome, "the plan came too late; planning again"),
         Err(error) => warn!(%error, "the plan could not be proposed; trying again"),
     }
+}
+
+/// What of the plan for these inputs may be proposed now; `None` where nothing is.
+fn planned(
+    shared: &Shared,
+    model: ModelId,
+    registered: &Model,
+    inputs: &Inputs,
+    experts: &Experts,
+    aim: &mut Option<Aim>,
+) -> Option<Plan> {
+    let Inputs { candidates, leaving, placement: placed, .. } = inputs;
+    let nothing = Current::new();
+    let current = placed.as_ref().map_or(&nothing, |placed| &placed.replicas);
+    let aimed = aim.take().filter(|aim| aim.model == model && aim.candidates == *candidates).map(|aim| aim.plan);
+    let planned = aimed.map_or_else(|| plan(experts, candidates, current, &harm(registered)), Ok);
+    let wanted = match planned {
+        Ok(plan) => {
+            shared.set_planner(None);
+            *aim = Some(Aim { model, candidates: candidates.clone(), plan: plan.clone() });
+            plan
+        }
+        Err(shortfall) => {
+            shared.set_planner(Some(shortfall.to_string()));
+            // A first placement that cannot cover the model is not attempted; an existing one is kept true.
+            placed.as_ref()?;
+            shortfall.partial
+        }
+    };
+    Some(match placed {
+        Some(placed) => within_reach(wanted, placed, candidates, leaving, experts),
+        None => wanted,
+    })
 }
 
 fn experts(known: &Known) -> Experts {
@@ -246,25 +256,3 @@ fn candidate(known: &Known, node: NodeId, facts: &Facts, precisions: Bounds) -> 
 
 /// What the leader needs to know of each member: whether it is there, and its facts.
 pub type MemberFacts = BTreeMap<NodeId, (Liveness, Option<Facts>)>;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn down_means_down_all_the_time() {
-        let (mut down, start) = (Since::default(), Instant::now());
-        let at = |seconds| start + Duration::from_secs(seconds);
-        let (one, two) = (NodeId(1), NodeId(2));
-        down.update(&BTreeSet::from([one]), at(0));
-        down.update(&BTreeSet::from([one, two]), at(3));
-        assert_eq!(down.longer_than(Duration::from_secs(3), at(4)), BTreeSet::from([one]));
-        down.update(&BTreeSet::from([two]), at(5));
-        down.update(&BTreeSet::from([one, two]), at(6));
-        assert_eq!(
-            down.longer_than(Duration::from_secs(3), at(7)),
-            BTreeSet::from([two]),
-            "node 1 was back in between"
-        );
-    }
-}

@@ -19,6 +19,7 @@
 //!
 //! It does not know how replicas get to their nodes, who is alive (the caller leaves the dead out), or what an expert computes.
 
+mod absence;
 mod harm;
 mod mix;
 mod paging;
@@ -32,6 +33,7 @@ use std::collections::BTreeMap;
 
 use coel_store::{Assignment, Bounds, ExpertId, NodeId, Precision, Replica, Slices};
 
+pub use absence::{Away, Since, cover};
 pub use harm::Harm;
 pub use mix::mix;
 pub use planner::{Shortfall, plan};
