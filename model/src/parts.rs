@@ -3,8 +3,12 @@
 //! Owns [`Part`]: a trunk part or an expert, with where each of its tensors lies in the checkpoint's files. A part's
 //! [`header`](Part::header) followed by its tensors' bytes is an ordinary safetensors file, so one reader opens shards
 //! and blobs alike, and the weights are referenced in place, never copied. The invariant: parts cover every tensor
-//! exactly once, and the same checkpoint gives the same bytes on every machine. It hashes nothing and reads no file.
+//! exactly once, the same checkpoint gives the same bytes on every machine, and a part's exact blob gives the part again
+//! ([`Part::of_blob`]). It hashes nothing and reads no file.
 
+use std::io;
+
+use safetensors::{Dtype, tensor::Metadata};
 use serde_json::Value;
 
 use crate::{
@@ -12,7 +16,7 @@ use crate::{
     checkpoint::Checkpoint,
     config::ModelConfig,
     layout::{self, ExpertId, TensorSpec},
-    tensors::{ElementType, TensorView},
+    tensors::{ElementType, HEADER_BYTES_MAX, LoadError, TensorView},
 };
 
 /// Data in a blob starts at a multiple of this, so that mapped blobs stay aligned for vector loads.
@@ -62,6 +66,53 @@ impl Part {
     /// A safetensors header: the blob is this, then each tensor's bytes in order.
     pub fn header(&self) -> Vec<u8> {
         frame(None, &self.tensors.iter().map(Entry::of).collect::<Vec<_>>())
+    }
+
+    /// The part whose exact blob has `bytes` bytes, which `read` gives from an offset on; its tensors lie in file 0, the blob. Only
+    /// the header is read.
+    ///
+    /// # Errors
+    /// [`LoadError`], where that is no exact blob of a part, or cannot be read.
+    pub fn of_blob(
+        kind: PartKind,
+        bytes: u64,
+        read: impl Fn(u64, &mut [u8]) -> io::Result<()>,
+    ) -> Result<Self, LoadError> {
+        let file = kind.to_string();
+        let malformed = |why: String| LoadError::Header { file: file.clone(), why };
+        let read =
+            |offset, into: &mut [u8]| read(offset, into).map_err(|source| LoadError::Io { file: file.clone(), source });
+        let mut prefix = [0; 8];
+        read(0, &mut prefix)?;
+        let length = u64::from_le_bytes(prefix);
+        if length > HEADER_BYTES_MAX as u64 || length > bytes.saturating_sub(8) {
+            return Err(malformed(format!("it claims to be {length} bytes long")));
+        }
+        let mut header = prefix.to_vec();
+        header.resize(8 + length as usize, 0);
+        read(8, &mut header[8..])?;
+        let metadata: Metadata = serde_json::from_slice(&header[8..]).map_err(|error| malformed(error.to_string()))?;
+        let start = header.len() as u64;
+        if start.checked_add(metadata.data_len() as u64) != Some(bytes) {
+            return Err(malformed(format!("it describes another length than the blob's {bytes} bytes")));
+        }
+        let range = |name: String| {
+            let info = metadata.info(&name)?;
+            let dtype = match info.dtype {
+                Dtype::BF16 => DType::BF16,
+                Dtype::F16 => DType::F16,
+                Dtype::F32 => DType::F32,
+                _ => return None,
+            };
+            let (from, to) = info.data_offsets;
+            let (offset, bytes) = (start + from as u64, (to - from) as u64);
+            Some(TensorRange { name, dtype, shape: info.shape.clone(), file: 0, offset, bytes })
+        };
+        let tensors = metadata.offset_keys().into_iter().map(range).collect::<Option<Vec<_>>>();
+        let part = tensors.map(|tensors| Self { kind, tensors });
+        // Whoever made the blob wrote this header: any other spelling is not an exact blob.
+        part.filter(|part| part.header() == header)
+            .ok_or_else(|| malformed("it is not that of a part's exact weights".into()))
     }
 
     /// Bytes of the tensors, without the header.

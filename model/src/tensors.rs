@@ -4,9 +4,12 @@
 //! bytes and has exactly the length its shape and type say. One reader serves every source. It does not know which
 //! tensors a model needs; `layout` does.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+};
 
-use safetensors::{Dtype, SafeTensorError, SafeTensors};
+use safetensors::{Dtype, tensor::Metadata};
 
 use crate::{
     bytes::{DType, Matrix, WeightBytes},
@@ -115,28 +118,32 @@ pub struct Tensors {
 impl Tensors {
     /// Reads the header of `bytes`, a whole safetensors file, which messages call `source`.
     pub fn parse(bytes: WeightBytes, source: &str) -> Result<Self, LoadError> {
+        Self::parse_pieces(&[bytes], source)
+    }
+
+    /// The same of a file that lies in pieces, one behind the other: the header in the first, each tensor in one of them. So
+    /// tensors can stay in files that are mapped, each where it is.
+    pub fn parse_pieces(pieces: &[WeightBytes], source: &str) -> Result<Self, LoadError> {
         let file = || source.to_owned();
         let header = |why: String| LoadError::Header { file: file(), why };
-        let Some((prefix, _)) = bytes.as_slice().split_first_chunk::<8>() else {
-            return Err(LoadError::Length { file: file(), expected: 8, found: bytes.len() as u64 });
+        let found = pieces.iter().map(|piece| piece.len() as u64).sum::<u64>();
+        let first = pieces.first().map_or(&[][..], WeightBytes::as_slice);
+        let Some((prefix, rest)) = first.split_first_chunk::<8>() else {
+            return Err(LoadError::Length { file: file(), expected: 8, found });
         };
         let header_bytes = u64::from_le_bytes(*prefix);
         if header_bytes > HEADER_BYTES_MAX as u64 {
             return Err(header(format!("it claims to be {header_bytes} bytes long")));
         }
-        if header_bytes + 8 > bytes.len() as u64 {
-            let expected = header_bytes + 8;
-            return Err(LoadError::Length { file: file(), expected, found: bytes.len() as u64 });
-        }
-        let start = 8 + header_bytes as usize;
-        let metadata = match SafeTensors::read_metadata(bytes.as_slice()) {
-            Ok((_, metadata)) => metadata,
-            Err(SafeTensorError::MetadataIncompleteBuffer) => {
-                let expected = start as u64 + data_bytes(&bytes.as_slice()[8..start]);
-                return Err(LoadError::Length { file: file(), expected, found: bytes.len() as u64 });
-            }
-            Err(error) => return Err(header(error.to_string())),
+        let Some(described) = rest.get(..header_bytes as usize) else {
+            return Err(LoadError::Length { file: file(), expected: header_bytes + 8, found });
         };
+        let start = 8 + described.len();
+        let metadata: Metadata = serde_json::from_slice(described).map_err(|error| header(error.to_string()))?;
+        let expected = (start as u64).saturating_add(metadata.data_len() as u64);
+        if expected != found {
+            return Err(LoadError::Length { file: file(), expected, found });
+        }
         let slice = slice_of(metadata.metadata().as_ref().unwrap_or(&HashMap::new()), source)?;
         let mut entries = BTreeMap::new();
         for (name, info) in metadata.tensors() {
@@ -155,7 +162,7 @@ impl Tensors {
                 }
             };
             let range = start + info.data_offsets.0..start + info.data_offsets.1;
-            let view = bytes.slice(range.clone()).filter(|view| {
+            let view = slice_of_pieces(pieces, range.clone()).filter(|view| {
                 let elements = info.shape.iter().try_fold(1usize, |product, side| product.checked_mul(*side));
                 elements.and_then(|elements| elements.checked_mul(element.size())) == Some(view.len())
             });
@@ -312,23 +319,6 @@ impl Tensors {
         Ok(moved)
     }
 
-    /// The same tensors where `pieces` have their bytes: pieces of files, each with where in this blob it begins. What was read into
-    /// memory to be checked can go then.
-    pub fn lying_in(&self, pieces: &[(u64, WeightBytes)]) -> Result<Self, LoadError> {
-        let mut lying = self.clone();
-        for (name, view) in &mut lying.entries {
-            let found = pieces.iter().find_map(|(start, piece)| {
-                let from = usize::try_from(view.offset.checked_sub(*start)?).ok()?;
-                piece.slice(from..from.checked_add(view.bytes.len())?)
-            });
-            view.bytes = found.ok_or_else(|| LoadError::Header {
-                file: self.sources[view.source].clone(),
-                why: format!("tensor {name} lies in no file of its own"),
-            })?;
-        }
-        Ok(lying)
-    }
-
     /// Keeps only the tensors named.
     pub fn select<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Self {
         let entries =
@@ -435,13 +425,14 @@ fn slice_of(metadata: &HashMap<String, String>, file: &str) -> Result<Option<Sli
     }
 }
 
-/// The data length a header describes: the largest end of its tensors; 0 if it cannot be read.
-fn data_bytes(header: &[u8]) -> u64 {
-    let Ok(serde_json::Value::Object(tensors)) = serde_json::from_slice(header) else {
-        return 0;
-    };
-    let ends = tensors.values().filter_map(|tensor| tensor.get("data_offsets")?.get(1)?.as_u64());
-    ends.max().unwrap_or(0)
+/// The bytes `range` of what lies in these pieces, if they are in one of them.
+fn slice_of_pieces(pieces: &[WeightBytes], range: Range<usize>) -> Option<WeightBytes> {
+    let mut start = 0;
+    pieces.iter().find_map(|piece| {
+        let from = range.start.checked_sub(start);
+        start += piece.len();
+        from.and_then(|from| piece.slice(from..from + range.len()))
+    })
 }
 
 #[cfg(test)]

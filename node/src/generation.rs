@@ -302,9 +302,10 @@ impl Service for Generator {
     }
 }
 
-/// What this node's models take of its budget.
+/// What this node's models take of its budget, loaded or on their way.
 pub fn ledger_bytes(shared: &Shared) -> u64 {
-    shared.serving.borrow().as_ref().map_or(0, |serving| serving.engine.memory().total())
+    let loaded = shared.serving.borrow().as_ref().map_or(0, |serving| serving.engine.memory().total());
+    loaded + shared.loading.bytes()
 }
 
 /// Whether this node, as a home, would serve a request now.

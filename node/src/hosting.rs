@@ -10,11 +10,14 @@
 //! both budgets hold at every moment; an expert that is wanted at another precision is served at the old one until the new one
 //! is loaded.
 
+mod blobs;
 mod disk;
 mod experts;
+pub mod loading;
 mod paging;
 mod report;
 mod room;
+mod slicing;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,13 +29,15 @@ use futures::stream;
 use tokio::sync::Mutex;
 use tracing::{Instrument, info, info_span, warn};
 
+use blobs::Wanted;
+
 use crate::experts::caller::Caller;
 use crate::library::{Known, LibraryError, run_blocking};
 use crate::shared::{Held, Serving, Shared};
 use crate::size::Size;
 use crate::weights::fetch::FetchError;
 
-/// Blobs fetched and loaded at once: enough to keep a link busy, few enough to stay within the memory slack.
+/// Experts fetched and loaded at once: enough to keep a link busy. Each takes memory only once that is free ([`loading`]).
 const FETCHES: usize = 4;
 /// Experts reported in one log entry at most, so that others can use the first while the last are on their way.
 const REPORT_BATCH: usize = 32;
@@ -50,6 +55,8 @@ struct Hosting {
     exchange: Mutex<()>,
     /// Held by whoever fetches and loads an expert while the disk has little room: what it replaces goes before the next comes.
     disk: Mutex<()>,
+    /// Held while a part is sliced.
+    slicing: Mutex<()>,
 }
 
 /// Why a pass stopped short.
@@ -84,8 +91,13 @@ impl Setback {
 /// Follows the placement until the node stops.
 pub async fn run(shared: Arc<Shared>) {
     let mut state = shared.log.state();
-    let mut hosting =
-        Hosting { shared: shared.clone(), failures: 0, exchange: Mutex::default(), disk: Mutex::default() };
+    let mut hosting = Hosting {
+        shared: shared.clone(),
+        failures: 0,
+        exchange: Mutex::default(),
+        disk: Mutex::default(),
+        slicing: Mutex::default(),
+    };
     loop {
         let now = state.borrow_and_update().clone();
         let epoch = now.epoch();
@@ -225,11 +237,11 @@ impl Hosting {
         }
         shared.trunk.send_replace(Some(precision));
         self.count(&known, &Held::new());
+        let bytes = known.manifest.trunk_bytes(precision);
+        let taken = shared.loading.take_anyway(bytes);
         let mut trunk = Vec::new();
         for part in &known.manifest.trunk {
-            let what = format!("the trunk part {}", part.name);
-            let nearest = part.slices.nearest(precision).0;
-            trunk.push(self.get(&what, &part.slices, nearest, state, model, None).await?);
+            trunk.push(self.get(&Wanted::trunk(part, precision), state, model).await?);
             self.count(&known, &Held::new());
         }
         let options = EngineOptions {
@@ -243,9 +255,9 @@ impl Hosting {
         let engine =
             run_blocking(move || Engine::start(device, config, options)).await.map_err(|e| load(e.to_string()))?;
         engine.load_trunk(trunk).await.map_err(|error| load(error.to_string()))?;
+        drop(taken);
         engine.set_source(Arc::new(Caller::new(Arc::downgrade(shared), tokio::runtime::Handle::current())));
-        let bytes = Size(known.manifest.trunk_bytes(precision));
-        info!(model = registered.name, device = engine.class(), trunk = %bytes, %precision, "trunk loaded");
+        info!(model = registered.name, device = engine.class(), trunk = %Size(bytes), %precision, "trunk loaded");
         let serving = Serving { known, engine, trunk: precision };
         shared.serving.send_replace(Some(serving.clone()));
         Ok(Some(serving))

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::hosting;
+use crate::hosting::loading::Loading;
 use crate::ids;
 use crate::library::{Known, Library};
 use crate::mesh::facts::Facts;
@@ -80,6 +81,8 @@ pub struct Shared {
     pub trunk: watch::Sender<Option<Precision>>,
     /// Models of which every blob lies here.
     pub complete: watch::Sender<Vec<ModelId>>,
+    /// Memory of weights that are being loaded.
+    pub loading: Loading,
     /// How far the node is.
     pub progress: watch::Sender<Progress>,
     /// What this node counts.
@@ -121,6 +124,7 @@ impl Shared {
             shelved: watch::Sender::default(),
             trunk: watch::Sender::default(),
             complete: watch::Sender::default(),
+            loading: Loading::default(),
             progress: watch::Sender::default(),
             metrics,
             importing: tokio::sync::Mutex::default(),

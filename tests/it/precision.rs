@@ -8,7 +8,7 @@ use coel_node::status::{Counts, Status};
 use coel_store::{ExpertId, Manifest, ModelId, Precision, Slices};
 use coel_testnet::ask;
 use coel_testnet::mesh::Mesh;
-use coel_testnet::node::NodeSpec;
+use coel_testnet::node::{NodeSpec, Start};
 
 use crate::golden::Alone;
 use crate::support::{
@@ -159,4 +159,50 @@ async fn what_does_not_fit_is_refused_and_changes_nothing() {
     let after = mesh.nodes()[0].status().await.unwrap();
     assert_eq!((after.precisions, after.epoch), (before.precisions, before.epoch));
     until(&mut mesh, 0, "still serving", is_settled).await;
+}
+
+#[tokio::test]
+async fn slices_are_made_where_exact_weights_are() {
+    let _turn = turn().await;
+    let mut mesh = crate::support::lone_node().await;
+    let request = Request::Import { dir: fixture(), name: Some(MODEL.into()) };
+    let _: ModelInfo = guarded(mesh.nodes()[0].ask(&request, |_, _, _| ())).await.unwrap();
+    let invite = mesh.invite(1).await.unwrap();
+    mesh.join(vec![spec("b")], &invite).await.unwrap();
+    let all = |wanted: Counts| {
+        move |status: &Status| {
+            let own = status.nodes.iter().find(|node| node.node_id == status.node_id);
+            is_settled(status) && status.readiness.ready && own.is_some_and(|own| own.precisions == wanted)
+        }
+    };
+    let exact =
+        until(&mut mesh, 1, "everything exactly on both", all(Counts { exact: 144, ..Counts::default() })).await;
+    let manifest = manifest(&mesh, &exact);
+    // Nobody but the importer has slices, and it goes; the other has the exact weights.
+    coel_at(&mesh.nodes()[0].data(), ["leave"]).await.printed();
+    assert!(mesh.node(0).wait_end().await.is_some_and(|ended| ended.success()));
+    until(&mut mesh, 1, "alone", |status| status.nodes.len() == 1 && is_settled(status) && status.leader.is_some())
+        .await;
+    let data = mesh.nodes()[1].data();
+    coel_at(&data, ["model", "precision", "q8"]).await.printed();
+    let sliced = until(&mut mesh, 1, "everything at Q8", all(Counts { q8: 144, ..Counts::default() })).await;
+    assert_eq!(sliced.own.bytes_fetched, exact.own.bytes_fetched, "sliced here");
+    let api = mesh.nodes()[1].api().unwrap();
+    assert_eq!(ask::chat(&api, MODEL, QUESTION, |_| ()).await.unwrap().text, "The capital of France is Paris.");
+
+    // A slice that is damaged on the disk is made again, and it is said.
+    mesh.node(1).kill();
+    let base = manifest.experts[&ExpertId::new(2, 7)].base.as_ref().unwrap().id.to_string();
+    let path = data.join("blobs").join(&base[..2]).join(&base);
+    let whole = std::fs::read(&path).unwrap();
+    let mut spoilt = whole.clone();
+    spoilt[whole.len() / 2] ^= 1;
+    std::fs::write(&path, spoilt).unwrap();
+    mesh.node(1).start(&Start::Again).await.unwrap();
+    let again = until(&mut mesh, 1, "everything at Q8 again", all(Counts { q8: 144, ..Counts::default() })).await;
+    assert_eq!(again.own.bytes_fetched, 0);
+    assert!(std::fs::read(&path).unwrap() == whole);
+    let log = std::fs::read_to_string(mesh.nodes()[1].log()).unwrap();
+    let said = |words: &str| log.lines().any(|line| line.contains(words) && line.contains("expert 2.7"));
+    assert!(said("a stored blob is damaged") && said("made anew of exact weights"), "{}", mesh.nodes()[1].tail());
 }

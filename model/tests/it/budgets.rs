@@ -7,6 +7,7 @@ use coel_model::{
     device::Device,
     engine::{Engine, EngineOptions, block_on},
     layout,
+    tensors::Tensors,
 };
 
 use crate::whole::checkpoint;
@@ -72,19 +73,21 @@ fn experts_go_to_disk_and_come_back_and_the_bits_stay() {
 }
 
 #[test]
-fn tensors_that_were_read_are_found_where_they_lie() {
+fn tensors_are_read_where_they_lie_in_pieces() {
     let checkpoint = checkpoint();
     let file = WeightBytes::map(&checkpoint.weight_files()[0]).unwrap();
     let id = layout::experts(checkpoint.config()).last().unwrap();
-    let mapped = checkpoint.expert(id);
     // In two pieces that meet between two tensors.
-    let cut = mapped.iter().map(|(_, view)| view.offset as usize).max().unwrap();
-    let pieces = [(0, file.slice(0..cut).unwrap()), (cut as u64, file.slice(cut..file.len()).unwrap())];
-    let lying = mapped.lying_in(&pieces).unwrap();
-    for ((name, a), (_, b)) in mapped.iter().zip(lying.iter()) {
+    let cut = checkpoint.expert(id).iter().map(|(_, view)| view.offset as usize).max().unwrap();
+    let pieces = |cut: usize| [file.slice(0..cut).unwrap(), file.slice(cut..file.len()).unwrap()];
+    let lying = Tensors::parse_pieces(&pieces(cut), "pieces").unwrap();
+    assert_eq!(lying.len(), checkpoint.tensors().len());
+    for ((name, a), (_, b)) in checkpoint.tensors().iter().zip(lying.iter()) {
         assert_eq!(a.bytes.as_slice(), b.bytes.as_slice(), "{name}");
-        assert!(b.bytes.place().is_some(), "{name}");
+        assert!(b.bytes.place().is_some() && a.offset == b.offset, "{name}");
     }
-    let error = mapped.lying_in(&pieces[..1]).unwrap_err().to_string();
-    assert!(error.contains("lies in no file"), "{error}");
+    let torn = Tensors::parse_pieces(&pieces(cut + 1), "pieces").unwrap_err().to_string();
+    assert!(torn.contains("lies outside"), "{torn}");
+    let short = Tensors::parse_pieces(&pieces(cut)[..1], "pieces").unwrap_err().to_string();
+    assert!(short.contains("truncated"), "{short}");
 }

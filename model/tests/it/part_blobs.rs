@@ -10,6 +10,7 @@ use coel_model::{
     kernels::packed::Packed,
     layout::{self, ExpertId},
     parts::{Part, PartKind, parts},
+    slices::blob::{ReadAt, write_part},
     tensors::Tensors,
 };
 use safetensors::SafeTensors;
@@ -76,4 +77,46 @@ fn blobs_are_safetensors_files_that_give_the_same_logits() {
     let logits = from_blobs.advance(&mut solo, &tokens, Want::All, |_| {});
     let mut solo = in_place.solo(8);
     assert!(logits == in_place.advance(&mut solo, &tokens, Want::All, |_| {}));
+}
+
+/// Its base and its refine blob.
+fn sliced(part: &Part, source: &(impl ReadAt + ?Sized)) -> (Vec<u8>, Vec<u8>) {
+    let (mut base, mut refine) = (Vec::new(), Vec::new());
+    write_part(part, source, &mut base, &mut refine).unwrap();
+    (base, refine)
+}
+
+#[test]
+fn an_exact_blob_gives_its_part_and_its_slices_again() {
+    let checkpoint = checkpoint();
+    let files: Vec<_> = checkpoint.weight_files().iter().map(|path| std::fs::File::open(path).unwrap()).collect();
+    for part in parts(&checkpoint).iter().step_by(13) {
+        let bytes = blob(part, &checkpoint);
+        let read = |bytes: &[u8], offset: u64, into: &mut [u8]| {
+            let from = bytes.get(offset as usize..).and_then(|bytes| bytes.get(..into.len()));
+            from.map(|from| into.copy_from_slice(from)).ok_or_else(|| std::io::ErrorKind::UnexpectedEof.into())
+        };
+        let of = |bytes: &[u8]| Part::of_blob(part.kind.clone(), bytes.len() as u64, |at, into| read(bytes, at, into));
+        let found = of(&bytes).unwrap();
+        let shapes =
+            |part: &Part| part.tensors.iter().map(|t| (t.name.clone(), t.dtype, t.shape.clone())).collect::<Vec<_>>();
+        assert_eq!((shapes(&found), found.header()), (shapes(part), part.header()));
+        let of_blob = sliced(&found, &[WeightBytes::from(bytes.clone())][..]);
+        assert!(of_blob == sliced(part, &files[..]));
+
+        // Anything else is refused: shorter, longer, another header, a slice.
+        assert!(
+            of(&bytes[..bytes.len() - 1]).is_err()
+                && of(&bytes[..7]).is_err()
+                && of(&[&bytes[..], &[0]].concat()).is_err()
+        );
+        assert!(of(&of_blob.0).is_err(), "a base slice");
+        let mut endless = bytes.clone();
+        endless[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+        assert!(of(&endless).is_err());
+        let mut respelled = bytes;
+        let space = respelled.iter().position(|byte| *byte == b'}').unwrap();
+        respelled[space - 1] ^= 1;
+        assert!(of(&respelled).is_err());
+    }
 }

@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coel_model::bytes::WeightBytes;
-use coel_model::slices::blob::PartBlobs;
 use coel_model::tensors::Tensors;
-use coel_store::{BlobEntry, ExpertId, Precision, Segment, Slice, Slices, State};
+use coel_store::{Blobs, ExpertId, Precision, Segment, State};
 use tracing::info;
 
+use super::blobs::Wanted;
 use super::{Hosting, Setback};
 use crate::ids;
 use crate::library::run_blocking;
@@ -59,7 +59,8 @@ impl Hosting {
             let Some(expert) = coldest.pop() else { break };
             // At its own precision: another one may have to be fetched first.
             let precision = held[&expert];
-            going.push((expert, self.tensors_on_disk(state, serving, expert, precision).await?));
+            let wanted = Wanted::expert(&serving.known, expert, precision)?;
+            going.push((expert, self.tensors_on_disk(state, serving, &wanted).await?));
             free += serving.known.expert_bytes(expert, precision);
         }
         if !going.is_empty() || self.shared.shelved.borrow().is_empty() {
@@ -76,17 +77,12 @@ impl Hosting {
     }
 
     /// Gets what is missing of the expert to the disk and holds it there.
-    pub(super) async fn shelve(
-        &self,
-        state: &State,
-        serving: &Serving,
-        expert: ExpertId,
-        precision: Precision,
-    ) -> Result<(), Setback> {
-        let tensors = self.tensors_on_disk(state, serving, expert, precision).await?;
+    pub(super) async fn shelve(&self, state: &State, serving: &Serving, wanted: &Wanted<'_>) -> Result<(), Setback> {
+        let tensors = self.tensors_on_disk(state, serving, wanted).await?;
+        let Some(expert) = wanted.expert else { return Ok(()) };
         self.engine_shelve(serving, expert, tensors).await?;
         self.shared.held.send_modify(|held| {
-            Arc::make_mut(held).insert(expert, precision);
+            Arc::make_mut(held).insert(expert, wanted.precision);
         });
         self.give_shelf_the_rest(serving).await
     }
@@ -157,52 +153,32 @@ impl Hosting {
     }
 
     /// The expert's tensors where they lie in files: every byte of them was verified, none is in memory.
-    async fn tensors_on_disk(
-        &self,
-        state: &State,
-        serving: &Serving,
-        expert: ExpertId,
-        precision: Precision,
-    ) -> Result<Tensors, Setback> {
-        let what = format!("expert {expert}");
-        let load = |why: String| Setback::Load { what: what.clone(), why };
-        let known = &serving.known;
-        let slices: &Slices =
-            known.manifest.experts.get(&expert).ok_or_else(|| load("the manifest does not have it".into()))?;
-        // Read once, to be verified and understood; what is kept of it is where it lies.
-        let read = self.get(&what, slices, precision, state, known.id, Some(expert)).await?;
-        let entries: Vec<(Slice, &BlobEntry)> =
-            slices.at(precision).ok_or_else(|| load(format!("the model has no slices for {precision}")))?;
-        let mut places = Vec::new();
-        for (_, entry) in entries {
+    async fn tensors_on_disk(&self, state: &State, serving: &Serving, wanted: &Wanted<'_>) -> Result<Tensors, Setback> {
+        let load = |why: String| Setback::Load { what: wanted.what.clone(), why };
+        self.checked(wanted, state, serving.known.id, Blobs::verify).await?;
+        let blobs = wanted.blobs()?;
+        let mut lying = Vec::new();
+        for (_, entry) in blobs {
             let segments = self.shared.blobs.lies_in(entry).map_err(|error| load(error.to_string()))?;
-            places.push(mapped(segments).map_err(load)?);
+            let pieces = mapped(segments).map_err(load)?;
+            lying.push(Tensors::parse_pieces(&pieces, &wanted.what).map_err(|error| load(error.to_string()))?);
         }
-        let mut places = places.into_iter();
-        let [main, refine] = [places.next().unwrap_or_default(), places.next().unwrap_or_default()];
-        let placed = |bytes: WeightBytes, places: &[(u64, WeightBytes)]| Tensors::parse(bytes, &what)?.lying_in(places);
-        let PartBlobs { main: read_main, refine: read_refine } = read;
-        let tensors = placed(read_main, &main).and_then(|tensors| match read_refine {
-            Some(bytes) => tensors.with_refine(placed(bytes, &refine)?),
-            None => Ok(tensors),
-        });
+        let mut lying = lying.into_iter();
+        let main = lying.next().ok_or_else(|| load("it has no blobs".into()))?;
+        let tensors = lying.next().map_or(Ok(main.clone()), |refine| main.with_refine(refine));
         tensors.map_err(|error| load(error.to_string()))
     }
 }
 
-/// The pieces of a blob that lie in files, each with where it begins in the blob.
-fn mapped(segments: Vec<Segment>) -> Result<Vec<(u64, WeightBytes)>, String> {
-    let mut pieces = Vec::new();
-    let mut start = 0;
-    for segment in segments {
-        let length = segment.bytes();
-        if let Segment::File { path, offset, bytes } = segment {
+/// The pieces of a blob: mapped where they lie in files.
+fn mapped(segments: Vec<Segment>) -> Result<Vec<WeightBytes>, String> {
+    let piece = |segment| match segment {
+        Segment::Inline(bytes) => Ok(WeightBytes::from(bytes)),
+        Segment::File { path, offset, bytes } => {
             let file = WeightBytes::map_sparsely(&path).map_err(|error| format!("{}: {error}", path.display()))?;
             let (from, to) = (offset as usize, offset.saturating_add(bytes) as usize);
-            let piece = file.slice(from..to).ok_or_else(|| format!("{} has become shorter", path.display()))?;
-            pieces.push((start, piece));
+            file.slice(from..to).ok_or_else(|| format!("{} has become shorter", path.display()))
         }
-        start += length;
-    }
-    Ok(pieces)
+    };
+    segments.into_iter().map(piece).collect()
 }

@@ -101,37 +101,70 @@ impl Fetcher {
     /// # Errors
     /// [`FetchError`]; verified chunks are kept for the next try.
     pub async fn obtain(&self, what: &str, entry: &BlobEntry, sources: &[Source]) -> Result<Vec<u8>, FetchError> {
-        let store = |source| FetchError::Store { what: what.into(), source };
-        // Held by the index, whatever has become of the file.
-        if self.blobs.bytes(&entry.id).is_ok() {
-            match self.read(entry).await {
-                Ok(bytes) => return Ok(bytes),
-                Err(fault) if !fault.is_damage() => return Err(store(fault)),
-                Err(fault) => {
-                    warn!(what, %fault, "a stored blob is damaged; fetching it anew");
-                    self.damaged().insert(entry.id, fault.to_string());
-                    let (blobs, id) = (self.blobs.clone(), entry.id);
-                    run_blocking(move || blobs.remove(&id)).await.map_err(store)?;
-                }
-            }
+        if let Some(bytes) = self.held(what, entry, Blobs::read_verified).await? {
+            return Ok(bytes);
         }
-        match self.fetch(what, entry, sources).await {
-            Ok(()) => {}
-            Err(FetchError::NoSource { what, tried }) => {
-                return Err(match self.damaged().get(&entry.id).cloned() {
-                    Some(fault) => FetchError::Lost { what, fault, tried },
-                    None => FetchError::NoSource { what, tried },
-                });
-            }
-            Err(error) => return Err(error),
-        }
-        self.damaged().remove(&entry.id);
-        self.read(entry).await.map_err(store)
+        self.replace(what, entry, sources).await?;
+        let read = self.held(what, entry, Blobs::read_verified).await?;
+        read.ok_or_else(|| self.lost(what, entry, Vec::new()))
     }
 
-    async fn read(&self, entry: &BlobEntry) -> Result<Vec<u8>, BlobError> {
-        let (blobs, entry) = (self.blobs.clone(), entry.clone());
-        run_blocking(move || blobs.read_verified(&entry)).await
+    /// What `read` makes of the blob as it lies here; `None` if it does not, or is damaged: then it is removed, to make room for a
+    /// good one.
+    ///
+    /// # Errors
+    /// [`FetchError::Store`].
+    pub async fn held<T: Send + 'static>(
+        &self,
+        what: &str,
+        entry: &BlobEntry,
+        read: fn(&Blobs, &BlobEntry) -> Result<T, BlobError>,
+    ) -> Result<Option<T>, FetchError> {
+        let store = |source| FetchError::Store { what: what.into(), source };
+        // Held by the index, whatever has become of the file.
+        if self.blobs.bytes(&entry.id).is_err() {
+            return Ok(None);
+        }
+        let (blobs, owned) = (self.blobs.clone(), entry.clone());
+        match run_blocking(move || read(&blobs, &owned)).await {
+            Ok(found) => Ok(Some(found)),
+            Err(fault) if !fault.is_damage() => Err(store(fault)),
+            Err(fault) => {
+                warn!(what, %fault, "a stored blob is damaged; it is replaced");
+                self.damaged().insert(entry.id, fault.to_string());
+                let (blobs, id) = (self.blobs.clone(), entry.id);
+                run_blocking(move || blobs.remove(&id)).await.map_err(store)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Gets a blob that does not lie here from `sources` to the disk. It is not read again.
+    ///
+    /// # Errors
+    /// [`FetchError`]; verified chunks are kept for the next try.
+    pub async fn replace(&self, what: &str, entry: &BlobEntry, sources: &[Source]) -> Result<(), FetchError> {
+        match self.fetch(what, entry, sources).await {
+            Ok(()) => {
+                self.mended(entry);
+                Ok(())
+            }
+            Err(FetchError::NoSource { tried, .. }) => Err(self.lost(what, entry, tried)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The blob lies here again, wherever it is from. Whether it had been damaged.
+    pub fn mended(&self, entry: &BlobEntry) -> bool {
+        self.damaged().remove(&entry.id).is_some()
+    }
+
+    fn lost(&self, what: &str, entry: &BlobEntry, tried: Vec<(String, Fault)>) -> FetchError {
+        let what = what.to_owned();
+        match self.damaged().get(&entry.id).cloned() {
+            Some(fault) => FetchError::Lost { what, fault, tried },
+            None => FetchError::NoSource { what, tried },
+        }
     }
 
     fn damaged(&self) -> MutexGuard<'_, BTreeMap<BlobId, String>> {
