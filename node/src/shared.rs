@@ -19,6 +19,7 @@ use crate::hosting::loading::Loading;
 use crate::ids;
 use crate::library::{Known, Library};
 use crate::mesh::facts::Facts;
+use crate::mesh::holdings::Holdings;
 use crate::mesh::leader::MemberFacts;
 use crate::metrics::Metrics;
 use crate::weights::fetch::{Fetcher, Source};
@@ -81,6 +82,8 @@ pub struct Shared {
     pub trunk: watch::Sender<Option<Precision>>,
     /// Models of which every blob lies here.
     pub complete: watch::Sender<Vec<ModelId>>,
+    /// What lies here of the experts.
+    pub holds: watch::Sender<Option<Holdings>>,
     /// Memory of weights that are being loaded.
     pub loading: Loading,
     /// How far the node is.
@@ -124,6 +127,7 @@ impl Shared {
             shelved: watch::Sender::default(),
             trunk: watch::Sender::default(),
             complete: watch::Sender::default(),
+            holds: watch::Sender::default(),
             loading: Loading::default(),
             progress: watch::Sender::default(),
             metrics,
@@ -180,12 +184,19 @@ impl Shared {
             accepts: self.config.precision,
             trunk: *self.trunk.borrow(),
             complete_models: self.complete.borrow().clone(),
+            holds: self.holds.borrow().clone(),
         }
     }
 
-    /// Looks whether every blob of the model lies here, for [`Self::facts`]. Looks at files: not from async threads.
+    /// Looks what of the model lies here, and whether that is all of it, for [`Self::facts`]. Looks at files: not from async threads.
     pub fn look_for_all_of(&self, known: &Known) {
         let all = known.manifest.blobs().all(|blob| self.blobs.has(&blob.id));
+        let holds = Holdings::of(known.id, &known.manifest, |id| all || self.blobs.has(id));
+        self.holds.send_if_modified(|held| {
+            let news = *held != holds;
+            *held = holds;
+            news
+        });
         self.complete.send_if_modified(|complete| {
             let was = complete.contains(&known.id);
             complete.retain(|id| *id != known.id);

@@ -12,7 +12,7 @@ use coel_testnet::node::{NodeSpec, Start};
 
 use crate::golden::Alone;
 use crate::support::{
-    MODEL, QUESTION, coel_at, continue_tokens, fixture, get, guarded, launcher, mesh, spec, turn, until,
+    Copy, MODEL, QUESTION, coel_at, continue_tokens, fixture, get, guarded, launcher, mesh, spec, turn, until,
 };
 
 /// Long enough that the mesh can be told something, and do it, well within it.
@@ -205,4 +205,25 @@ async fn slices_are_made_where_exact_weights_are() {
     let log = std::fs::read_to_string(mesh.nodes()[1].log()).unwrap();
     let said = |words: &str| log.lines().any(|line| line.contains(words) && line.contains("expert 2.7"));
     assert!(said("a stored blob is damaged") && said("made anew of exact weights"), "{}", mesh.nodes()[1].tail());
+}
+
+#[tokio::test]
+async fn experts_without_slices_say_what_would_do() {
+    let _turn = turn().await;
+    let copy = Copy::new();
+    copy.edit_weights(|header, data| {
+        // Beyond the range of a slice's scale: 2^100 in BF16.
+        let tensor = &header["model.layers.5.mlp.experts.23.down_proj.weight"];
+        let at = tensor["data_offsets"][0].as_u64().unwrap() as usize;
+        data[at..][..2].copy_from_slice(&[0x80, 0x71]);
+    });
+    let mut mesh = crate::support::lone_node().await;
+    let request = Request::Import { dir: copy.dir(), name: None };
+    let _: ModelInfo = guarded(mesh.nodes()[0].ask(&request, |_, _, _| ())).await.unwrap();
+    until(&mut mesh, 0, "serving", is_settled).await;
+    let data = mesh.nodes()[0].data();
+    let remedy = "coel model precision q4..";
+    let refused = coel_at(&data, ["model", "precision", "q4"]).await;
+    refused.refused(1, &["1 of the model's 144 experts", "5.23", "no slices", remedy]);
+    coel_at(&data, ["model", "precision", "q4.."]).await.printed();
 }

@@ -4,6 +4,8 @@ use coel_gossip::PeerView;
 use coel_store::{Bounds, ModelId, Precision, cbor};
 use serde::{Deserialize, Serialize};
 
+use super::holdings::Holdings;
+
 /// Facts of one node, gossiped as opaque bytes.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
@@ -20,6 +22,9 @@ pub struct Facts {
     pub trunk: Option<Precision>,
     /// Models of which it has every blob: sources for newcomers.
     pub complete_models: Vec<ModelId>,
+    /// What it has of the experts on its disk. Older versions do not say.
+    #[serde(default)]
+    pub holds: Option<Holdings>,
 }
 
 /// A node's facts are small; gossip bounds them too.

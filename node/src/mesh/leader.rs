@@ -10,6 +10,7 @@ use tracing::{info, warn};
 
 use super::PROPOSE_DEADLINE;
 use super::facts::Facts;
+use super::holdings::{self, had};
 use crate::library::Known;
 use crate::placement::{
     Away, Candidate, Choices, Current, Experts, Harm, Plan, Popularity, Since, cover, plan, within_reach,
@@ -28,6 +29,7 @@ const MUTE_AFTER: Duration = Duration::from_secs(15);
 /// What a plan is made of, beside the model.
 #[derive(Debug, PartialEq)]
 struct Inputs {
+    experts: Experts,
     candidates: Vec<Candidate>,
     leaving: BTreeSet<NodeId>,
     waited_for: BTreeSet<NodeId>,
@@ -38,8 +40,7 @@ struct Inputs {
 /// start from what is only passing, and move what is being fetched.
 #[derive(Debug)]
 struct Aim {
-    model: ModelId,
-    candidates: Vec<Candidate>,
+    of: (ModelId, Experts, Vec<Candidate>),
     plan: Plan,
 }
 
@@ -93,6 +94,7 @@ async fn place(shared: &Shared, away: &Away, settled: &mut Option<Inputs>, aim: 
     };
     let leaving = state.members.iter().filter(|(_, member)| member.leaving).map(|(&node, _)| node);
     let inputs = Inputs {
+        experts: experts(shared, &state, &known, &not_there),
         candidates,
         leaving: leaving.chain(away.gone.iter().copied()).collect(),
         waited_for: away.waited_for.clone(),
@@ -101,14 +103,13 @@ async fn place(shared: &Shared, away: &Away, settled: &mut Option<Inputs>, aim: 
     if settled.as_ref() == Some(&inputs) {
         return;
     }
-    let Inputs { candidates, placement: placed, .. } = &inputs;
-    let experts = experts(&known);
+    let Inputs { experts, candidates, placement: placed, .. } = &inputs;
     let (wanted, paged_bytes) = match placed {
         Some(placed) if !away.waited_for.is_empty() => {
             let popularity = Popularity::new(registered.popularity.clone());
-            (cover(placed, candidates, &not_there, &experts, &popularity), BTreeMap::new())
+            (cover(placed, candidates, &not_there, experts, &popularity), BTreeMap::new())
         }
-        _ => match planned(shared, model, registered, &inputs, &experts, aim) {
+        _ => match planned(shared, &known, registered, &inputs, aim) {
             Some(plan) => (plan.replicas, plan.paged_bytes),
             None => {
                 *settled = Some(inputs);
@@ -141,27 +142,22 @@ async fn place(shared: &Shared, away: &Away, settled: &mut Option<Inputs>, aim: 
 }
 
 /// What of the plan for these inputs may be proposed now; `None` where nothing is.
-fn planned(
-    shared: &Shared,
-    model: ModelId,
-    registered: &Model,
-    inputs: &Inputs,
-    experts: &Experts,
-    aim: &mut Option<Aim>,
-) -> Option<Plan> {
-    let Inputs { candidates, leaving, placement: placed, .. } = inputs;
+fn planned(shared: &Shared, known: &Known, registered: &Model, inputs: &Inputs, aim: &mut Option<Aim>) -> Option<Plan> {
+    let Inputs { experts, candidates, leaving, placement: placed, .. } = inputs;
+    let model = known.id;
     let nothing = Current::new();
     let current = placed.as_ref().map_or(&nothing, |placed| &placed.replicas);
-    let aimed = aim.take().filter(|aim| aim.model == model && aim.candidates == *candidates).map(|aim| aim.plan);
+    let aimed = aim.take().filter(|aim| aim.of == (model, experts.clone(), candidates.clone())).map(|aim| aim.plan);
     let planned = aimed.map_or_else(|| plan(experts, candidates, current, &harm(registered)), Ok);
     let wanted = match planned {
         Ok(plan) => {
             shared.set_planner(None);
-            *aim = Some(Aim { model, candidates: candidates.clone(), plan: plan.clone() });
+            *aim = Some(Aim { of: (model, experts.clone(), candidates.clone()), plan: plan.clone() });
             plan
         }
         Err(shortfall) => {
-            shared.set_planner(Some(shortfall.to_string()));
+            let why = out_of_reach(known, experts, candidates).unwrap_or_else(|| shortfall.to_string());
+            shared.set_planner(Some(why));
             // A first placement that cannot cover the model is not attempted; an existing one is kept true.
             placed.as_ref()?;
             shortfall.partial
@@ -173,8 +169,47 @@ fn planned(
     })
 }
 
-fn experts(known: &Known) -> Experts {
-    known.manifest.experts.iter().map(|(&expert, slices)| (expert, Choices::of(slices))).collect()
+/// The experts, at the precisions that can be had of them from those who are not `gone`. Who is leaving is a source only of what
+/// nobody else has: it may have left before the last of it was fetched.
+fn experts(shared: &Shared, state: &State, known: &Known, gone: &BTreeSet<NodeId>) -> Experts {
+    let facts = shared.facts_of_members(state);
+    let leaving = |node: &NodeId| state.members.get(node).is_some_and(|member| member.leaving);
+    let there = facts.iter().filter(|(node, _)| !gone.contains(node));
+    let (staying, all): (Vec<_>, Vec<_>) =
+        (there.clone().filter(|(node, _)| !leaving(node)).collect(), there.collect());
+    let complete = |(_, (_, facts)): &(&NodeId, &(Liveness, Option<Facts>))| {
+        facts.as_ref().is_some_and(|facts| facts.complete_models.contains(&known.id))
+    };
+    if staying.iter().any(complete) {
+        return known.manifest.experts.iter().map(|(&expert, slices)| (expert, Choices::of(slices))).collect();
+    }
+    let from = |members: &[(&NodeId, &(Liveness, Option<Facts>))]| {
+        let holders: Vec<_> = members.iter().map(|(_, (_, facts))| facts.as_ref()?.holds.as_ref()).collect();
+        let nodes: BTreeSet<_> = members.iter().map(|(node, _)| **node).collect();
+        let serves = |expert| {
+            let placed = state.placement.as_ref().filter(|placement| placement.model == known.id)?;
+            placed.hosts(expert).filter(|(node, _)| nodes.contains(node)).map(|(_, precision)| precision).max()
+        };
+        had(known.id, &known.manifest, &holders, serves)
+    };
+    // What only those have who are leaving comes from them: `had` says of it that it can be had at any precision, which they know
+    // better.
+    let (mut experts, everybody) = (from(&staying), from(&all));
+    for (expert, choices) in &mut experts {
+        let slices = &known.manifest.experts[expert];
+        if *choices == Choices::of(slices) {
+            *choices = everybody[expert];
+        }
+    }
+    experts
+}
+
+/// Why no room would do, if that is why there is no plan.
+fn out_of_reach(known: &Known, experts: &Experts, candidates: &[Candidate]) -> Option<String> {
+    let roomy = candidates.iter().filter(|c| c.expert_bytes_max.max(c.page_bytes_max) > 0);
+    let lowest = roomy.clone().map(|candidate| candidate.accepts.lowest()).min()?;
+    let accepted = |precision| roomy.clone().any(|candidate| candidate.accepts.has(precision));
+    holdings::out_of_reach(&known.manifest, experts, accepted, lowest)
 }
 
 fn harm(registered: &Model) -> Harm {
@@ -205,8 +240,11 @@ fn could_place(shared: &Shared, gone: &BTreeSet<NodeId>, precisions: Bounds) -> 
     let known = shared.library.cached(model).ok_or("this node does not know the model yet; try again in a moment")?;
     let candidates = candidates(shared, &state, &known, gone, precisions)
         .ok_or("not every member has said yet what it can hold; try again in a moment")?;
-    let planned = plan(&experts(&known), &candidates, &Current::new(), &harm(registered));
-    planned.map(drop).map_err(|shortfall| shortfall.to_string())
+    let experts = experts(shared, &state, &known, gone);
+    let planned = plan(&experts, &candidates, &Current::new(), &harm(registered));
+    planned
+        .map(drop)
+        .map_err(|shortfall| out_of_reach(&known, &experts, &candidates).unwrap_or_else(|| shortfall.to_string()))
 }
 
 /// Nodes that may hold experts now, with the room their budgets leave. `None` while a member that is up has not said what it

@@ -4,10 +4,12 @@
 //! - [`admit`]: both ends of the admission handshake.
 //! - [`members`]: keeps gossip's idea of who is admitted equal to the log's.
 //! - [`facts`]: what a node says of itself to all.
+//! - [`holdings`]: which experts lie where, and what can be had of them.
 //! - [`leader`]: the leader's duties: voters, and the placement.
 
 pub mod admit;
 pub mod facts;
+pub mod holdings;
 pub mod leader;
 pub mod members;
 pub mod raft;

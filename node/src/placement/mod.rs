@@ -47,7 +47,7 @@ pub type Experts = BTreeMap<ExpertId, Choices>;
 pub type Current = BTreeMap<ExpertId, BTreeMap<NodeId, Replica>>;
 
 /// Bytes of an expert at the precisions that it has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Choices {
     /// In the order of [`Precision::ALL`].
     bytes: [Option<u64>; 3],
@@ -62,6 +62,11 @@ impl Choices {
     /// Those of these slices.
     pub fn of(slices: &Slices) -> Self {
         Self { bytes: Precision::ALL.map(|precision| slices.bytes(precision)) }
+    }
+
+    /// Those of them that are to be `kept`.
+    pub fn only(self, kept: impl Fn(Precision) -> bool) -> Self {
+        Self { bytes: Precision::ALL.map(|precision| self.bytes(precision).filter(|_| kept(precision))) }
     }
 
     /// Bytes at this precision.
