@@ -73,7 +73,8 @@ async fn question(api: &str) -> String {
 async fn survivors_carry_on(mesh: &mut Mesh, victim: usize) {
     let dead = mesh.nodes()[victim].name().to_owned();
     for index in (0..3).filter(|&index| index != victim) {
-        let carried_on = until(mesh, index, &format!("service without {dead}"), |status| {
+        let what = format!("service without {dead}");
+        let carried_on = until(mesh, index, &what, |status| {
             let leader = status.nodes.iter().find(|node| Some(node.node_id) == status.leader);
             let gone = status.nodes.iter().find(|node| node.name == dead);
             status.coverage == 1.0

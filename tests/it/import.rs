@@ -31,7 +31,8 @@ async fn a_model_is_what_it_consists_of_whatever_its_folder_is_called() {
         .await;
     assert_eq!(import(&mesh, 1, copy.dir()).await, here);
     let data = mesh.nodes()[1].data();
-    let named = ["model", "import", copy.dir().to_str().unwrap(), "--name", "other"];
+    let dir = copy.dir();
+    let named = ["model", "import", dir.to_str().unwrap(), "--name", "other"];
     coel_at(&data, named).await.refused(1, &["registered as \"fixture\"", "use that name"]);
 
     // Another model is refused before anything is made of it.
