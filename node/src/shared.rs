@@ -191,7 +191,7 @@ impl Shared {
     /// Looks what of the model lies here, and whether that is all of it, for [`Self::facts`]. Looks at files: not from async threads.
     pub fn look_for_all_of(&self, known: &Known) {
         let all = known.manifest.blobs().all(|blob| self.blobs.has(&blob.id));
-        let holds = Holdings::of(known.id, &known.manifest, |id| all || self.blobs.has(id));
+        let holds = Holdings::of(known.id, &known.manifest, |id| all || self.fetcher.is_expected(id));
         self.holds.send_if_modified(|held| {
             let news = *held != holds;
             *held = holds;

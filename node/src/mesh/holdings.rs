@@ -1,8 +1,9 @@
 //! Which blobs of the experts lie on whose disk, and what can be had of them. Pure.
 //!
 //! Owns [`Holdings`], what a node tells the others, and [`had`], at which precisions experts can be had from those who are there. The
-//! invariant: who holds an expert exactly counts as a source of its slices, since they can be made of it. What a node serves, and
-//! whether blobs are whole, is not known here.
+//! invariant: who holds an expert exactly counts as a source of its slices, since they can be made of it. A blob that was found damaged
+//! counts as held: nobody gave it up, so it is a fault to be told by name, and no reason to plan without it. What a node serves is
+//! not known here.
 
 use std::collections::BTreeMap;
 

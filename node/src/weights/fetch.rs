@@ -159,6 +159,11 @@ impl Fetcher {
         self.damaged().remove(&entry.id).is_some()
     }
 
+    /// Whether the blob should lie here: it does, or did until it was found damaged. Looks at the index: not from async threads.
+    pub fn is_expected(&self, id: &BlobId) -> bool {
+        self.blobs.bytes(id).is_ok() || self.damaged().contains_key(id)
+    }
+
     fn lost(&self, what: &str, entry: &BlobEntry, tried: Vec<(String, Fault)>) -> FetchError {
         let what = what.to_owned();
         match self.damaged().get(&entry.id).cloned() {
