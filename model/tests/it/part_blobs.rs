@@ -89,7 +89,7 @@ fn sliced(part: &Part, source: &(impl ReadAt + ?Sized)) -> (Vec<u8>, Vec<u8>) {
 #[test]
 fn an_exact_blob_gives_its_part_and_its_slices_again() {
     let checkpoint = checkpoint();
-    let files: Vec<_> = checkpoint.weight_files().iter().map(|path| std::fs::File::open(path).unwrap()).collect();
+    let files: Vec<_> = checkpoint.weight_files().iter().map(|path| fs::File::open(path).unwrap()).collect();
     for part in parts(&checkpoint).iter().step_by(13) {
         let bytes = blob(part, &checkpoint);
         let read = |bytes: &[u8], offset: u64, into: &mut [u8]| {
