@@ -16,7 +16,7 @@ use crate::{
     layout::{Pieces, TensorSpec},
     slices::{
         Precision, Sliced, Weight,
-        blob::{FORMAT_KEY, PartBlobs, READABLE, SLICE_KEY, Slice, SliceError, is_sliced},
+        blob::{FORMAT, FORMAT_KEY, PartBlobs, SLICE_KEY, Slice, SliceError, is_sliced},
         encode::slice_matrix,
     },
 };
@@ -416,7 +416,7 @@ fn slice_of(metadata: &HashMap<String, String>, file: &str) -> Result<Option<Sli
         return Ok(None);
     };
     let format = metadata.get(FORMAT_KEY).map_or("none", String::as_str);
-    if !READABLE.contains(&format) {
+    if format != FORMAT {
         return Err(LoadError::Format { file: file.to_owned(), found: format.to_owned() });
     }
     match Slice::ALL.into_iter().find(|slice| slice.name() == name) {

@@ -2,8 +2,8 @@
 //!
 //! Owns [`write_part`], which turns a part of a checkpoint into its base and refine blobs, the rule for which of its
 //! tensors are sliced ([`is_sliced`]), and [`PartBlobs`], what a store hands back. A slice blob is an ordinary
-//! safetensors file whose metadata says which slice it is: matrices as U8 cells first, each at a multiple of 64 bytes
-//! of the file, then, in the base blob only, every other tensor as the checkpoint has it.
+//! safetensors file whose metadata says which slice it is: matrices as U8 cells first, the first of them at a multiple of 64
+//! bytes of the file, then, in the base blob only, every other tensor as the checkpoint has it.
 //!
 //! The invariant: the bytes depend on nothing but the part and its weights, and their number is known beforehand. At
 //! no time are more than sixteen rows of a matrix in memory. It does not hash, and where bytes come from or go to is
@@ -21,9 +21,7 @@ use crate::{
 };
 
 /// Version of the format, as blobs name it: which bytes a checkpoint becomes.
-pub const FORMAT: &str = "2";
-/// Versions that are read alike: the first differs in how scales and offsets were chosen.
-pub const READABLE: [&str; 2] = ["1", FORMAT];
+pub const FORMAT: &str = "3";
 /// Metadata key of the version.
 pub const FORMAT_KEY: &str = "coel.format";
 /// Metadata key of the slice.

@@ -4,11 +4,11 @@
 //! and a fast one for AVX2. The invariant: both give the same bytes for every input, on every machine. So any node
 //! derives from a checkpoint the very blobs that any other did, and one hash verifies them all.
 //!
-//! For each group: `s = (max - min) / 247` and `m = min - 4 s` in f32, each then rounded to f16, are where a search
-//! starts. Every way to lay 32 weights on sixteen levels has its own luck with roundings, and the best of fifty loses a
-//! fifth less than the first: [`LOWS`] by [`HIGHS`] at four bits, then [`NEAR`] that at four and eight bits together,
-//! with the constants as they will be read. With them `q = clamp(round_ties_even((w - m) / s), 0, 255)` in f32, product
-//! and sum never fused; `s = 0` gives `q = 0`. The search is made in whole numbers, which add up to the same in any order.
+//! A group's constants are looked for: the [`SCALES`] smallest scales that span the group, each with the zero points that lay
+//! it nearest to the middle of all levels, [`ASIDE`] to either side. Every way to lay 32 weights on sixteen levels has its own
+//! luck with roundings, and the one is taken that errs least at four and eight bits together, with the constants as they will
+//! be read. With them `q = clamp(round_ties_even((w + s z) / s), 0, 255)` in f32, product and sum never fused; a scale of 0
+//! gives `q = 0`. The search is made in whole numbers, which add up to the same in any order.
 //! A weight of -0.0 counts as 0.0, so that minimum and maximum are never a matter of taste. It does not know tensors'
 //! names: a [`Fault`] says where, and whoever has the name adds it.
 
@@ -23,21 +23,21 @@ mod portable;
 
 /// Places between a group's least weight and its greatest.
 const PLACES: f32 = 65535.0;
-/// 8-bit levels that the least weight is tried at,
-const LOWS: [i32; 5] = [0, 4, 8, 12, 16];
-/// and the greatest.
-const HIGHS: [i32; 5] = [255, 251, 247, 243, 239];
-/// How far from the best of them to look further.
-const NEAR: [f32; 5] = [-2.0, -1.0, 0.0, 1.0, 2.0];
+/// Scales that are tried: the smallest, whose levels the group would fill, and the next ones.
+const SCALES: i32 = 4;
+/// Zero points that are tried on either side of the one that lays the group in the middle of the levels.
+const ASIDE: i32 = 3;
 /// What the squared error at eight bits counts beside that at four, which is 256 times as large.
-const EIGHT_WEIGHT: i32 = 32;
+const EIGHT_WEIGHT: i32 = 96;
+/// A group that spans less, zero included, is nothing but zeros: the least scale would give it no more than four levels.
+const LEAST_SPAN: f32 = 1.0 / (1 << 24) as f32;
 
 /// Why a group of weights has no slices.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum FaultKind {
     /// An infinity or no number at all.
     NotFinite,
-    /// The group's scale or offset exceeds the largest f16.
+    /// The group needs a larger scale than there is.
     Range { min: f32, max: f32 },
 }
 
@@ -95,7 +95,7 @@ impl Encoder {
     pub fn available() -> Vec<Self> {
         let mut found = vec![Encoder(Level::Portable)];
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
             found.push(Encoder(Level::Avx2));
         }
         found

@@ -2,43 +2,43 @@
 //!
 //! Owns the cell layout, [`Sliced`] (a matrix held as its base slice, with or without its refine slice) and [`Weight`]
 //! (a matrix in whichever form it is held). Weights are grouped by [`GROUP`] along the input dimension; each group has
-//! a scale `s` and an offset `m`, both f16, and each weight a byte `q`. Q8 reads `m + s*q`, Q4 reads
-//! `m + s*(16*(q >> 4) + 7.5)`. The base slice has the high nibbles with `s` and `m` (5 bits a weight), the refine slice
+//! a scale `s` and a zero point `z` ([`constants`]), and each weight a byte `q`. Q8 reads `s*(q - z)`, Q4 reads
+//! `s*(16*(q >> 4) + 7.5 - z)`. The base slice has the high nibbles with `s` and `z` (4.5 bits a weight), the refine slice
 //! the low nibbles (4 bits).
 //!
 //! A slice is a sequence of cells, one per block of [`BLOCK_ROWS`] rows and group, groups running fastest. Within a cell
 //! the byte at `64 j + 4 r + t` (`j < 4`, `r < 16`, `t < 4`) belongs to row `r` of the block: its low nibble to column
-//! `8 j + t` of the group, its high nibble to column `8 j + 4 + t`. A base cell goes on with the 16 scales and the 16
-//! offsets. Rows past the matrix's last are zero throughout. So sixteen rows advance together, four columns a lane,
-//! which is what the widest integer dot products of CPUs take, and cells start at multiples of 64 bytes.
+//! `8 j + t` of the group, its high nibble to column `8 j + 4 + t`. A base cell goes on with the constants of the 16
+//! rows. Rows past the matrix's last are zero throughout. So sixteen rows advance together, four columns a lane, which is
+//! what the widest integer dot products of CPUs take.
 //!
 //! The invariant: a [`Sliced`] has exactly the bytes its shape calls for. [`encode`] makes slices of weights, [`blob`]
 //! puts those of a part into files. Nothing here knows devices. `docs/slices.md` has the format to the bit.
 
-use half::f16;
-
+use self::constants::Constants;
 use crate::bytes::{Matrix, WeightBytes};
 
 pub mod blob;
+pub mod constants;
 pub mod encode;
 
-/// Weights that share a scale and an offset, along the input dimension.
+/// Weights that share a scale and a zero point, along the input dimension.
 pub const GROUP: usize = 32;
 /// Rows of a cell.
 pub const BLOCK_ROWS: usize = 16;
 /// Bytes of the nibbles of a cell, in either slice.
 pub const NIBBLES: usize = BLOCK_ROWS * GROUP / 2;
-/// Bytes of a cell of the base slice: nibbles, then 16 scales, then 16 offsets, f16 little-endian.
-pub const BASE_CELL: usize = NIBBLES + 4 * BLOCK_ROWS;
+/// Bytes of a cell of the base slice: nibbles, then the constants of 16 rows, little-endian.
+pub const BASE_CELL: usize = NIBBLES + 2 * BLOCK_ROWS;
 /// Bytes of a cell of the refine slice: nibbles.
 pub const REFINE_CELL: usize = NIBBLES;
 
 /// How exactly a weight is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Precision {
-    /// The base slice: 5 bits a weight.
+    /// The base slice: 4.5 bits a weight.
     Q4,
-    /// Base and refine: 9 bits a weight.
+    /// Base and refine: 8.5 bits a weight.
     Q8,
     /// As in the checkpoint.
     Exact,
@@ -137,15 +137,16 @@ impl Sliced {
         if self.refine.is_some() { Precision::Q8 } else { Precision::Q4 }
     }
 
-    /// Writes row `row` as f32 into `out` (`cols` values), each rounded twice: product, then sum.
+    /// Writes row `row` as f32 into `out` (`cols` values), exactly.
     pub fn widen_row(&self, row: usize, out: &mut [f32]) {
         let (block, lane) = (row / BLOCK_ROWS, row % BLOCK_ROWS);
         for (group, out) in out.chunks_exact_mut(GROUP).enumerate() {
             let cell = block * self.groups() + group;
             let base = &self.base()[cell * BASE_CELL..][..BASE_CELL];
             let refine = self.refine().map(|refine| &refine[cell * REFINE_CELL..][..REFINE_CELL]);
-            let constant = |at: usize| f16::from_le_bytes([base[at], base[at + 1]]).to_f32();
-            let (s, m) = (constant(NIBBLES + 2 * lane), constant(NIBBLES + 2 * BLOCK_ROWS + 2 * lane));
+            let constants = &base[NIBBLES + 2 * lane..][..2];
+            let constants = Constants::from_le_bytes([constants[0], constants[1]]);
+            let (s, z) = (constants.scale(), constants.zero());
             for (column, out) in out.iter_mut().enumerate() {
                 let at = 64 * (column / 8) + 4 * lane + column % 4;
                 let nibble = |bytes: &[u8]| if column % 8 < 4 { bytes[at] & 15 } else { bytes[at] >> 4 };
@@ -153,7 +154,7 @@ impl Sliced {
                     Some(refine) => f32::from(16 * nibble(base) + nibble(refine)),
                     None => f32::from(16 * nibble(base)) + 7.5,
                 };
-                *out = m + s * level;
+                *out = s * (level - z);
             }
         }
     }
@@ -217,19 +218,18 @@ mod tests {
 
     #[test]
     fn a_cell_is_read_by_its_layout() {
-        // One cell: row 3 has s = 2, m = -1; its columns 9 and 13 share a byte.
+        // One cell: row 3 has s = 2, z = 11; its columns 9 and 13 share a byte.
         let mut base = vec![0u8; BASE_CELL];
-        base[NIBBLES + 6..][..2].copy_from_slice(&f16::from_f32(2.0).to_le_bytes());
-        base[NIBBLES + 32 + 6..][..2].copy_from_slice(&f16::from_f32(-1.0).to_le_bytes());
+        base[NIBBLES + 6..][..2].copy_from_slice(&Constants::new(27 << 4, 12).0.to_le_bytes());
         base[64 + 12 + 1] = 0xA3;
         let mut refine = vec![0u8; REFINE_CELL];
         refine[64 + 12 + 1] = 0x5C;
         let mut row = [0.0; GROUP];
         Sliced::new(16, 32, base.clone().into(), None).unwrap().widen_row(3, &mut row);
-        assert_eq!((row[9], row[13], row[0]), (-1.0 + 2.0 * 55.5, -1.0 + 2.0 * 167.5, -1.0 + 2.0 * 7.5));
+        assert_eq!((row[9], row[13], row[0]), (2.0 * (55.5 - 11.0), 2.0 * (167.5 - 11.0), 2.0 * (7.5 - 11.0)));
         let sliced = Sliced::new(16, 32, base.into(), Some(refine.into())).unwrap();
         sliced.widen_row(3, &mut row);
-        assert_eq!((row[9], row[13], row[0]), (-1.0 + 2.0 * 60.0, -1.0 + 2.0 * 165.0, -1.0));
+        assert_eq!((row[9], row[13], row[0]), (2.0 * (60.0 - 11.0), 2.0 * (165.0 - 11.0), -22.0));
         sliced.widen_row(2, &mut row);
         assert_eq!(row, [0.0; GROUP]);
     }

@@ -1,14 +1,17 @@
 //! The encoder for x86 with AVX2 and F16C: sixteen rows of a group together.
 //!
 //! The same roundings in the same order as the portable one: subtraction and division are IEEE's, nothing is fused, and
-//! clamping before rounding equals clamping after because both ends are whole numbers. [`search`] looks for scales and
-//! offsets, in whole numbers but for a few constants of a group.
+//! clamping before rounding equals clamping after because both ends are whole numbers. [`search`] looks for constants, in
+//! whole numbers but for a few of a group.
 
 use std::arch::x86_64::*;
 
 use super::Block;
 use crate::bytes::DType;
-use crate::slices::{BASE_CELL, BLOCK_ROWS, GROUP, NIBBLES, REFINE_CELL};
+use crate::slices::{
+    BASE_CELL, BLOCK_ROWS, GROUP, NIBBLES, REFINE_CELL,
+    constants::{self, Constants},
+};
 
 mod search;
 
@@ -20,8 +23,8 @@ const VECTORS: usize = GROUP / 8;
 /// Whether every group could be encoded.
 ///
 /// # Safety
-/// The machine must have AVX2 and F16C.
-#[target_feature(enable = "avx2,f16c")]
+/// The machine must have AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn encode(block: Block<'_>, base: &mut [[u8; BASE_CELL]], refine: &mut [[u8; REFINE_CELL]]) -> bool {
     let rows = block.rows();
     let mut weights = [[0.0f32; GROUP]; BLOCK_ROWS];
@@ -59,9 +62,9 @@ fn widen(block: Block<'_>, group: usize, weights: &mut [[f32; GROUP]; BLOCK_ROWS
     }
 }
 
-/// Scales and offsets of sixteen rows, as written into the cell and then as f32; `None` if a weight is not finite or a
-/// constant does not fit. Rows that are not there must hold finite weights.
-#[target_feature(enable = "avx2,f16c")]
+/// Scales and offsets of sixteen rows, whose constants are written into the cell; `None` if a weight is not finite or a
+/// scale does not fit. Rows that are not there must hold finite weights.
+#[target_feature(enable = "avx2,fma,f16c")]
 fn constants(
     weights: &[[f32; GROUP]; BLOCK_ROWS],
     base: &mut [u8; BASE_CELL],
@@ -90,16 +93,16 @@ fn constants(
     let (mut scales, mut offsets) = ([0.0f32; BLOCK_ROWS], [0.0f32; BLOCK_ROWS]);
     for half in 0..2 {
         let at = 8 * half;
-        // SAFETY: eight of sixteen elements each, and the cell has 2 * 16 constants of two bytes after its nibbles.
+        // SAFETY: eight of sixteen elements each, and the cell has sixteen constants of two bytes after its nibbles.
         unsafe {
             let (min, max) = (_mm256_loadu_ps(mins.as_ptr().add(at)), _mm256_loadu_ps(maxs.as_ptr().add(at)));
             let eight = weights[at..at + 8].try_into().expect("half of sixteen");
-            let (s, m) = Groups::of(eight, min, max)?.best();
-            let into = base.as_mut_ptr().add(NIBBLES + 2 * at);
-            _mm_storeu_si128(into.cast(), s);
-            _mm_storeu_si128(into.add(2 * BLOCK_ROWS).cast(), m);
-            _mm256_storeu_ps(scales.as_mut_ptr().add(at), _mm256_cvtph_ps(s));
-            _mm256_storeu_ps(offsets.as_mut_ptr().add(at), _mm256_cvtph_ps(m));
+            let found = Groups::of(eight, min, max)?.best();
+            let (scale, offset) = constants::Avx2::read(found, true);
+            let packed = _mm_packus_epi32(_mm256_castsi256_si128(found), _mm256_extracti128_si256::<1>(found));
+            _mm_storeu_si128(base.as_mut_ptr().add(NIBBLES + 2 * at).cast(), packed);
+            _mm256_storeu_ps(scales.as_mut_ptr().add(at), scale);
+            _mm256_storeu_ps(offsets.as_mut_ptr().add(at), offset);
         }
     }
     Some((scales, offsets))
@@ -166,7 +169,5 @@ fn clear(rows: usize, base: &mut [u8; BASE_CELL], refine: &mut [u8; REFINE_CELL]
         base[64 * j + 4 * rows..64 * (j + 1)].fill(0);
         refine[64 * j + 4 * rows..64 * (j + 1)].fill(0);
     }
-    for constants in base[NIBBLES..].chunks_exact_mut(2 * BLOCK_ROWS) {
-        constants[2 * rows..].fill(0);
-    }
+    base[NIBBLES + size_of::<Constants>() * rows..].fill(0);
 }

@@ -1,8 +1,8 @@
-//! Scales and offsets of eight groups at once, one group a 32-bit lane.
+//! Constants of eight groups at once, one group a 32-bit lane.
 //!
 //! A lane holds two neighbouring weights as 16-bit places between the group's least and greatest: a place times the
 //! span, its upper half, is a position in 256ths of an 8-bit step, and what is left of it below a step is the distance
-//! to a level. Whole numbers may be added in any order, so only the few constants of a candidate must be computed as the
+//! to a level. Whole numbers may be added in any order, so only the few floats of a candidate must be computed as the
 //! portable encoder does.
 
 use std::arch::x86_64::*;
@@ -10,7 +10,8 @@ use std::arch::x86_64::*;
 use super::VECTORS;
 use crate::slices::{
     GROUP,
-    encode::{EIGHT_WEIGHT, HIGHS, LOWS, NEAR, PLACES},
+    constants::{self, LOWEST_ZERO, SCALE_MOST, ZERO_MOST, ZERO_STEP},
+    encode::{ASIDE, EIGHT_WEIGHT, LEAST_SPAN, PLACES, SCALES},
 };
 
 /// Pairs of weights of a group.
@@ -22,29 +23,32 @@ pub(super) struct Groups {
     places: [__m256i; PAIRS],
     min: __m256,
     range: __m256,
-    /// What stands where nothing is better, f16.
-    first: (__m128i, __m128i),
+    /// Codes of the least scales.
+    least: __m256i,
+    /// Lanes of groups that are nothing but zeros.
+    none: __m256,
 }
 
 impl Groups {
-    /// `None` if the first scale or offset of a group exceeds f16.
+    /// `None` if a group needs a larger scale than there is.
     #[target_feature(enable = "avx2,f16c")]
     pub(super) fn of(weights: &[[f32; GROUP]; 8], min: __m256, max: __m256) -> Option<Self> {
+        let zero = _mm256_setzero_ps();
         let range = _mm256_sub_ps(max, min);
-        let s = _mm256_div_ps(range, _mm256_set1_ps(247.0));
-        let m = _mm256_sub_ps(min, _mm256_mul_ps(_mm256_set1_ps(4.0), s));
-        let first = (half(s), half(m));
-        let sizes = _mm_max_epi16(first.0, _mm_and_si128(first.1, _mm_set1_epi16(0x7fff)));
-        if _mm_movemask_epi8(_mm_cmpgt_epi16(sizes, _mm_set1_epi16(0x7bff))) != 0 {
+        let span = _mm256_sub_ps(_mm256_max_ps(max, zero), _mm256_min_ps(min, zero));
+        let none = _mm256_cmp_ps::<_CMP_LT_OQ>(span, _mm256_set1_ps(LEAST_SPAN));
+        let least = constants::Avx2::scale_code(_mm256_mul_ps(span, _mm256_set1_ps(1.0 / 256.0)));
+        if _mm256_movemask_epi8(_mm256_cmpgt_epi32(least, _mm256_set1_epi32(SCALE_MOST))) != 0 {
             return None;
         }
-        // A range of zero makes places of no meaning, and a group without candidates: its first scale stands.
         let (mut mins, mut factors) = ([0.0f32; 8], [0.0f32; 8]);
         let mut pairs = [[0u32; 8]; PAIRS];
+        let some = _mm256_cmp_ps::<_CMP_GT_OQ>(range, zero);
+        let per_range = _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(PLACES), range), some);
         // SAFETY: eight elements each.
         unsafe {
             _mm256_storeu_ps(mins.as_mut_ptr(), min);
-            _mm256_storeu_ps(factors.as_mut_ptr(), _mm256_div_ps(_mm256_set1_ps(PLACES), range));
+            _mm256_storeu_ps(factors.as_mut_ptr(), per_range);
         }
         for (row, weights) in weights.iter().enumerate() {
             let (min, factor) = (_mm256_set1_ps(mins[row]), _mm256_set1_ps(factors[row]));
@@ -68,97 +72,62 @@ impl Groups {
         }
         // SAFETY: 32 bytes each.
         let places = std::array::from_fn(|pair| unsafe { _mm256_loadu_si256(pairs[pair].as_ptr().cast()) });
-        Some(Self { places, min, range, first })
+        Some(Self { places, min, range, least, none })
     }
 
-    /// Scales and offsets, f16.
-    #[target_feature(enable = "avx2,f16c")]
-    pub(super) fn best(&self) -> (__m128i, __m128i) {
-        let ends = self.coarse();
-        self.fine(ends)
-    }
-
-    #[target_feature(enable = "avx2,f16c")]
-    fn coarse(&self) -> (__m256, __m256) {
-        let mut least = _mm256_set1_ps(f32::INFINITY);
-        let mut best = (_mm256_setzero_ps(), _mm256_setzero_ps());
-        for low in LOWS {
-            for high in HIGHS {
-                let span = high - low;
-                let four =
-                    self.four(_mm256_set1_epi16((256 * span) as i16), _mm256_set1_epi16((256 * low + 128) as i16));
-                let cost = _mm256_div_ps(_mm256_cvtepi32_ps(four), _mm256_set1_ps((span * span) as f32));
-                let better = _mm256_cmp_ps::<_CMP_LT_OQ>(cost, least);
-                least = _mm256_blendv_ps(least, cost, better);
-                best.0 = _mm256_blendv_ps(best.0, _mm256_set1_ps(low as f32), better);
-                best.1 = _mm256_blendv_ps(best.1, _mm256_set1_ps(high as f32), better);
+    /// Constants, 32 bits each.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn best(&self) -> __m256i {
+        let splat = |value: f32| _mm256_set1_ps(value);
+        let (mut lowest, mut best) = (splat(f32::INFINITY), _mm256_setzero_ps());
+        for more in 0..SCALES {
+            let code = _mm256_add_epi32(self.least, _mm256_set1_epi32(more));
+            let beyond = _mm256_castsi256_ps(_mm256_cmpgt_epi32(code, _mm256_set1_epi32(SCALE_MOST)));
+            let upper = _mm256_slli_epi32::<7>(code);
+            let (s, _) = constants::Avx2::read(upper, true);
+            let (low, wide) = (_mm256_div_ps(self.min, s), _mm256_div_ps(self.range, s));
+            let aside = _mm256_mul_ps(_mm256_sub_ps(splat(255.0), wide), splat(0.5));
+            let middle = _mm256_sub_ps(_mm256_sub_ps(aside, low), splat(LOWEST_ZERO));
+            let middle = _mm256_div_ps(middle, splat(ZERO_STEP));
+            let middle = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(middle);
+            let squared = _mm256_mul_ps(s, s);
+            for aside in -ASIDE..=ASIDE {
+                let zero = _mm256_add_ps(middle, splat(aside as f32));
+                let zero = _mm256_min_ps(_mm256_max_ps(zero, _mm256_setzero_ps()), splat(ZERO_MOST as f32));
+                let found = _mm256_or_si256(upper, _mm256_cvtps_epi32(zero));
+                let cost = _mm256_mul_ps(self.cost(low, wide, zero), squared);
+                let cost = _mm256_or_ps(cost, beyond); // not a number
+                let better = _mm256_cmp_ps::<_CMP_LT_OQ>(cost, lowest);
+                lowest = _mm256_blendv_ps(lowest, cost, better);
+                best = _mm256_blendv_ps(best, _mm256_castsi256_ps(found), better);
             }
         }
-        best
+        _mm256_castps_si256(_mm256_andnot_ps(self.none, best))
     }
 
+    /// What four and eight bits together lose, in squares of 256ths of a scale, where minimum and range are so many levels
+    /// and zero has this number.
     #[target_feature(enable = "avx2,f16c")]
-    fn fine(&self, ends: (__m256, __m256)) -> (__m128i, __m128i) {
-        let (mut s, mut m) = (_mm256_cvtph_ps(self.first.0), _mm256_cvtph_ps(self.first.1));
-        let mut least = self.cost(s, m);
-        for lower in NEAR {
-            let low = _mm256_add_ps(ends.0, _mm256_set1_ps(lower));
-            for upper in NEAR {
-                let high = _mm256_add_ps(ends.1, _mm256_set1_ps(upper));
-                let scale = _mm256_div_ps(self.range, _mm256_sub_ps(high, low));
-                let offset = _mm256_sub_ps(self.min, _mm256_mul_ps(low, scale));
-                let (scale, offset) = (_mm256_cvtph_ps(half(scale)), _mm256_cvtph_ps(half(offset)));
-                let cost = self.cost(scale, offset);
-                let better = _mm256_cmp_ps::<_CMP_LT_OQ>(cost, least);
-                least = _mm256_blendv_ps(least, cost, better);
-                s = _mm256_blendv_ps(s, scale, better);
-                m = _mm256_blendv_ps(m, offset, better);
-            }
-        }
-        // A first scale of zero stands: whatever else there is would be a guess.
-        let zero = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_EQ_OQ>(_mm256_cvtph_ps(self.first.0), _mm256_setzero_ps()));
-        let zero = _mm_packs_epi32(_mm256_castsi256_si128(zero), _mm256_extracti128_si256::<1>(zero));
-        (_mm_andnot_si128(zero, half(s)), _mm_blendv_epi8(half(m), self.first.1, zero))
-    }
-
-    /// What four and eight bits together lose with these scales and offsets; infinite where there is no such thing.
-    #[target_feature(enable = "avx2,f16c")]
-    fn cost(&self, s: __m256, m: __m256) -> __m256 {
-        let (zero, infinity) = (_mm256_setzero_ps(), _mm256_set1_ps(f32::INFINITY));
+    #[inline]
+    fn cost(&self, low: __m256, wide: __m256, number: __m256) -> __m256 {
         let step = _mm256_set1_ps(256.0);
-        let at = _mm256_mul_ps(_mm256_div_ps(_mm256_sub_ps(self.min, m), s), step);
-        let span = _mm256_mul_ps(_mm256_div_ps(self.range, s), step);
-        let below = _mm256_max_ps(_mm256_sub_ps(_mm256_set1_ps(-128.0), at), zero);
-        let above = _mm256_max_ps(_mm256_sub_ps(_mm256_add_ps(at, span), _mm256_set1_ps(65408.0)), zero);
+        let zero = _mm256_add_ps(_mm256_set1_ps(LOWEST_ZERO), _mm256_mul_ps(_mm256_set1_ps(ZERO_STEP), number));
+        let at = _mm256_mul_ps(_mm256_add_ps(low, zero), step);
+        let span = _mm256_mul_ps(wide, step);
+        let nothing = _mm256_setzero_ps();
+        let below = _mm256_max_ps(_mm256_sub_ps(_mm256_set1_ps(-128.0), at), nothing);
+        let above = _mm256_max_ps(_mm256_sub_ps(_mm256_add_ps(at, span), _mm256_set1_ps(65408.0)), nothing);
         let rounded = |value: __m256, least: f32, most: f32| {
             let clamped = _mm256_min_ps(_mm256_max_ps(value, _mm256_set1_ps(least)), _mm256_set1_ps(most));
             _mm256_cvtps_epi32(clamped)
         };
-        let place = _mm256_add_epi32(rounded(at, -30000.0, 30000.0), _mm256_set1_epi32(128));
+        let place = _mm256_add_epi32(rounded(at, -30000.0, 90000.0), _mm256_set1_epi32(128));
         let inside = self.both(twice(rounded(span, 0.0, 65535.0)), twice(place));
-        let cost = _mm256_add_ps(_mm256_add_ps(_mm256_cvtepi32_ps(inside), outside(below)), outside(above));
-        let cost = _mm256_mul_ps(cost, _mm256_mul_ps(s, s));
-        let is = |s: __m256| _mm256_cmp_ps::<_CMP_LT_OQ>(s, infinity);
-        let magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0), m);
-        let some = _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(s, zero), _mm256_and_ps(is(s), is(magnitude)));
-        _mm256_blendv_ps(infinity, cost, some)
+        _mm256_add_ps(_mm256_add_ps(_mm256_cvtepi32_ps(inside), outside(below)), outside(above))
     }
 
-    /// Squared distances to 4-bit levels, where the minimum is at `at` (less half a step) and the maximum `span` further.
-    #[target_feature(enable = "avx2")]
-    #[inline]
-    fn four(&self, span: __m256i, at: __m256i) -> __m256i {
-        let (low, middle) = (_mm256_set1_epi16(4095), _mm256_set1_epi16(2048));
-        let mut sum = _mm256_setzero_si256();
-        for places in self.places {
-            let at = _mm256_add_epi16(_mm256_mulhi_epu16(places, span), at);
-            let coarse = _mm256_sub_epi16(_mm256_and_si256(at, low), middle);
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(coarse, coarse));
-        }
-        sum
-    }
-
-    /// The same, and [`EIGHT_WEIGHT`] times the squared distances to 8-bit levels.
+    /// Squared distances to 4-bit levels and [`EIGHT_WEIGHT`] times those to 8-bit levels, where the minimum is at `at` (less half
+    /// a step) and the maximum `span` further.
     #[target_feature(enable = "avx2")]
     #[inline]
     fn both(&self, span: __m256i, at: __m256i) -> __m256i {
@@ -176,12 +145,6 @@ impl Groups {
     }
 }
 
-#[target_feature(enable = "avx2,f16c")]
-#[inline]
-fn half(values: __m256) -> __m128i {
-    _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(values)
-}
-
 /// The lower half of each lane, in both halves.
 #[target_feature(enable = "avx2")]
 #[inline]
@@ -193,6 +156,6 @@ fn twice(values: __m256i) -> __m256i {
 #[target_feature(enable = "avx2")]
 #[inline]
 fn outside(beyond: __m256) -> __m256 {
-    let each = _mm256_mul_ps(_mm256_set1_ps(32.0), _mm256_add_ps(beyond, _mm256_set1_ps(768.0)));
-    _mm256_mul_ps(beyond, each)
+    let each = _mm256_mul_ps(_mm256_set1_ps(EIGHT_WEIGHT as f32), _mm256_add_ps(beyond, _mm256_set1_ps(512.0)));
+    _mm256_mul_ps(beyond, _mm256_add_ps(each, _mm256_set1_ps(8192.0)))
 }
