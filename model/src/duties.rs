@@ -4,6 +4,8 @@
 //! call is answered once, and its outputs are in the call's order, however its experts came. At most [`DUTIES_MAX`] wait;
 //! whoever feeds the compute thread then waits too.
 
+use std::collections::BTreeMap;
+
 use crate::{
     engine::{EngineError, JOBS_MAX},
     kernels::Kernels,
@@ -24,6 +26,21 @@ pub(crate) struct Call {
     /// Experts, each with its rows.
     pub(crate) calls: Vec<(u16, Vec<u32>)>,
     pub(crate) reply: Reply<Vec<f32>>,
+}
+
+impl Call {
+    /// Brings up to the device what is worth it of those experts that are wanted and in memory.
+    fn bring_up<K: Kernels>(&self, machine: &mut Machine<K>, wanted: impl Fn(u16) -> bool) {
+        if !machine.has_beneath() {
+            return;
+        }
+        let mut needs = BTreeMap::new();
+        for (index, rows) in self.calls.iter().filter(|(index, _)| wanted(*index)) {
+            *needs.entry(ExpertId { layer: self.layer, index: *index }).or_default() += rows.len();
+        }
+        let rows = self.rows.len() / machine.shared.config.hidden_size;
+        machine.bring_up(&needs.into_iter().collect::<Vec<_>>(), rows);
+    }
 }
 
 struct Duty {
@@ -51,6 +68,7 @@ impl Duties {
         match (unknown, claim) {
             (Some(id), _) => answer(call.reply, Err(EngineError::NotHeld(id))),
             (None, None) => {
+                call.bring_up(machine, |_| true);
                 let result = machine.run_experts(call.layer, &call.rows, &call.calls);
                 answer(call.reply, result);
             }
@@ -87,6 +105,9 @@ impl Duty {
         let Call { layer, rows, calls, .. } = &self.call;
         let ready = machine.ready(self.claim)?;
         let whole = (rows.len() / machine.shared.config.hidden_size).max(1);
+        let open =
+            |index: &u16| calls.iter().zip(&self.outputs).any(|(call, output)| call.0 == *index && output.is_none());
+        self.call.bring_up(machine, |index| open(&index));
         for (call, output) in calls.iter().zip(&mut self.outputs) {
             let id = ExpertId { layer: *layer, index: call.0 };
             if output.is_none() && (ready.contains(&id) || !machine.is_shelved(id)) {

@@ -9,6 +9,7 @@
 //! Deliberately absent: networking, async runtimes, and any knowledge that an expert may be elsewhere.
 
 pub mod bench;
+mod beneath;
 mod block;
 pub mod bytes;
 pub mod chat;
