@@ -110,17 +110,31 @@ impl Beneath {
     ) {
         let home = if weights.each().into_iter().all(Weight::is_mapped) { Home::File } else { Home::Memory };
         self.leave(id);
-        self.room.add(id, weights.each().map(|weight| kernels.bytes(weight)).iter().sum());
+        self.room.add(id, device_bytes(kernels, &weights));
         self.hosts.insert(id, Host { home, precision, weights: Some(weights) });
         if self.room.settle(id) {
             self.carry_out(vec![Move::Up(id)], kernels, experts);
         }
     }
 
-    /// An expert that takes `bytes` on the device is on the shelf from now on; one of this id is gone from the device.
-    pub(crate) fn shelve(&mut self, id: ExpertId, precision: Precision, bytes: u64) {
+    /// Fills places that have become free.
+    pub(crate) fn fill<K: Kernels>(&mut self, kernels: &K, experts: &mut Experts<K>) {
+        let hosts = &self.hosts;
+        let for_good = |id| hosts.get(&id).is_some_and(|host: &Host| host.home != Home::Shelf);
+        let moves = self.room.fill(for_good);
+        self.carry_out(moves, kernels, experts);
+    }
+
+    /// An expert with such weights is on the shelf from now on; one of this id is gone from the device.
+    pub(crate) fn shelve<K: Kernels>(
+        &mut self,
+        id: ExpertId,
+        precision: Precision,
+        weights: &Gated<Weight>,
+        kernels: &K,
+    ) {
         self.leave(id);
-        self.room.add(id, bytes);
+        self.room.add(id, device_bytes(kernels, weights));
         self.hosts.insert(id, Host { home: Home::Shelf, precision, weights: None });
     }
 
@@ -217,4 +231,8 @@ impl Beneath {
         costs.computed(bytes, weighed as f64 / bytes.max(1) as f64, since.elapsed().as_secs_f64());
         outputs
     }
+}
+
+fn device_bytes<K: Kernels>(kernels: &K, weights: &Gated<Weight>) -> u64 {
+    weights.each().map(|weight| kernels.bytes(weight)).iter().sum()
 }

@@ -17,7 +17,7 @@ use std::{
 
 use tokio::sync::{mpsc, oneshot};
 
-pub use crate::block::block_on;
+pub use crate::{block::block_on, duties::Computed, ledger::Ledger};
 use crate::{
     checkpoint::Checkpoint,
     config::ModelConfig,
@@ -86,35 +86,6 @@ impl Default for EngineOptions {
             predictor: Predictor::default(),
             foresee: false,
         }
-    }
-}
-
-/// Bytes an engine accounts for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Ledger {
-    pub trunk_bytes: u64,
-    /// Of the experts that are in memory for good, each of them once, on a device or beneath.
-    pub expert_bytes: u64,
-    /// What experts on disk take by turns, all of it; 0 while none is there.
-    pub tier_bytes_reserved: u64,
-    /// Of those of them that are on a device, where there is host memory beneath it.
-    pub tier_bytes_raised: u64,
-    /// The whole pool, in use or not.
-    pub kv_bytes_reserved: u64,
-    pub buffer_bytes: u64,
-    /// Of all these, what is in host memory beneath a device; nothing where all is in one memory.
-    pub beneath_bytes: u64,
-}
-
-impl Ledger {
-    /// In both memories, where there are two.
-    pub fn total(&self) -> u64 {
-        self.trunk_bytes
-            + self.expert_bytes
-            + self.tier_bytes_reserved
-            + self.tier_bytes_raised
-            + self.kv_bytes_reserved
-            + self.buffer_bytes
     }
 }
 
@@ -521,6 +492,16 @@ impl Engine {
         rows: Vec<f32>,
         calls: Vec<(u16, Vec<u32>)>,
     ) -> Result<Vec<f32>, EngineError> {
+        Ok(self.run_experts_telling(layer, rows, calls).await?.outputs)
+    }
+
+    /// The same, and tells whether the host took part beneath a device.
+    pub async fn run_experts_telling(
+        &self,
+        layer: u16,
+        rows: Vec<f32>,
+        calls: Vec<(u16, Vec<u32>)>,
+    ) -> Result<Computed, EngineError> {
         self.check_call(layer, &rows, &calls)?;
         self.ask(|reply| Job::RunExperts(Call { layer, rows, calls, reply })).await
     }

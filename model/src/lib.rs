@@ -29,6 +29,7 @@ pub mod generate;
 pub mod inventory;
 pub mod kernels;
 pub mod layout;
+mod ledger;
 pub mod local;
 mod machine;
 pub mod pages;

@@ -137,7 +137,8 @@ impl<K: Kernels> Machine<K> {
             self.experts.remove(&id); // of what was held until now
         }
         if let Some(beneath) = &mut self.beneath {
-            beneath.shelve(id, tensors.precision(), tensors.data_bytes());
+            let weights = load_expert(&Packed::default(), &self.shared.config, id, tensors)?;
+            beneath.shelve(id, tensors.precision(), &weights, &self.kernels);
         }
         self.note_device();
         self.shared.expert_shelved(id, tensors.precision(), tensors.data_bytes());
@@ -159,6 +160,9 @@ impl<K: Kernels> Machine<K> {
         let shelved = self.unshelve(id);
         let beneath = self.beneath.as_mut().is_some_and(|beneath| beneath.forget(id));
         let held = self.experts.remove(&id).is_some() || shelved || beneath;
+        if let Some((beneath, (kernels, experts))) = self.beneath() {
+            beneath.fill(kernels, experts);
+        }
         self.note_device();
         held
     }

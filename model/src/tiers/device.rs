@@ -125,6 +125,16 @@ impl DeviceRoom {
         free
     }
 
+    /// Gives places that have become free to those in host memory, the hottest first: so the device stays full, and host
+    /// memory has no more than the rest.
+    pub fn fill(&mut self, in_memory: impl Fn(ExpertId) -> bool) -> Vec<Move> {
+        let down = self.entries.iter().filter(|(id, entry)| !entry.up && in_memory(**id));
+        let mut down: Vec<(ExpertId, Heat)> = down.map(|(id, entry)| (*id, entry.heat)).collect();
+        down.sort_by(|(_, hot), (_, hotter)| hotter.total_cmp(hot));
+        down.retain(|(id, _)| self.settle(*id));
+        down.into_iter().map(|(id, _)| Move::Up(id)).collect()
+    }
+
     /// A flight has begun.
     pub fn tick(&mut self) {
         self.tick += 1;

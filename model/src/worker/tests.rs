@@ -127,7 +127,7 @@ fn a_hosts_duty_is_done_between_two_layers_of_its_own_prompt() {
         assert!(sent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready());
         drop(sent);
         let turn = bench.round();
-        (turn, answer.try_recv().expect("served within the round").unwrap())
+        (turn, answer.try_recv().expect("served within the round").unwrap().outputs)
     };
     let (turn, expected) = call(&mut bench);
     assert_eq!((turn, expected.len()), (Turn::Again, 3 * hidden));
@@ -434,7 +434,7 @@ fn a_duty_takes_experts_from_both_memories() {
     let run = |bench: &mut Bench| {
         let (reply, mut answer) = oneshot::channel();
         bench.worker.work(Job::RunExperts(Call { layer: 2, rows: rows.clone(), calls: calls.clone(), reply }));
-        answer.try_recv().expect("nothing is on disk").unwrap()
+        answer.try_recv().expect("nothing is on disk").unwrap().outputs
     };
     let expected = run(&mut Bench::new());
     for room in [0, 52, 54, 56, 72, 144] {

@@ -9,9 +9,10 @@ use coel_model::{
     device::Device,
     engine::{Engine, EngineOptions, block_on},
     eval::eval_reference,
-    generate::LocalModel,
+    generate::{LocalError, LocalModel, LocalOptions},
     kernels::isa::Isa,
     layout::{self, ExpertId},
+    sequence::GenerateParams,
     session::Advanced,
     slices::Precision,
     text::TextModel,
@@ -19,7 +20,7 @@ use coel_model::{
 
 use crate::{
     gpu::{reference_file, vulkan},
-    whole::checkpoint,
+    whole::{self, checkpoint},
 };
 
 /// An expert of the bundled model, exact.
@@ -214,4 +215,33 @@ fn disk_beneath_host_memory_beneath_the_device() {
     assert_eq!((engine.held().len(), stats.shelved), (44, 44));
     assert!(stats.device.experts <= 44, "{stats:?}");
     assert_eq!(engine.memory().tier_bytes_raised, stats.device.bytes);
+}
+
+#[test]
+fn a_local_model_keeps_to_both_budgets() {
+    if vulkan().is_none() {
+        return;
+    }
+    let open = |vram, memory| {
+        let device = Device::Vulkan(0);
+        let options = LocalOptions { device, vram: Some(vram), memory, kv_tokens: Some(64), ..LocalOptions::default() };
+        LocalModel::open_with(&whole::fixture(), &options)
+    };
+    let Err(LocalError::DeviceTooSmall(short)) = open(1, None) else { panic!("a byte is not enough") };
+    assert_eq!(short.least, short.trunk + short.kv + short.buffers);
+    let Err(LocalError::TooSmall(short_of_memory)) = open(short.least, Some(1)) else { panic!("nor is it here") };
+    assert!(short_of_memory.least > short_of_memory.expert * 8, "{short_of_memory}");
+
+    let third = open(short.least + EXPERTS / 3 * EXPERT, None).unwrap();
+    check_budget(&third.engine, EXPERTS / 3);
+    assert_eq!(third.engine.tiers().device.experts as u64, EXPERTS / 3);
+    let params = GenerateParams { max_tokens: Some(4), ..GenerateParams::default() };
+    let answer = third.chat("What is the capital of France?", params, |_| {}).unwrap();
+    assert_eq!(answer.text, "The capital of France");
+    assert_eq!(answer.other_classes, [host_class(Precision::Exact)]);
+
+    let all = open(short.least + EXPERTS * EXPERT, Some(1 << 40)).unwrap();
+    assert_eq!((all.engine.tiers().device, all.engine.memory().beneath_bytes), Default::default());
+    let cpu = LocalOptions { device: Device::Cpu, vram: Some(1 << 40), ..LocalOptions::default() };
+    assert!(matches!(LocalModel::open_with(&whole::fixture(), &cpu), Err(LocalError::NoDevice)));
 }

@@ -61,7 +61,7 @@ pub async fn import(
         Ok::<_, String>((known, found))
     })
     .await?;
-    check_budget(&known, shared.config.memory_bytes, shared.config.kv_tokens, shared.config.trunk)?;
+    check_budget(&known, &shared.config)?;
 
     let state = shared.state();
     if let Some((id, model)) = shared.model_to_place(&state).filter(|(id, _)| *id != known.id) {

@@ -20,6 +20,8 @@ use super::{
 /// Smallest and largest slab, in bytes.
 const SLAB_LEAST: u64 = 16 << 20;
 const SLAB_MOST: u64 = 256 << 20;
+/// Slabs beside what was reserved are multiples of this.
+const SLAB_STEP: u64 = 64 << 10;
 /// Bytes written at once, and bytes that may be on their way.
 const PIECE: usize = 16 << 20;
 const PIECES_AHEAD: usize = 4;
@@ -32,6 +34,8 @@ pub(super) struct Arena<R: Runtime> {
     ranges: Arc<Mutex<Ranges>>,
     /// Bytes written since the device was waited for.
     ahead: usize,
+    /// Something was reserved: it grows by no more than is needed.
+    bounded: bool,
 }
 
 /// Words of a slab, until this is dropped.
@@ -60,7 +64,7 @@ impl Drop for Place {
 
 impl<R: Runtime> Arena<R> {
     pub(super) fn new(client: ComputeClient<R>) -> Self {
-        Self { client, slabs: Vec::new(), ranges: Arc::default(), ahead: 0 }
+        Self { client, slabs: Vec::new(), ranges: Arc::default(), ahead: 0, bounded: false }
     }
 
     /// Most bytes of one place.
@@ -99,6 +103,7 @@ impl<R: Runtime> Arena<R> {
 
     /// Takes slabs until `bytes` are free.
     pub(super) fn reserve(&mut self, bytes: u64) {
+        self.bounded = true;
         let ranges = self.ranges.clone();
         let mut ranges = ranges.lock().unwrap_or_else(PoisonError::into_inner);
         let mut short = (bytes / 4).saturating_sub(ranges.free());
@@ -133,7 +138,11 @@ impl<R: Runtime> Arena<R> {
     fn grow(&mut self, words: u32) -> u32 {
         let held: u64 = self.slabs.iter().map(|(_, words)| 4 * u64::from(*words)).sum();
         let most = self.place_most() as u64;
-        let wanted = (held / 8).max(4 * u64::from(words)).next_multiple_of(SLAB_LEAST).min(most);
+        let needed = 4 * u64::from(words);
+        let wanted = match self.bounded {
+            true => needed.next_multiple_of(SLAB_STEP).min(most),
+            false => needed.max(held / 8).next_multiple_of(SLAB_LEAST).min(most),
+        };
         let words = (wanted / 4) as u32;
         self.add_slab(words);
         words

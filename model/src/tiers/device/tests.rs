@@ -223,6 +223,11 @@ proptest! {
                     world.up.remove(&id(index));
                     world.sizes.remove(&id(index));
                     world.check();
+                    let moves = world.room.fill(|_| true);
+                    world.obey(moves);
+                    let free = world.room.budget() - world.room.used();
+                    let beneath = world.sizes.iter().filter(|(id, _)| !world.up.contains(id));
+                    prop_assert!(beneath.into_iter().all(|(_, bytes)| *bytes > free), "no place stays empty");
                 }
                 Step::Moved(seconds) => world.costs.moved(10, f64::from(seconds)),
                 Step::Computed(rows, seconds) => world.costs.computed(10, f64::from(rows), f64::from(seconds)),
