@@ -260,6 +260,11 @@ impl Matrix {
         self.bytes.place()
     }
 
+    /// The memory it lies in.
+    pub fn memory(&self) -> &WeightBytes {
+        &self.bytes
+    }
+
     /// The packed bytes of rows `range`.
     pub fn rows_bytes(&self, range: Range<usize>) -> &[u8] {
         let row_bytes = self.cols * self.dtype.size();

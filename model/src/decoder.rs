@@ -1,7 +1,7 @@
 //! The decoder, sans I/O: a batch of rows of several sessions on its way through the layers.
 //!
 //! Owns [`Flight`]: [`begin`](Flight::begin) takes pieces of sessions (tokens, and the pages their keys and values lie
-//! on) and runs until experts are needed; [`run_held`](Flight::run_held) computes those that are given to it,
+//! on) and runs until experts are needed; `run` computes those that are given to it,
 //! [`resume`](Flight::resume) takes the outputs of all and goes on, layer by layer, until there are logits. A layer
 //! without experts is computed without stopping. Every weight is read once for all rows. A flight never knows where an
 //! expert is, so latency, loss and replicas are tested with plain values; which rows fly together is the scheduler's
@@ -103,6 +103,15 @@ impl Outputs {
         Self { values, places, shared: None }
     }
 
+    /// Adds what others have.
+    pub(crate) fn join(&mut self, others: Self, d: usize) {
+        let first = (self.values.len() / d) as u32;
+        self.values.extend(others.values);
+        for (place, other) in self.places.iter_mut().zip(others.places).filter(|(_, other)| *other != MISSING) {
+            *place = first + other;
+        }
+    }
+
     /// Adds `values [slots.len(), d]`.
     pub fn add(&mut self, slots: &[u32], values: &[f32]) {
         let d = values.len() / slots.len().max(1);
@@ -111,6 +120,21 @@ impl Outputs {
         for (slot, place) in slots.iter().zip(first..) {
             self.places[*slot as usize] = place;
         }
+    }
+}
+
+/// Outputs that a device was told to compute.
+pub(crate) struct Running<K: Kernels> {
+    values: Option<Rows<K>>,
+    places: Vec<u32>,
+    shared: Option<u32>,
+}
+
+impl<K: Kernels> Running<K> {
+    /// Waits for them.
+    pub(crate) fn outputs(self) -> Outputs {
+        let Self { values, places, shared } = self;
+        Outputs { values: values.map_or_else(Vec::new, download), places, shared }
     }
 }
 
@@ -217,54 +241,40 @@ impl<K: Kernels> Flight<K> {
 
     /// All that is awaited, as plain values.
     pub fn call(&self) -> ExpertCall {
-        let rows = download(self.normed.clone());
+        let rows = self.rows();
         ExpertCall { layer: self.layer(), hidden: self.normed.dims()[1], rows, routes: self.routes.clone() }
     }
 
-    /// Computes those of the awaited experts that `held` has, and the shared one with them.
-    pub fn run_held<'e>(&self, core: &mut Core<'_, K>, held: impl Fn(u16) -> Option<&'e Gated<K::Matrix>>) -> Outputs {
+    /// What experts see, `[n, d]`.
+    pub(crate) fn rows(&self) -> Vec<f32> {
+        download(self.normed.clone())
+    }
+
+    /// Computes those of the awaited experts that `held` has, and if so wanted the shared one with them. The device is
+    /// told, and not waited for.
+    pub(crate) fn run<'e>(
+        &self,
+        core: &mut Core<'_, K>,
+        held: impl Fn(u16) -> Option<&'e Gated<K::Matrix>>,
+        shared: bool,
+    ) -> Running<K> {
         let shared = match core.trunk.layers.get(self.layer).map(|layer| &layer.feed_forward) {
-            Some(FeedForward::Sparse { shared, .. }) => shared.as_ref().map(|shared| &shared.expert),
+            Some(FeedForward::Sparse { shared: Some(expert), .. }) if shared => Some(&expert.expert),
             _ => None,
         };
-        let (slots, values) = self.run(core, held, shared);
-        let mut places = vec![MISSING; self.routes.iter().map(Vec::len).sum()];
-        for (slot, place) in slots.iter().zip(0..) {
-            places[*slot as usize] = place;
-        }
-        Outputs { values, places, shared: shared.map(|_| slots.len() as u32) }
-    }
-
-    /// Computes further ones of the awaited experts into `outputs`: those that `held` has.
-    pub fn run_more<'e>(
-        &self,
-        core: &mut Core<'_, K>,
-        held: impl Fn(u16) -> Option<&'e Gated<K::Matrix>>,
-        outputs: &mut Outputs,
-    ) {
-        let (slots, values) = self.run(core, held, None);
-        outputs.add(&slots, &values);
-    }
-
-    /// The outputs of those experts that `held` has, with their slots, then of the shared one for every row.
-    fn run<'e>(
-        &self,
-        core: &mut Core<'_, K>,
-        held: impl Fn(u16) -> Option<&'e Gated<K::Matrix>>,
-        shared: Option<&Gated<K::Matrix>>,
-    ) -> (Vec<u32>, Vec<f32>) {
         let pairs = by_expert(&self.routes);
         let held: Vec<_> = pairs.iter().filter_map(|(index, pairs)| Some((held(*index)?, pairs))).collect();
         let rows: Vec<Vec<u32>> = held.iter().map(|(_, pairs)| pairs.iter().map(|pair| pair.row).collect()).collect();
         let all: Vec<u32> = (0..self.routes.len() as u32).collect();
         let work = held.iter().zip(&rows).map(|((expert, _), rows)| ExpertWork { expert: *expert, rows });
         let work: Vec<_> = work.chain(shared.map(|expert| ExpertWork { expert, rows: &all })).collect();
-        let slots = held.iter().flat_map(|(_, pairs)| *pairs).map(|pair| pair.slot).collect();
-        let values = match work.is_empty() {
-            true => Vec::new(),
-            false => download(core.kernels.experts(&self.normed, &work)),
-        };
-        (slots, values)
+        let slots: Vec<u32> = held.iter().flat_map(|(_, pairs)| *pairs).map(|pair| pair.slot).collect();
+        let mut places = vec![MISSING; self.routes.iter().map(Vec::len).sum()];
+        for (slot, place) in slots.iter().zip(0..) {
+            places[*slot as usize] = place;
+        }
+        let values = (!work.is_empty()).then(|| core.kernels.experts(&self.normed, &work));
+        Running { values, places, shared: shared.map(|_| slots.len() as u32) }
     }
 
     /// What the next layer with experts would choose for each row if the awaited experts had no other outputs than

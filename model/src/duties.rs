@@ -4,11 +4,15 @@
 //! call is answered once, and its outputs are in the call's order, however its experts came. At most [`DUTIES_MAX`] wait;
 //! whoever feeds the compute thread then waits too.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use crate::{
+    beneath::Beneath,
     engine::{EngineError, JOBS_MAX},
     kernels::Kernels,
     layout::ExpertId,
     machine::Machine,
+    slices::Precision,
     tiers::residency::ClaimId,
     worker::Reply,
 };
@@ -23,7 +27,38 @@ pub(crate) struct Call {
     pub(crate) rows: Vec<f32>,
     /// Experts, each with its rows.
     pub(crate) calls: Vec<(u16, Vec<u32>)>,
-    pub(crate) reply: Reply<Vec<f32>>,
+    pub(crate) reply: Reply<Computed>,
+}
+
+/// What came of an expert call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Computed {
+    /// One row for each row index of the call, in its order.
+    pub outputs: Vec<f32>,
+    /// The host's kernel class and precisions, where it took part beneath a device.
+    pub by_host: Option<String>,
+}
+
+impl Call {
+    /// Brings up to the device what is worth it of those experts that are wanted and in memory; adds the precisions of those
+    /// that the host will compute.
+    fn bring_up<K: Kernels>(
+        &self,
+        machine: &mut Machine<K>,
+        wanted: impl Fn(u16) -> bool,
+        by_host: &mut BTreeSet<Precision>,
+    ) {
+        if !machine.has_beneath() {
+            return;
+        }
+        let mut needs = BTreeMap::new();
+        for (index, rows) in self.calls.iter().filter(|(index, _)| wanted(*index)) {
+            *needs.entry(ExpertId { layer: self.layer, index: *index }).or_default() += rows.len();
+        }
+        let rows = self.rows.len() / machine.shared.config.hidden_size;
+        let left = machine.bring_up(&needs.into_iter().collect::<Vec<_>>(), rows);
+        by_host.extend(left.into_iter().filter_map(|id| machine.precision(id)));
+    }
 }
 
 struct Duty {
@@ -31,6 +66,8 @@ struct Duty {
     claim: ClaimId,
     /// Of each expert of the call, its outputs once it was computed.
     outputs: Vec<Option<Vec<f32>>>,
+    /// Precisions of what the host computed beneath a device.
+    by_host: BTreeSet<Precision>,
 }
 
 #[derive(Default)]
@@ -49,15 +86,17 @@ impl Duties {
         let shelved: Vec<ExpertId> = calls.iter().map(id).filter(|id| machine.is_shelved(*id)).collect();
         let claim = (!shelved.is_empty()).then(|| machine.claim()).flatten();
         match (unknown, claim) {
-            (Some(id), _) => answer(call.reply, Err(EngineError::NotHeld(id))),
+            (Some(id), _) => answer(call.reply, Err(EngineError::NotHeld(id)), &BTreeSet::new()),
             (None, None) => {
+                let mut by_host = BTreeSet::new();
+                call.bring_up(machine, |_| true, &mut by_host);
                 let result = machine.run_experts(call.layer, &call.rows, &call.calls);
-                answer(call.reply, result);
+                answer(call.reply, result, &by_host);
             }
             (None, Some(claim)) => {
                 machine.need(claim, &shelved);
                 let outputs = vec![None; call.calls.len()];
-                self.0.push(Duty { call, claim, outputs });
+                self.0.push(Duty { call, claim, outputs, by_host: BTreeSet::new() });
                 self.go_on(machine);
             }
         }
@@ -76,7 +115,7 @@ impl Duties {
             }
             machine.release(duty.claim);
             let outputs = duty.outputs.into_iter().flatten().flatten().collect();
-            answer(duty.call.reply, done.map(|_| outputs));
+            answer(duty.call.reply, done.map(|_| outputs), &duty.by_host);
         }
     }
 }
@@ -87,6 +126,9 @@ impl Duty {
         let Call { layer, rows, calls, .. } = &self.call;
         let ready = machine.ready(self.claim)?;
         let whole = (rows.len() / machine.shared.config.hidden_size).max(1);
+        let open =
+            |index: &u16| calls.iter().zip(&self.outputs).any(|(call, output)| call.0 == *index && output.is_none());
+        self.call.bring_up(machine, |index| open(&index), &mut self.by_host);
         for (call, output) in calls.iter().zip(&mut self.outputs) {
             let id = ExpertId { layer: *layer, index: call.0 };
             if output.is_none() && (ready.contains(&id) || !machine.is_shelved(id)) {
@@ -103,6 +145,8 @@ impl Duty {
 }
 
 /// The asker may have gone; its answer is then dropped.
-fn answer(reply: Reply<Vec<f32>>, result: Result<Vec<f32>, EngineError>) {
-    let _ = reply.send(result);
+fn answer(reply: Reply<Computed>, result: Result<Vec<f32>, EngineError>, by_host: &BTreeSet<Precision>) {
+    let names: Vec<_> = by_host.iter().map(|precision| precision.name()).collect();
+    let by_host = (!names.is_empty()).then(|| format!("{}/{}", Beneath::class(), names.join("+")));
+    let _ = reply.send(result.map(|outputs| Computed { outputs, by_host }));
 }

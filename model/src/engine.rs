@@ -17,7 +17,7 @@ use std::{
 
 use tokio::sync::{mpsc, oneshot};
 
-pub use crate::block::block_on;
+pub use crate::{block::block_on, duties::Computed, ledger::Ledger};
 use crate::{
     checkpoint::Checkpoint,
     config::ModelConfig,
@@ -52,10 +52,13 @@ pub struct EngineOptions {
     pub page_tokens: usize,
     /// Most rows of one expert call; a larger one is refused.
     pub rows_max: usize,
-    /// Threads that compute, where the device is the CPU; 0 means one for each core this process may use.
+    /// Threads that compute, where the device is the CPU, or the CPU takes part; 0 means one for each core this process may use.
     pub threads: usize,
     /// Run the compute thread below the priority of everything that answers in time.
     pub low_priority: bool,
+    /// Bytes of a device's own memory that experts may take; the others are in host memory beneath, and computed there
+    /// unless they are worth moving. Without it all are on the device. A CPU has no memory of its own: there it means nothing.
+    pub device_bytes: Option<u64>,
     /// Memory that experts on disk take by turns, bytes; without it none can be kept there. [`Engine::set_tier_bytes`] changes it.
     pub tier_bytes: u64,
     /// Threads that read them.
@@ -77,30 +80,12 @@ impl Default for EngineOptions {
             rows_max: CHUNK_ROWS,
             threads: 0,
             low_priority: false,
+            device_bytes: None,
             tier_bytes: 0,
             readers: READERS,
             predictor: Predictor::default(),
             foresee: false,
         }
-    }
-}
-
-/// Bytes an engine accounts for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Ledger {
-    pub trunk_bytes: u64,
-    /// Of the experts that are in memory for good.
-    pub expert_bytes: u64,
-    /// What experts on disk take by turns, all of it; 0 while none is there.
-    pub tier_bytes_reserved: u64,
-    /// The whole pool, in use or not.
-    pub kv_bytes_reserved: u64,
-    pub buffer_bytes: u64,
-}
-
-impl Ledger {
-    pub fn total(&self) -> u64 {
-        self.trunk_bytes + self.expert_bytes + self.tier_bytes_reserved + self.kv_bytes_reserved + self.buffer_bytes
     }
 }
 
@@ -290,20 +275,22 @@ impl Engine {
     /// Starts the compute thread of `device` and waits for its first computation (on a GPU this may take seconds).
     /// [`Device::Auto`] falls back to the CPU.
     pub fn start(device: Device, config: Arc<ModelConfig>, options: EngineOptions) -> Result<Self, EngineError> {
-        let shared = Arc::new(Shared::new(config, options));
-        let (jobs, queue) = mpsc::channel(JOBS_MAX);
+        let start = |device| {
+            let device_bytes = options.device_bytes.filter(|_| device != Device::Cpu);
+            let shared = Arc::new(Shared::new(config.clone(), EngineOptions { device_bytes, ..options.clone() }));
+            let (jobs, queue) = mpsc::channel(JOBS_MAX);
+            let class = worker::start(device, shared.clone(), queue)?;
+            tracing::debug!(%device, class, "the compute thread runs");
+            Ok(Self::new(shared, jobs, device, &class))
+        };
         let resolved = device.resolve()?;
-        let started = match worker::start(resolved, shared.clone(), queue) {
+        match start(resolved) {
             Err(error) if device == Device::Auto && resolved != Device::Cpu => {
                 tracing::warn!(%error, "{resolved} does not start; computing on the CPU");
-                let (jobs, queue) = mpsc::channel(JOBS_MAX);
-                (worker::start(Device::Cpu, shared.clone(), queue)?, jobs, Device::Cpu)
+                start(Device::Cpu)
             }
-            class => (class?, jobs, resolved),
-        };
-        let (class, jobs, device) = started;
-        tracing::debug!(%device, class, "the compute thread runs");
-        Ok(Self::new(shared, jobs, device, &class))
+            started => started,
+        }
     }
 
     pub(crate) fn new(shared: Arc<Shared>, jobs: mpsc::Sender<Job>, device: Device, class: &str) -> Self {
@@ -352,19 +339,28 @@ impl Engine {
             let accounts = lock(&self.shared.accounts);
             (accounts.shelved.len(), accounts.tier_bytes)
         };
-        TierStats { shelved, budget_bytes, ..self.shared.meter.read() }
+        let mut stats = TierStats { shelved, budget_bytes, ..self.shared.meter.read() };
+        stats.device.budget_bytes = self.shared.options.device_bytes.unwrap_or(0);
+        stats
     }
 
     /// Bytes accounted for now.
     pub fn memory(&self) -> Ledger {
         let accounts = lock(&self.shared.accounts);
         let options = &self.shared.options;
-        let tier_bytes = if accounts.shelved.is_empty() { 0 } else { accounts.tier_bytes };
+        let tier_bytes: u64 = if accounts.shelved.is_empty() { 0 } else { accounts.tier_bytes };
         let kv_tokens = accounts.pages.total() * accounts.pages.page_tokens();
+        let stats = self.shared.meter.read();
+        let expert_bytes: u64 = accounts.experts.values().map(|(_, bytes)| bytes).sum();
+        let tier_bytes_reserved = tier_bytes.max(stats.bytes_in_memory);
+        let raised_bytes = stats.device.bytes - stats.device.shelved_bytes;
+        let beneath_bytes = expert_bytes.saturating_sub(raised_bytes) + tier_bytes_reserved;
         Ledger {
             trunk_bytes: accounts.trunk_bytes.unwrap_or(0),
-            expert_bytes: accounts.experts.values().map(|(_, bytes)| bytes).sum(),
-            tier_bytes_reserved: tier_bytes.max(self.shared.meter.read().bytes_in_memory),
+            expert_bytes,
+            tier_bytes_reserved,
+            tier_bytes_raised: stats.device.shelved_bytes,
+            beneath_bytes: if options.device_bytes.is_some() { beneath_bytes } else { 0 },
             kv_bytes_reserved: self.footprint.kv_bytes_per_token * kv_tokens as u64,
             buffer_bytes: self.footprint.buffer_bytes(options.rows_max.max(CHUNK_ROWS)),
         }
@@ -496,6 +492,16 @@ impl Engine {
         rows: Vec<f32>,
         calls: Vec<(u16, Vec<u32>)>,
     ) -> Result<Vec<f32>, EngineError> {
+        Ok(self.run_experts_telling(layer, rows, calls).await?.outputs)
+    }
+
+    /// The same, and tells whether the host took part beneath a device.
+    pub async fn run_experts_telling(
+        &self,
+        layer: u16,
+        rows: Vec<f32>,
+        calls: Vec<(u16, Vec<u32>)>,
+    ) -> Result<Computed, EngineError> {
         self.check_call(layer, &rows, &calls)?;
         self.ask(|reply| Job::RunExperts(Call { layer, rows, calls, reply })).await
     }

@@ -250,10 +250,12 @@ impl Advanced {
         self.pairs_here += other.pairs_here;
         self.precisions.extend(&other.precisions);
         self.pairs_elsewhere += other.pairs_elsewhere;
-        for class in &other.classes {
-            if !self.classes.contains(class) {
-                self.classes.push(class.clone());
-            }
+        other.classes.iter().for_each(|class| self.note_class(class.clone()));
+    }
+
+    fn note_class(&mut self, class: String) {
+        if !self.classes.contains(&class) {
+            self.classes.push(class);
         }
     }
 }

@@ -19,6 +19,8 @@ pub struct Generation {
     pub tokens: Vec<u32>,
     pub finish: FinishReason,
     pub usage: Usage,
+    /// Kernel classes that took part besides the engine's own: the host's, where experts lie beneath a device.
+    pub other_classes: Vec<String>,
 }
 
 impl LocalModel {
@@ -43,16 +45,20 @@ impl LocalModel {
         let context = self.engine.config().max_position_embeddings;
         let mut sequence = Sequence::new(prompt, params, context, self.text.tokenizer.clone())?;
         let mut session = self.engine.open_session(sequence.tokens_max())?;
-        let mut text = String::new();
+        let (mut text, mut other_classes) = (String::new(), Vec::new());
         let finish = loop {
-            let logits = block_on(session.advance(sequence.next_input(), Want::Last))?.logits;
-            let emitted = sequence.accept(&logits)?;
+            let advanced = block_on(session.advance(sequence.next_input(), Want::Last))?;
+            other_classes.extend(advanced.classes);
+            let emitted = sequence.accept(&advanced.logits)?;
             show(&emitted);
             text.push_str(&emitted.text);
             if let Some(finish) = emitted.finish {
                 break finish;
             }
         };
-        Ok(Generation { text, tokens: sequence.completion().to_vec(), finish, usage: sequence.usage() })
+        other_classes.sort();
+        other_classes.dedup();
+        let tokens = sequence.completion().to_vec();
+        Ok(Generation { text, tokens, finish, usage: sequence.usage(), other_classes })
     }
 }

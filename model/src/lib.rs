@@ -9,6 +9,7 @@
 //! Deliberately absent: networking, async runtimes, and any knowledge that an expert may be elsewhere.
 
 pub mod bench;
+mod beneath;
 mod block;
 pub mod bytes;
 pub mod chat;
@@ -28,6 +29,7 @@ pub mod generate;
 pub mod inventory;
 pub mod kernels;
 pub mod layout;
+mod ledger;
 pub mod local;
 mod machine;
 pub mod pages;

@@ -2,8 +2,9 @@
 //!
 //! Owns [`LocalModel`]: a model folder, its text side and an engine that holds all of it. Without a memory budget, or
 //! where everything fits it, weights are used in place. Otherwise the trunk is read into memory of this process's own,
-//! and experts stay on disk and take what is left of the budget by turns. The invariant: what is loaded and reserved,
-//! with what the process had before, is no more than the budget. It answers nothing by itself.
+//! and experts stay on disk and take what is left of the budget by turns. With a budget of a device's memory, experts that do
+//! not fit it lie in host memory beneath, and on disk beneath that if need be. The invariant: what is loaded and reserved,
+//! with what the process had before, is no more than the budgets. It answers nothing by itself.
 
 use std::path::Path;
 
@@ -22,7 +23,7 @@ use crate::{
     text::{TextError, TextModel},
     tiers::{
         buffer::PAGE,
-        fit::{Fit, Needs, TooSmall},
+        fit::{Beneath, DeviceTooSmall, Fit, Needs, TooSmall},
     },
 };
 
@@ -39,6 +40,12 @@ pub enum LocalError {
     Sequence(#[from] SequenceError),
     #[error(transparent)]
     TooSmall(#[from] TooSmall),
+    #[error(transparent)]
+    DeviceTooSmall(#[from] DeviceTooSmall),
+    #[error(
+        "memory of a GPU was bounded (--vram), but the model is computed on the CPU; name a GPU with --device, or leave it out"
+    )]
+    NoDevice,
     #[error("a KV cache of {tokens} tokens takes {bytes} bytes, and this machine has {machine}; ask for fewer tokens")]
     Pool { tokens: usize, bytes: u64, machine: u64 },
     #[error(
@@ -67,6 +74,8 @@ pub struct LocalOptions {
     pub kv_tokens: Option<usize>,
     /// Bytes of memory the process may take; experts that do not fit stay on disk.
     pub memory: Option<u64>,
+    /// Bytes of a GPU's memory to take; experts that do not fit lie in host memory. Then `memory` bounds that alone.
+    pub vram: Option<u64>,
     /// Threads that read experts from disk; 0 takes the engine's default.
     pub readers: usize,
     /// Count for all rows how well the next layer's experts are predicted, also where none is on disk.
@@ -83,6 +92,7 @@ impl Default for LocalOptions {
             threads: 0,
             kv_tokens: None,
             memory: None,
+            vram: None,
             readers: 0,
             foresee: false,
         }
@@ -111,15 +121,19 @@ impl LocalModel {
             ..EngineOptions::default()
         };
         check_pool(&config, engine_options.kv_tokens)?;
+        if options.readers > 0 {
+            engine_options.readers = options.readers;
+        }
+        let needs = || needs(&folder, &trunk, process, options.experts, engine_options.kv_tokens);
+        if let Some(vram) = options.vram {
+            return Self::open_above(&folder, text, options, vram, &trunk, needs(), engine_options);
+        }
         let fit = match options.memory {
             None => Fit::All,
-            Some(budget) => needs(&folder, &trunk, process, options.experts, engine_options.kv_tokens).fit(budget)?,
+            Some(budget) => needs().fit(budget)?,
         };
         if let Fit::Tiers { experts, .. } = fit {
             engine_options.tier_bytes = experts;
-        }
-        if options.readers > 0 {
-            engine_options.readers = options.readers;
         }
         let engine = Engine::start(options.device, config.clone(), engine_options)?;
         match fit {
@@ -130,17 +144,55 @@ impl LocalModel {
                 }
             }
             Fit::Tiers { embedding_on_disk, .. } => {
-                let trunk = owned(&trunk, embedding_on_disk)?;
-                match embedding_on_disk {
-                    true => block_on(engine.load_trunk_without_embedding(trunk))?,
-                    false => block_on(engine.load_trunk_tensors(trunk))?,
+                load_trunk(&engine, owned(&trunk, embedding_on_disk)?, embedding_on_disk)?;
+                shelve_all(&engine, &folder, options)?;
+            }
+        }
+        Ok(Self { engine, text })
+    }
+
+    /// The same on a device that may take `vram` bytes of its own memory.
+    fn open_above(
+        folder: &ModelFolder,
+        text: TextModel,
+        options: &LocalOptions,
+        vram: u64,
+        trunk: &Tensors,
+        needs: Needs,
+        mut engine_options: EngineOptions,
+    ) -> Result<Self, LocalError> {
+        if options.device.resolve().map_err(EngineError::from)? == Device::Cpu {
+            return Err(LocalError::NoDevice);
+        }
+        let above = needs.above(vram)?;
+        // Where everything fits, nothing lies beneath.
+        engine_options.device_bytes = (above < needs.experts).then_some(above);
+        let engine = Engine::start(options.device, folder.config().clone(), engine_options)?;
+        if engine.device() == Device::Cpu {
+            return Err(LocalError::NoDevice);
+        }
+        // Drivers take memory of the process too.
+        let needs = Needs { process: resident_bytes(), ..needs };
+        let Beneath { shelf, embedding_on_disk } = match options.memory {
+            None => Beneath { shelf: None, embedding_on_disk: false },
+            Some(budget) => needs.beneath(budget, above)?,
+        };
+        load_trunk(&engine, trunk.clone(), embedding_on_disk)?;
+        let rest = trunk.iter().filter(|(name, _)| *name != layout::EMBED || embedding_on_disk);
+        rest.for_each(|(_, view)| view.release());
+        match shelf {
+            None => {
+                for id in layout::experts(folder.config()) {
+                    let tensors = folder.expert(id, options.experts)?;
+                    block_on(engine.load_expert_tensors(id, tensors.clone()))?;
+                    if above >= needs.experts {
+                        tensors.release();
+                    }
                 }
-                for id in layout::experts(&config) {
-                    let budget = options.memory.unwrap_or_default();
-                    let tensors = folder.expert_on_disk(id, options.experts)?;
-                    let tensors = tensors.ok_or(LocalError::NotSliced { budget })?;
-                    block_on(engine.shelve_expert_tensors(id, tensors))?;
-                }
+            }
+            Some(bytes) => {
+                block_on(engine.set_tier_bytes(bytes))?;
+                shelve_all(&engine, folder, options)?;
             }
         }
         Ok(Self { engine, text })
@@ -150,6 +202,22 @@ impl LocalModel {
     pub fn hold(&self, folder: &ModelFolder, id: ExpertId, precision: Precision) -> Result<(), LocalError> {
         Ok(block_on(self.engine.load_expert_tensors(id, folder.expert(id, precision)?))?)
     }
+}
+
+fn load_trunk(engine: &Engine, trunk: Tensors, embedding_on_disk: bool) -> Result<(), EngineError> {
+    match embedding_on_disk {
+        true => block_on(engine.load_trunk_without_embedding(trunk)),
+        false => block_on(engine.load_trunk_tensors(trunk)),
+    }
+}
+
+fn shelve_all(engine: &Engine, folder: &ModelFolder, options: &LocalOptions) -> Result<(), LocalError> {
+    let budget = options.memory.unwrap_or_default();
+    for id in layout::experts(folder.config()) {
+        let tensors = folder.expert_on_disk(id, options.experts)?.ok_or(LocalError::NotSliced { budget })?;
+        block_on(engine.shelve_expert_tensors(id, tensors))?;
+    }
+    Ok(())
 }
 
 /// Refuses a KV cache that this machine cannot hold, before it is allocated.
@@ -169,13 +237,18 @@ fn machine_bytes() -> u64 {
 /// What the model takes, where `trunk` is loaded.
 fn needs(folder: &ModelFolder, trunk: &Tensors, process: u64, experts: Precision, kv_tokens: usize) -> Needs {
     let (config, inventory): (&ModelConfig, _) = (folder.config(), Inventory::of(folder));
-    let table = trunk.get(layout::EMBED).filter(|table| table.bytes.is_mapped() && !config.tie_word_embeddings);
+    let table = trunk.get(layout::EMBED);
+    let tied = config.tie_word_embeddings;
+    let on_disk = table.filter(|table| table.bytes.is_mapped() && !tied).map_or(0, |table| table.data_bytes());
+    let table = table.map_or(0, |table| table.data_bytes());
     // An expert is read in whole pages, and may lie in three places.
     let whole_pages = |bytes: u64| bytes + 3 * 2 * PAGE as u64;
     Needs {
         process,
         trunk: trunk.data_bytes(),
-        embedding: table.map_or(0, |table| table.data_bytes()),
+        embedding: on_disk,
+        table,
+        device_trunk: trunk.data_bytes() - if tied { 0 } else { table },
         kv: inventory.kv_bytes_per_token * kv_tokens.next_multiple_of(PAGE_TOKENS) as u64,
         buffers: inventory.buffer_bytes,
         // What cannot be held like that is refused when it is loaded.

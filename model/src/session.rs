@@ -52,7 +52,8 @@ pub struct Advanced {
     pub precisions: BTreeSet<Precision>,
     /// (row, expert) pairs computed elsewhere.
     pub pairs_elsewhere: u64,
-    /// Kernel classes and precisions of those who computed elsewhere, each once.
+    /// Kernel classes and precisions of those who computed elsewhere, each once: other machines, and the host where experts
+    /// lie in its memory beneath a device.
     pub classes: Vec<String>,
 }
 

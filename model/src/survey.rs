@@ -112,7 +112,7 @@ fn run<K: Kernels>(
     }
     while let Some(layer) = flights.first().map(Flight::layer) {
         let outputs = measure(kernels, config, layer, &flights, source, &mut survey)?;
-        release(tensors);
+        tensors.release();
         if !source.go_on(usize::from(layer) + 1, layers) {
             return Err(SurveyError::Stopped);
         }
@@ -125,11 +125,6 @@ fn run<K: Kernels>(
         }
     }
     Ok(survey)
-}
-
-/// Tells the system that mapped weights are not needed for now.
-fn release(tensors: &Tensors) {
-    tensors.iter().for_each(|(_, view)| view.bytes.release());
 }
 
 /// Computes one layer's experts, one after the other, and counts and measures them. The outputs of each flight.
@@ -158,7 +153,7 @@ fn measure<K: Kernels>(
             let Some(tensors) = source.expert(id, precision)? else { return Ok(None) };
             let expert = load_expert(kernels, config, id, &tensors)?;
             let computed = outputs_of(kernels, &expert, &rows, d);
-            release(&tensors);
+            tensors.release();
             Ok::<_, LoadError>(Some(computed))
         };
         let missing = || LoadError::Missing { file: id.to_string(), tensor: "exact weights".into() };

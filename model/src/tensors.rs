@@ -102,6 +102,12 @@ pub struct TensorView {
 }
 
 impl TensorView {
+    /// Tells the system that this process will not soon read it again: see [`WeightBytes::release`].
+    pub fn release(&self) {
+        self.bytes.release();
+        self.refine.iter().for_each(WeightBytes::release);
+    }
+
     /// Bytes it takes, the refine slice included.
     pub fn data_bytes(&self) -> u64 {
         (self.bytes.len() + self.refine.as_ref().map_or(0, WeightBytes::len)) as u64
@@ -267,6 +273,11 @@ impl Tensors {
     /// Bytes of all tensors together.
     pub fn data_bytes(&self) -> u64 {
         self.entries.values().map(TensorView::data_bytes).sum()
+    }
+
+    /// Tells the system that this process will not soon read them again: see [`WeightBytes::release`].
+    pub fn release(&self) {
+        self.entries.values().for_each(TensorView::release);
     }
 
     /// How exactly the least exact of these tensors is held.

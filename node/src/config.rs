@@ -54,7 +54,8 @@ pub struct NodeArgs {
     #[arg(long, env = "COEL_MEMORY", value_name = "SIZE")]
     #[serde(deserialize_with = "size")]
     pub memory: Option<Size>,
-    /// Memory of the GPU for models, where `--device` is one [default: what `--memory` says].
+    /// Memory of the GPU for models, where `--device` is one. With `--memory` as well, experts that do not fit lie in that much of the
+    /// machine's own memory, and are computed there or brought up [default: what `--memory` says, and nothing beneath].
     #[arg(long, env = "COEL_VRAM", value_name = "SIZE")]
     #[serde(deserialize_with = "size")]
     pub vram: Option<Size>,
@@ -117,6 +118,8 @@ pub struct Config {
     pub memory_bytes: u64,
     /// What the engine may hold on a GPU, in bytes.
     pub vram_bytes: Option<u64>,
+    /// Of `memory_bytes`, what is beneath a GPU's memory: where both were given.
+    pub beneath_bytes: Option<u64>,
     /// What the weights kept in the data folder may reach, in bytes.
     pub disk_bytes: Option<u64>,
     /// KV cache in tokens.
@@ -189,8 +192,15 @@ impl NodeArgs {
             api: args.api.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 4680))),
             api_key: args.api_key,
             peers: args.peer,
-            memory_bytes: args.memory.map_or_else(default_memory, |size| size.0),
+            // With a GPU's memory alone, all that the engine holds lies there.
+            memory_bytes: match (args.memory, args.vram) {
+                (Some(memory), Some(vram)) => memory.0.saturating_add(vram.0),
+                (Some(memory), None) => memory.0,
+                (None, Some(vram)) => default_memory().min(vram.0),
+                (None, None) => default_memory(),
+            },
             vram_bytes: args.vram.map(|size| size.0),
+            beneath_bytes: args.memory.filter(|_| args.vram.is_some()).map(|size| size.0),
             disk_bytes: args.disk.map(|size| size.0),
             kv_tokens: args.kv_tokens.unwrap_or(KV_TOKENS),
             precision: args.precision.unwrap_or_default(),
@@ -211,6 +221,14 @@ impl NodeArgs {
 }
 
 impl Config {
+    /// Where trunk, KV cache and buffers must fit: the flag, and its bytes.
+    pub fn fixed_budget(&self) -> (&'static str, u64) {
+        match (self.vram_bytes, self.beneath_bytes) {
+            (Some(vram), Some(_)) => ("--vram", vram),
+            _ => ("--memory", self.memory_bytes),
+        }
+    }
+
     fn validate(&self) -> Result<(), ConfigError> {
         let fault = |message: String| Err(ConfigError::Value(message));
         http::check_bind(self.api, self.api_key.as_deref())?;
@@ -314,5 +332,17 @@ mod tests {
         let error = vram("cpu").unwrap_err().to_string();
         assert!(error.contains("--vram 4") && error.contains("--device cpu"), "{error}");
         assert_eq!(vram("cuda:0").unwrap().vram_bytes, Some(4 << 30));
+    }
+
+    #[test]
+    fn a_gpus_memory_is_all_there_is_unless_the_machines_is_given_too() {
+        let config = resolve("vram = '1MiB'", NodeArgs::default()).unwrap();
+        assert_eq!((config.memory_bytes, config.beneath_bytes), (1 << 20, None));
+        assert_eq!(config.fixed_budget(), ("--memory", 1 << 20));
+        let config = resolve("vram = '1MiB'\nmemory = '3MiB'", NodeArgs::default()).unwrap();
+        assert_eq!((config.memory_bytes, config.beneath_bytes), (4 << 20, Some(3 << 20)));
+        assert_eq!(config.fixed_budget(), ("--vram", 1 << 20));
+        let config = resolve("memory = '3MiB'", NodeArgs::default()).unwrap();
+        assert_eq!((config.memory_bytes, config.beneath_bytes), (3 << 20, None));
     }
 }

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coel_model::engine::{Engine, EngineOptions};
-use coel_store::{Bounds, Command, ExpertId, Model, ModelId, Precision, State};
+use coel_store::{Command, ExpertId, Model, ModelId, Precision, State};
 use futures::StreamExt;
 use futures::stream;
 use tokio::sync::Mutex;
@@ -31,6 +31,7 @@ use tracing::{Instrument, info, info_span, warn};
 
 use blobs::Wanted;
 
+use crate::config::Config;
 use crate::experts::caller::Caller;
 use crate::library::{Known, LibraryError, run_blocking};
 use crate::shared::{Held, Serving, Shared};
@@ -211,17 +212,18 @@ impl Hosting {
         let shared = &self.shared;
         let sources = shared.sources(state, model, None);
         let known = shared.library.get(model, registered, &shared.fetcher, &shared.blobs, &sources).await?;
-        let (memory_bytes, kv_tokens) = (shared.config.memory_bytes, shared.config.kv_tokens);
+        let kv_tokens = shared.config.kv_tokens;
+        let memory = (shared.config.fixed_budget().1, shared.config.memory_bytes);
         // Said to others together with the trunk: who has everything needs no room to get it.
         let (looking, seen) = (shared.clone(), known.clone());
         run_blocking(move || looking.look_for_all_of(&seen)).await;
         let disk_bytes = shared.config.disk_bytes.filter(|_| !shared.complete.borrow().contains(&model));
         // Decided once: with other members around another choice may be better, but not worth loading it anew.
         let (accepted, nodes) = (shared.config.trunk, state.members.len());
-        let decide = || known.trunk_precision(accepted, memory_bytes, disk_bytes, kv_tokens, nodes);
+        let decide = || known.trunk_precision(accepted, memory, disk_bytes, kv_tokens, nodes);
         let precision = shared.trunk.borrow().unwrap_or_else(decide);
         let name = &registered.name;
-        let fits = check_budget(&known, name, memory_bytes, kv_tokens, accepted).and_then(|()| {
+        let fits = check_budget(&known, name, &shared.config).and_then(|()| {
             disk_bytes.map_or(Ok(()), |disk_bytes| room::check_disk(&known, name, disk_bytes, precision))
         });
         if let Err(short) = fits {
@@ -248,6 +250,10 @@ impl Hosting {
             kv_tokens: known.kv_tokens(shared.config.kv_tokens),
             rows_max: known.rows_max(),
             low_priority: true,
+            device_bytes: shared
+                .config
+                .beneath_bytes
+                .map(|_| memory.0.saturating_sub(known.fixed_bytes(kv_tokens, precision))),
             ..EngineOptions::default()
         };
         let load = |why: String| Setback::Load { what: "the trunk".into(), why };
@@ -284,21 +290,16 @@ impl Default for Pass {
 ///
 /// # Errors
 /// Both numbers and the remedy, in words.
-pub fn check_budget(
-    known: &Known,
-    name: &str,
-    memory_bytes: u64,
-    kv_tokens: usize,
-    trunk: Bounds,
-) -> Result<(), String> {
-    let needed = known.fixed_bytes(kv_tokens, trunk.lowest());
-    if memory_bytes >= needed {
+pub fn check_budget(known: &Known, name: &str, config: &Config) -> Result<(), String> {
+    let ((flag, bytes), kv_tokens) = (config.fixed_budget(), config.kv_tokens);
+    let needed = known.fixed_bytes(kv_tokens, config.trunk.lowest());
+    if bytes >= needed {
         return Ok(());
     }
     Err(format!(
-        "the memory budget of {} ({memory_bytes} bytes) is too small for the trunk of model '{name}': trunk, KV cache of {} tokens \
-         and buffers need {} ({needed} bytes); raise --memory or lower --kv-tokens",
-        Size(memory_bytes),
+        "the memory budget of {} ({bytes} bytes) is too small for the trunk of model '{name}': trunk, KV cache of {} tokens \
+         and buffers need {} ({needed} bytes); raise {flag} or lower --kv-tokens",
+        Size(bytes),
         known.kv_tokens(kv_tokens),
         Size(needed),
     ))

@@ -90,12 +90,12 @@ impl Known {
         self.manifest.trunk_bytes(trunk) + kv + self.footprint.buffer_bytes(self.rows_max().max(CHUNK_ROWS))
     }
 
-    /// At which precision a node holds the trunk: the most exact one accepted that leaves room in memory, and on a disk that is to
-    /// get it, for its share of the experts at the fewest bits, or else the least.
+    /// At which precision a node holds the trunk: the most exact one accepted that fits where it must be and leaves room in all of
+    /// its memory, and on a disk that is to get it, for its share of the experts at the fewest bits, or else the least.
     pub fn trunk_precision(
         &self,
         accepted: Bounds,
-        memory_bytes: u64,
+        (fixed_bytes, memory_bytes): (u64, u64),
         disk_bytes: Option<u64>,
         kv_tokens: usize,
         nodes: usize,
@@ -104,7 +104,9 @@ impl Known {
         let mut choices = Precision::ALL.into_iter().rev().filter(|precision| accepted.has(*precision));
         let on_disk = |precision| self.disk_fixed_bytes(precision) + self.largest_expert_bytes() + share;
         let chosen = choices.find(|&precision| {
-            self.fixed_bytes(kv_tokens, precision) + share <= memory_bytes
+            let fixed = self.fixed_bytes(kv_tokens, precision);
+            fixed <= fixed_bytes
+                && fixed + share <= memory_bytes
                 && disk_bytes.is_none_or(|disk| on_disk(precision) <= disk)
         });
         let chosen = chosen.unwrap_or(accepted.lowest());
@@ -274,7 +276,7 @@ mod tests {
     #[test]
     fn a_small_disk_takes_the_trunk_at_fewer_bits() {
         let known = known();
-        let chosen = |disk: Option<u64>| known.trunk_precision(Bounds::AUTO, u64::MAX, disk, 16, 1);
+        let chosen = |disk: Option<u64>| known.trunk_precision(Bounds::AUTO, (u64::MAX, u64::MAX), disk, 16, 1);
         // Beside the manifest, the experts at Q4 and an exchange.
         let beside = 10 + 4 * 50 + 160;
         let least = [(None, Precision::Bf16), (Some(1000), Precision::Bf16), (Some(999), Precision::Q8)];

@@ -178,6 +178,20 @@ impl Metrics {
         }
         tiers.stall_seconds.inner().store(stats.stall.as_secs_f64().to_bits(), Ordering::Relaxed);
         tiers.shelved.set(stats.shelved as i64);
+        let (device, of) = (&tiers.device, &stats.device);
+        for (counter, count) in [
+            (&device.hits, of.hits),
+            (&device.raised, of.raised),
+            (&device.by_host, of.by_host),
+            (&device.raised_bytes, of.bytes_raised),
+        ] {
+            counter.inner().store(count, Ordering::Relaxed);
+        }
+        for (gauge, value) in
+            [(&device.experts, of.experts as u64), (&device.bytes, of.bytes), (&device.budget_bytes, of.budget_bytes)]
+        {
+            gauge.set(value as i64);
+        }
         for (layer, recall) in (0..).zip(&stats.recall) {
             for (when, tally) in [("early", recall.early), ("late", recall.late)] {
                 if let Some(share) = tally.recall() {
@@ -220,6 +234,44 @@ struct Tiers {
     stall_seconds: Counter<f64, AtomicU64>,
     shelved: Gauge,
     recall: Family<Foreseen, Gauge<f64, AtomicU64>>,
+    device: Device,
+}
+
+/// Experts on a device above host memory; all 0 where everything is in one memory.
+#[derive(Debug, Default)]
+struct Device {
+    hits: Counter,
+    raised: Counter,
+    by_host: Counter,
+    raised_bytes: Counter,
+    experts: Gauge,
+    bytes: Gauge,
+    budget_bytes: Gauge,
+}
+
+impl Device {
+    fn register(&self, registry: &mut Registry) {
+        for (name, help, counter) in [
+            (
+                "tier_device_hits",
+                "Experts needed that were on the device, where some lie in host memory beneath",
+                &self.hits,
+            ),
+            ("tier_device_raised", "Experts needed that were brought to the device for it", &self.raised),
+            ("tier_device_by_host", "Experts needed that the host computed", &self.by_host),
+        ] {
+            registry.register(name, help, counter.clone());
+        }
+        let help = "Weights brought to the device";
+        registry.register_with_unit("tier_device_raised", help, Unit::Bytes, self.raised_bytes.clone());
+        registry.register("tier_device_experts", "Experts on the device", self.experts.clone());
+        for (name, help, gauge) in [
+            ("tier_device", "What they take there", &self.bytes),
+            ("tier_device_budget", "What they may take there", &self.budget_bytes),
+        ] {
+            registry.register_with_unit(name, help, Unit::Bytes, gauge.clone());
+        }
+    }
 }
 
 impl Tiers {
@@ -244,13 +296,14 @@ impl Tiers {
         registry.register("tier_experts", "Experts held on disk", tiers.shelved.clone());
         let help = "Share of the experts chosen in a layer that were foreseen while the one before waited: late, by its experts in memory; early, without them";
         registry.register("tier_recall", help, tiers.recall.clone());
+        tiers.device.register(registry);
         tiers
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use coel_model::tiers::meter::{LayerRecall, Tally};
+    use coel_model::tiers::meter::{DeviceStats, LayerRecall, Tally};
 
     use super::*;
 
@@ -269,6 +322,7 @@ mod tests {
             bytes_read: 4096,
             stall: std::time::Duration::from_millis(1500),
             recall: recall.into(),
+            device: DeviceStats { hits: 11, by_host: 2, bytes: 640, bytes_raised: 1280, ..DeviceStats::default() },
             ..TierStats::default()
         };
         metrics.note_tiers(&TierStats { misses: 1, ..stats.clone() });
@@ -282,6 +336,10 @@ mod tests {
             "coel_tier_read_bytes_total 4096",
             "coel_tier_stall_seconds_total 1.5",
             "coel_tier_experts 9",
+            "coel_tier_device_hits_total 11",
+            "coel_tier_device_by_host_total 2",
+            "coel_tier_device_bytes 640",
+            "coel_tier_device_raised_bytes_total 1280",
             "coel_tier_recall{layer=\"1\",when=\"early\"} 0.5",
             "coel_tier_recall{layer=\"1\",when=\"late\"} 0.75",
             "coel_tier_recall{layer=\"2\",when=\"late\"} 0.5",

@@ -103,17 +103,12 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> RunError {
 ///
 /// # Errors
 /// [`RunError`]; everything that was started has been stopped again.
-pub async fn run(mut config: Config, origin: Origin, started: impl FnOnce(&NodeFile) + Send) -> Result<(), RunError> {
+pub async fn run(config: Config, origin: Origin, started: impl FnOnce(&NodeFile) + Send) -> Result<(), RunError> {
     let data = config.data.clone();
     std::fs::create_dir_all(&data).map_err(io(format!("the data folder {}", data.display())))?;
     let _lock = lock(&data)?;
-    match (config.vram_bytes, config.device.resolve()?) {
-        (Some(vram), Device::Cpu) => {
-            return Err(RunError::VramOfCpu { vram: Size(vram), device: config.device.to_string() });
-        }
-        // What an engine on a GPU holds lies there, all of it.
-        (Some(vram), _) => config.memory_bytes = config.memory_bytes.min(vram),
-        (None, _) => {}
+    if let (Some(vram), Device::Cpu) = (config.vram_bytes, config.device.resolve()?) {
+        return Err(RunError::VramOfCpu { vram: Size(vram), device: config.device.to_string() });
     }
     let newcomer = matches!(origin, Origin::Join(_));
     match (&origin, Log::exists(&data)) {

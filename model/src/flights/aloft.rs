@@ -16,6 +16,7 @@ use std::{
 use tokio::sync::oneshot;
 
 use crate::{
+    beneath::Beneath,
     decoder::{Flight, Outputs, Step},
     engine::EngineError,
     experts::by_expert,
@@ -170,6 +171,7 @@ impl<K: Kernels> Aloft<K> {
             let all = (0..machine.shared.config.num_experts as u16).collect::<Vec<_>>();
             self.foresee(machine, next, &all);
         }
+        self.bring_up(machine, |_| true);
         let outputs = machine.run_held(&self.flight)?;
         let mut waiting = Waiting { outputs, shelved, elsewhere };
         if let Some(claim) = self.claim {
@@ -192,11 +194,34 @@ impl<K: Kernels> Aloft<K> {
         if let Some(claim) = self.claim.filter(|_| !waiting.shelved.is_empty()) {
             let ready = machine.ready(claim)?;
             if !ready.is_empty() {
+                self.bring_up(machine, |id| ready.contains(&id));
                 machine.run_more(&self.flight, &ready, &mut waiting.outputs)?;
                 self.count_computed(machine, waiting, claim, &ready);
             }
         }
         Ok(())
+    }
+
+    /// Brings up what is worth it of those experts that are wanted and in memory, and names the host's kernel class to
+    /// those whose rows it will compute.
+    fn bring_up(&mut self, machine: &mut Machine<K>, wanted: impl Fn(ExpertId) -> bool) {
+        if !machine.has_beneath() {
+            return;
+        }
+        let layer = self.flight.layer();
+        let needs =
+            by_expert(self.flight.routes()).into_iter().map(|(index, pairs)| (ExpertId { layer, index }, pairs.len()));
+        let needs: Vec<_> = needs.filter(|(id, _)| wanted(*id)).collect();
+        let by_host = machine.bring_up(&needs, self.flight.routes().len());
+        let mut rows = self.flight.routes().iter();
+        for aboard in &mut self.aboard {
+            for route in rows.by_ref().take(aboard.part.rows).flatten() {
+                let id = ExpertId { layer, index: route.expert };
+                if let Some(precision) = machine.precision(id).filter(|_| by_host.contains(&id)) {
+                    aboard.advanced.note_class(format!("{}/{precision}", Beneath::class()));
+                }
+            }
+        }
     }
 
     /// Experts of the shelf were computed: their memory may go to others.
@@ -232,7 +257,8 @@ impl<K: Kernels> Aloft<K> {
     /// where nothing is missing: the next layer itself tells as soon.
     fn look_ahead(&mut self, machine: &mut Machine<K>, next: usize, waiting: &Waiting) -> Result<(), EngineError> {
         let measured = machine.shared.options.foresee;
-        let (waits, nearly_all) = (waiting.waits() && machine.has_shelf(), self.needs_nearly_all(machine));
+        let tiers = machine.has_shelf() || machine.has_beneath();
+        let (waits, nearly_all) = (waiting.waits() && tiers, self.needs_nearly_all(machine));
         self.foresight.layer = next;
         if measured {
             self.foresight.early = machine.predict(&self.flight, &waiting.outputs.shared_alone())?;
@@ -240,17 +266,18 @@ impl<K: Kernels> Aloft<K> {
         if waits && (measured || !nearly_all) {
             self.foresight.late = machine.predict(&self.flight, &waiting.outputs)?;
             if !nearly_all {
-                self.foresee(machine, next, &by_weight(&self.foresight.late));
+                let experts = by_weight(&self.foresight.late);
+                self.foresee(machine, next, &experts);
+                machine.bring_up_ahead(&ids(next, &experts));
             }
         }
         Ok(())
     }
 
     fn foresee(&mut self, machine: &mut Machine<K>, layer: usize, experts: &[u16]) {
-        let layer = layer as u16;
         if let Some(claim) = self.claim.or_else(|| machine.claim()) {
             self.claim = Some(claim);
-            machine.foresee(claim, &experts.iter().map(|index| ExpertId { layer, index: *index }).collect::<Vec<_>>());
+            machine.foresee(claim, &ids(layer, experts));
         }
     }
 
@@ -325,10 +352,12 @@ impl<K: Kernels> Aloft<K> {
                 let advanced = &mut self.aboard[ends.partition_point(|end| end <= slot)].advanced;
                 advanced.pairs_here = advanced.pairs_here.saturating_sub(1);
                 advanced.pairs_elsewhere += 1;
-                if !advanced.classes.contains(class) {
-                    advanced.classes.push(class.clone());
-                }
+                advanced.note_class(class.clone());
             }
         }
     }
+}
+
+fn ids(layer: usize, experts: &[u16]) -> Vec<ExpertId> {
+    experts.iter().map(|index| ExpertId { layer: layer as u16, index: *index }).collect()
 }

@@ -44,6 +44,16 @@ pub struct Gated<M> {
     pub down: M,
 }
 
+impl<M> Gated<M> {
+    pub fn each(&self) -> [&M; 3] {
+        [&self.gate, &self.up, &self.down]
+    }
+
+    pub fn map<N>(&self, to: impl Fn(&M) -> N) -> Gated<N> {
+        Gated { gate: to(&self.gate), up: to(&self.up), down: to(&self.down) }
+    }
+}
+
 /// An expert, and the rows of a batch it is to compute.
 #[derive(Debug)]
 pub struct ExpertWork<'a, M> {
@@ -74,6 +84,20 @@ pub trait Kernels: Send + 'static {
 
     /// Brings a packed matrix to the device (in place where that is this memory).
     fn matrix(&self, weight: Weight) -> Self::Matrix;
+
+    /// The same matrix in host memory, bit by bit: what [`matrix`](Self::matrix) was given.
+    fn weight(&self, matrix: &Self::Matrix) -> Weight;
+
+    /// Bytes that a matrix takes on the device.
+    fn bytes(&self, weight: &Weight) -> u64 {
+        weight.bytes() as u64
+    }
+
+    /// Takes so many bytes of the device's memory beforehand, for matrices that come, so that they take no more than that.
+    fn reserve(&self, _bytes: u64) {}
+
+    /// Returns when the device has done all it was told.
+    fn wait(&self) {}
 
     fn vector(&self, values: Vec<f32>) -> Self::Vector;
 

@@ -79,6 +79,10 @@ impl Kernels for Packed {
         weight
     }
 
+    fn weight(&self, matrix: &Weight) -> Weight {
+        matrix.clone()
+    }
+
     fn vector(&self, values: Vec<f32>) -> Vec<f32> {
         values
     }

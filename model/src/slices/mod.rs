@@ -197,6 +197,25 @@ impl Weight {
         }
     }
 
+    /// The memory it lies in.
+    fn memory(&self) -> impl Iterator<Item = &WeightBytes> {
+        let (first, second) = match self {
+            Weight::Exact(matrix) => (matrix.memory(), None),
+            Weight::Sliced(sliced) => (&sliced.base, sliced.refine.as_ref()),
+        };
+        std::iter::once(first).chain(second)
+    }
+
+    /// Whether all of it lies in mapped files.
+    pub fn is_mapped(&self) -> bool {
+        self.memory().all(WeightBytes::is_mapped)
+    }
+
+    /// Tells the system that this process will not soon read it again: see [`WeightBytes::release`].
+    pub fn release(&self) {
+        self.memory().for_each(WeightBytes::release);
+    }
+
     /// Writes row `row` as f32 into `out` (`cols` values).
     pub fn widen_row(&self, row: usize, out: &mut [f32]) {
         match self {

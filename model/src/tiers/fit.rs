@@ -1,7 +1,8 @@
 //! What fits a memory budget.
 //!
-//! Pure arithmetic: [`Needs`] of a model on one machine, and the [`Fit`] that divides a budget among them. The invariant:
-//! what it grants adds up to no more than the budget.
+//! Pure arithmetic: [`Needs`] of a model on one machine, and what divides a budget among them: [`Fit`] of one memory, or
+//! [`Needs::above`] and [`Beneath`] where a device has memory of its own. The invariant: what is granted adds up to no
+//! more than the budget.
 
 /// What a model takes, bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,6 +13,10 @@ pub struct Needs {
     pub trunk: u64,
     /// The embedding table, if it can stay on disk; else 0.
     pub embedding: u64,
+    /// The same table, wherever it can be: beside a device it stays in host memory.
+    pub table: u64,
+    /// What of the trunk lies in the memory of a device that has its own.
+    pub device_trunk: u64,
     pub kv: u64,
     pub buffers: u64,
     /// All routed experts.
@@ -29,6 +34,29 @@ pub enum Fit {
     All,
     /// Experts take turns in `experts` bytes.
     Tiers { experts: u64, embedding_on_disk: bool },
+}
+
+/// How host memory beneath a device is divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Beneath {
+    /// Bytes that experts on disk take by turns, if not all of them fit both memories.
+    pub shelf: Option<u64>,
+    pub embedding_on_disk: bool,
+}
+
+/// Not even what must be in a device's memory fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{budget} bytes of the GPU's memory are too few: at least {least} are needed (trunk {trunk}, KV cache {kv}, buffers \
+     {buffers}); give more (--vram), a shorter context, or hold the trunk less exactly (--trunk q4)"
+)]
+pub struct DeviceTooSmall {
+    pub budget: u64,
+    /// The least that works.
+    pub least: u64,
+    pub trunk: u64,
+    pub kv: u64,
+    pub buffers: u64,
 }
 
 /// Not even what must be in memory fits.
@@ -66,14 +94,72 @@ impl Needs {
         }
         Ok(Fit::Tiers { experts: (budget - fixed).min(self.experts), embedding_on_disk: self.embedding > 0 })
     }
+
+    /// Of `budget` bytes of a device's memory, those that are left for experts.
+    pub fn above(&self, budget: u64) -> Result<u64, DeviceTooSmall> {
+        let Self { device_trunk: trunk, kv, buffers, .. } = *self;
+        let least = trunk + kv + buffers;
+        budget.checked_sub(least).ok_or(DeviceTooSmall { budget, least, trunk, kv, buffers })
+    }
+
+    /// Divides `budget` bytes of host memory, where so many bytes of a device's are left for experts.
+    pub fn beneath(&self, budget: u64, device: u64) -> Result<Beneath, TooSmall> {
+        let experts = self.experts.saturating_sub(device);
+        // Two that change places are both here for a moment.
+        let exchange = if experts > 0 { self.expert } else { 0 };
+        let fixed = self.process + self.table;
+        if fixed + experts + exchange <= budget {
+            return Ok(Beneath { shelf: None, embedding_on_disk: false });
+        }
+        let (fixed, embedding_on_disk) = (fixed - self.embedding, self.embedding > 0);
+        if fixed + experts + exchange <= budget {
+            return Ok(Beneath { shelf: None, embedding_on_disk });
+        }
+        let least = fixed + (self.expert * self.experts_least as u64).min(experts + exchange);
+        if budget < least {
+            let (trunk, kv, rest) = (self.table - self.embedding, 0, self.process);
+            let (experts, expert) = (self.experts_least, self.expert);
+            return Err(TooSmall { budget, least, trunk, kv, experts, expert, rest });
+        }
+        Ok(Beneath { shelf: Some((budget - fixed).min(self.experts)), embedding_on_disk })
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const NEEDS: Needs =
-        Needs { process: 5, trunk: 100, embedding: 30, kv: 10, buffers: 5, experts: 200, expert: 8, experts_least: 4 };
+    const NEEDS: Needs = Needs {
+        process: 5,
+        trunk: 100,
+        embedding: 30,
+        table: 30,
+        device_trunk: 70,
+        kv: 10,
+        buffers: 5,
+        experts: 200,
+        expert: 8,
+        experts_least: 4,
+    };
+
+    #[test]
+    fn two_memories_are_divided() {
+        assert_eq!((NEEDS.above(85), NEEDS.above(385)), (Ok(0), Ok(300)));
+        let short = NEEDS.above(84).unwrap_err();
+        assert_eq!(short.least, 85);
+        assert!(short.to_string().contains("at least 85") && short.to_string().contains("--vram"), "{short}");
+
+        let held = |embedding_on_disk| Ok(Beneath { shelf: None, embedding_on_disk });
+        assert_eq!((NEEDS.beneath(35, 200), NEEDS.beneath(5, 300)), (held(false), held(true)), "all on the device");
+        assert_eq!(NEEDS.beneath(4, 300).unwrap_err().least, 5);
+        assert_eq!((NEEDS.beneath(143, 100), NEEDS.beneath(113, 100)), (held(false), held(true)));
+        let paged = |bytes| Ok(Beneath { shelf: Some(bytes), embedding_on_disk: true });
+        assert_eq!((NEEDS.beneath(112, 100), NEEDS.beneath(37, 0)), (paged(107), paged(32)));
+        let short = NEEDS.beneath(36, 100).unwrap_err();
+        assert_eq!(short.least, 37);
+        let tied = Needs { embedding: 0, device_trunk: 100, ..NEEDS };
+        assert_eq!((tied.beneath(143, 100), tied.beneath(66, 100).unwrap_err().least), (held(false), 67));
+    }
 
     #[test]
     fn everything_or_by_turns_or_not_at_all() {

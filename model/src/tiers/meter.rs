@@ -51,6 +51,50 @@ impl LayerRecall {
     }
 }
 
+/// A device's memory above host memory; all 0 where everything the engine holds is in one memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct DeviceStats {
+    /// Bytes of the device's memory that experts may take.
+    pub budget_bytes: u64,
+    /// Experts there now, and what they take.
+    pub experts: usize,
+    pub bytes: u64,
+    /// Of these bytes, those of experts that are on disk too.
+    pub shelved_bytes: u64,
+    /// Experts needed by a layer that were there, that were brought there for it, and that the host computed.
+    pub hits: u64,
+    pub raised: u64,
+    pub by_host: u64,
+    /// Weights brought to the device, also before anybody needed them.
+    pub bytes_raised: u64,
+}
+
+impl DeviceStats {
+    /// Share of needs that found the expert on the device; 1 where there were none.
+    pub fn hit_rate(&self) -> f64 {
+        share(self.hits, self.hits + self.raised + self.by_host)
+    }
+
+    fn add(&mut self, other: &Self) {
+        (self.budget_bytes, self.experts) = (other.budget_bytes, other.experts);
+        (self.bytes, self.shelved_bytes) = (other.bytes, other.shelved_bytes);
+        self.hits += other.hits;
+        self.raised += other.raised;
+        self.by_host += other.by_host;
+        self.bytes_raised += other.bytes_raised;
+    }
+
+    fn since(&self, earlier: &Self) -> Self {
+        Self {
+            hits: self.hits - earlier.hits,
+            raised: self.raised - earlier.raised,
+            by_host: self.by_host - earlier.by_host,
+            bytes_raised: self.bytes_raised - earlier.bytes_raised,
+            ..*self
+        }
+    }
+}
+
 /// What an engine's tiers have done so far.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct TierStats {
@@ -74,6 +118,7 @@ pub struct TierStats {
     pub stall: Duration,
     /// By layer; empty where nothing was predicted.
     pub recall: Vec<LayerRecall>,
+    pub device: DeviceStats,
 }
 
 impl TierStats {
@@ -100,6 +145,7 @@ impl TierStats {
         self.prefetch_used += other.prefetch_used;
         self.bytes_read += other.bytes_read;
         self.stall += other.stall;
+        self.device.add(&other.device);
         self.recall.resize(self.recall.len().max(other.recall.len()), LayerRecall::default());
         for (sum, layer) in self.recall.iter_mut().zip(&other.recall) {
             sum.add(layer);
@@ -120,6 +166,7 @@ impl TierStats {
             prefetch_used: self.prefetch_used - earlier.prefetch_used,
             bytes_read: self.bytes_read - earlier.bytes_read,
             stall: self.stall.saturating_sub(earlier.stall),
+            device: self.device.since(&earlier.device),
             ..*self
         }
     }
@@ -161,6 +208,9 @@ mod tests {
         let mut sum = before;
         sum.add(&since);
         assert_eq!((sum.hits, sum.misses, sum.recall), (now.hits, now.misses, now.recall));
+        let device = |hits, by_host| DeviceStats { hits, by_host, experts: 7, ..DeviceStats::default() };
+        let (before, now) = (device(1, 1), device(4, 2));
+        assert_eq!((now.since(&before).hit_rate(), now.since(&before).experts), (0.75, 7));
         assert_eq!(TierStats::default().mean_recall(), [None; 2]);
         assert_eq!(TierStats::default().hit_rate(), 1.0);
     }

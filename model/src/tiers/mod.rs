@@ -1,18 +1,26 @@
 //! Experts that do not all fit into memory.
 //!
+//! Two tiers lie beneath the memory that computes: host memory beneath a device's own, and disk beneath that. What lies
+//! in host memory can be computed there too; [`device`] decides, as values, which experts are brought up to the device,
+//! by their heat and by what moving and computing were measured to [cost](costs).
+//!
 //! What is needed next comes from disk while the rest is computed. [`residency`] decides, as values, what is read and
 //! what goes; `shelf` carries it out with `readers`, threads that follow a [`recipe`] into a [`buffer`]; [`predict`]
 //! says what the next layer will need before it is asked; [`fit`] divides a memory budget, and [`meter`] counts what
 //! came of it all.
 //!
 //! The invariants: the budget is hard, because what is read goes past the page cache into memory that was counted
-//! beforehand; and no result depends on what was in memory when, because expert outputs are added in one order however
-//! they come. Nothing here knows sessions or peers.
+//! beforehand; and no result depends on what was read when, because expert outputs are added in one order however they
+//! come. Where an expert was computed does show in the last bits where a device is of another kernel class than the host,
+//! and is told. Nothing here knows sessions or peers.
 
 use crate::layout::ExpertId;
 
 pub mod buffer;
+pub mod costs;
+pub mod device;
 pub mod fit;
+mod heat;
 pub mod meter;
 pub mod predict;
 mod readers;

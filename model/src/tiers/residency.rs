@@ -4,8 +4,8 @@
 //! next. From these it decides what to read and what to evict, and says so as [`Effect`]s, which a driver carries out;
 //! the driver reports how each load ended. The clock is what it is told: one tick for each flight.
 //!
-//! Evicted is what was least worth having: every use of an expert adds to its heat, and a use counts half as much
-//! [`HALF_LIFE`] ticks later. A prompt's flight passes all experts once in order, so what it used once weighs next to
+//! Evicted is what was least worth having: every use of an expert adds to its [`Heat`], and a use counts half as much
+//! some ticks later. A prompt's flight passes all experts once in order, so what it used once weighs next to
 //! nothing, and what was hot before survives it.
 //!
 //! Invariants: bytes in memory and on their way never exceed the budget; what a claim needs is never evicted before it
@@ -14,10 +14,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::heat::{HALF_LIFE, Heat};
 use crate::layout::ExpertId;
 
-/// Ticks after which a use counts half.
-const HALF_LIFE: f64 = 64.0;
 /// Loads under way for those who wait. More would evict earlier than need be.
 const URGENT_MAX: usize = 8;
 /// Loads under way that nobody waits for yet.
@@ -80,8 +79,7 @@ enum Where {
 struct Entry {
     bytes: u64,
     at: Where,
-    /// Logarithm of the uses so far, each weighed by 2^(tick / half-life): it grows with use and needs no decay.
-    heat: f64,
+    heat: Heat,
     /// Counts up: when it came, or was last computed.
     moved: u64,
     /// Read ahead and not used yet.
@@ -174,8 +172,7 @@ impl Residency {
         if old.is_some() {
             self.leave(id);
         }
-        let (heat, needed, foreseen) =
-            old.map_or((f64::NEG_INFINITY, 0, 0), |old| (old.heat, old.needed, old.foreseen));
+        let (heat, needed, foreseen) = old.map_or((Heat::NONE, 0, 0), |old| (old.heat, old.needed, old.foreseen));
         let entry = Entry { bytes, at: Where::Disk, heat, moved: 0, ahead: false, needed, foreseen };
         self.entries.insert(id, entry);
         self.pump();
@@ -304,7 +301,7 @@ impl Residency {
         }
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.needed -= 1;
-        entry.heat = heated(entry.heat, self.tick, share);
+        entry.heat = entry.heat.after(self.tick, share);
         self.moves += 1;
         entry.moved = self.moves;
         self.pump();
@@ -413,7 +410,7 @@ impl Residency {
             if at != Where::Disk {
                 continue;
             }
-            let worth = heated(heat, self.tick, FORESEEN_WEIGHT);
+            let worth = heat.after(self.tick, FORESEEN_WEIGHT);
             if ahead >= AHEAD_MAX || !self.make_room(bytes, Some(worth)) {
                 return;
             }
@@ -436,13 +433,13 @@ impl Residency {
 
     /// Evicts the coldest until `bytes` more fit, or nothing at all. What is read ahead must be worth more than what
     /// goes, and spares what others have foreseen.
-    fn make_room(&mut self, bytes: u64, worth: Option<f64>) -> bool {
+    fn make_room(&mut self, bytes: u64, worth: Option<Heat>) -> bool {
         let mut over = (self.used + bytes).saturating_sub(self.budget);
         if over == 0 {
             return true;
         }
         let may_go = |entry: &Entry| {
-            let spared = worth.is_some_and(|worth| entry.foreseen > 0 || entry.heat >= worth);
+            let spared = worth.is_some_and(|worth| entry.foreseen > 0 || entry.heat.is_at_least(&worth));
             entry.at == Where::Memory && entry.needed == 0 && !spared
         };
         let mut victims: Vec<_> = self.entries.iter().filter(|(_, entry)| may_go(entry)).collect();
@@ -481,16 +478,6 @@ impl Residency {
                 self.effects.push(Effect::Abandon(*load));
             }
         }
-    }
-}
-
-/// Heat after one more use, at `tick`, by a share of rows.
-fn heated(heat: f64, tick: u64, share: f64) -> f64 {
-    let use_now = tick as f64 / HALF_LIFE + share.max(f64::MIN_POSITIVE).log2();
-    let (low, high) = (heat.min(use_now), heat.max(use_now));
-    match low == f64::NEG_INFINITY {
-        true => high,
-        false => high + (low - high).exp2().ln_1p() / std::f64::consts::LN_2,
     }
 }
 

@@ -34,8 +34,13 @@ type Request = Pin<Box<dyn Future<Output = (Session, Result2)>>>;
 
 impl Bench {
     fn new() -> Self {
+        Self::with_room(None)
+    }
+
+    /// With so many bytes for experts above the memory of the host, which is the same kernel class here.
+    fn with_room(device_bytes: Option<u64>) -> Self {
         let checkpoint = Checkpoint::open(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/fixture"))).unwrap();
-        let options = EngineOptions { kv_tokens: 1024, page_tokens: 16, ..EngineOptions::default() };
+        let options = EngineOptions { kv_tokens: 1024, page_tokens: 16, device_bytes, ..EngineOptions::default() };
         let shared = Arc::new(Shared::new(checkpoint.config().clone(), options));
         let (jobs, queue) = mpsc::channel(JOBS_MAX);
         let engine = Engine::new(shared.clone(), jobs, Device::Cpu, "test");
@@ -122,7 +127,7 @@ fn a_hosts_duty_is_done_between_two_layers_of_its_own_prompt() {
         assert!(sent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready());
         drop(sent);
         let turn = bench.round();
-        (turn, answer.try_recv().expect("served within the round").unwrap())
+        (turn, answer.try_recv().expect("served within the round").unwrap().outputs)
     };
     let (turn, expected) = call(&mut bench);
     assert_eq!((turn, expected.len()), (Turn::Again, 3 * hidden));
@@ -391,4 +396,51 @@ fn what_cannot_be_had_elsewhere_fails_those_who_need_it_in_the_sources_words() {
     source.take().into_iter().for_each(|request| request.reply.answer(Ok(ExpertOutputs::default())));
     bench.rest();
     assert!(matches!(poll(&mut request).unwrap().1, Err(EngineError::Source(SourceError::Failed(_)))));
+}
+
+#[test]
+fn wherever_experts_are_one_class_gives_the_same_bits() {
+    let prompts = [tokens(70, 1), tokens(1, 2), tokens(9, 3)];
+    let run = |bench: &mut Bench| prompts.clone().map(|prompt| bench.alone(&prompt));
+    let expected = run(&mut Bench::new());
+    let expert = 3 * 96 * 256 * 2;
+    for room in [0, 1, 40, 143, 144] {
+        let mut bench = Bench::with_room(Some(room * expert));
+        assert!(run(&mut bench) == expected, "mapped, room for {room}");
+        let before = bench.engine.tiers().device;
+        assert!(before.bytes <= room * expert, "{before:?}");
+        // Weights in memory of the process's own are given up above, and come back.
+        for id in layout::experts(bench.checkpoint.config()) {
+            let tensors = bench.checkpoint.expert(id).moved(|_, bytes| bytes.owned()).unwrap();
+            bench.worker.machine.load_expert(id, &tensors).unwrap();
+        }
+        for _ in 0..3 {
+            assert!(run(&mut bench) == expected, "owned, room for {room}");
+        }
+        let device = bench.engine.tiers().device;
+        assert!(device.bytes <= room * expert, "{device:?}");
+        assert_eq!(device.by_host + device.raised > 0, room < 144, "{device:?}");
+        assert_eq!(device.hits > 0, room > 0, "{device:?}");
+        assert_eq!(bench.engine.memory().beneath_bytes, 144 * expert - device.bytes);
+    }
+}
+
+#[test]
+fn a_duty_takes_experts_from_both_memories() {
+    let hidden = 256;
+    let rows: Vec<f32> = (0..5 * hidden).map(|index| (index % 17) as f32 / 16.0 - 0.5).collect();
+    // One expert twice, and one without rows.
+    let calls = vec![(7, vec![0, 2]), (3, vec![1]), (23, vec![]), (7, vec![4]), (0, vec![3])];
+    let run = |bench: &mut Bench| {
+        let (reply, mut answer) = oneshot::channel();
+        bench.worker.work(Job::RunExperts(Call { layer: 2, rows: rows.clone(), calls: calls.clone(), reply }));
+        answer.try_recv().expect("nothing is on disk").unwrap().outputs
+    };
+    let expected = run(&mut Bench::new());
+    for room in [0, 52, 54, 56, 72, 144] {
+        let mut bench = Bench::with_room(Some(room * 3 * 96 * 256 * 2));
+        for _ in 0..4 {
+            assert!(run(&mut bench) == expected, "room for {room}");
+        }
+    }
 }

@@ -364,6 +364,30 @@ fn what_is_not_a_number_stays_none() {
 }
 
 #[test]
+fn what_was_brought_to_the_device_is_read_back() {
+    let Some(kernels) = vulkan() else { return };
+    let mut rng = rng(10);
+    let values: Vec<f32> = (0..21 * 50).map(|_| rng.random_range(-0.3f32..0.3)).collect();
+    let mut weights: Vec<Weight> = Precision::ALL.map(|precision| weight(precision, 37, 96, &mut rng)).into();
+    // Rows that are padded there.
+    weights.extend([DType::BF16, DType::F16, DType::F32].map(|dtype| exact(&values, dtype, 21)));
+    let matrices: Vec<_> = weights.iter().map(|weight| kernels.matrix(weight.clone())).collect();
+    for (matrix, expected) in matrices.iter().zip(&weights) {
+        match (kernels.weight(matrix), expected) {
+            (Weight::Exact(found), Weight::Exact(expected)) => {
+                assert_eq!((found.dtype(), found.rows()), (expected.dtype(), expected.rows()));
+                assert!(found.bytes() == expected.bytes(), "{}", expected.dtype());
+            }
+            (Weight::Sliced(found), Weight::Sliced(expected)) => {
+                assert_eq!((found.rows(), found.cols()), (expected.rows(), expected.cols()));
+                assert!((found.base(), found.refine()) == (expected.base(), expected.refine()));
+            }
+            _ => panic!("another form"),
+        }
+    }
+}
+
+#[test]
 fn what_one_matrix_leaves_the_next_one_takes() {
     let Some(mut kernels) = vulkan() else { return };
     let mut rng = rng(8);
@@ -386,7 +410,7 @@ fn what_one_matrix_leaves_the_next_one_takes() {
 }
 
 /// The golden reference with `follow` tokens continued instead of all: software devices are slow.
-fn reference_file(follow: usize) -> tempfile::NamedTempFile {
+pub fn reference_file(follow: usize) -> tempfile::NamedTempFile {
     let bytes = fs::read(whole::fixture().join("golden/reference.safetensors")).unwrap();
     let all = SafeTensors::deserialize(&bytes).unwrap();
     let (input, greedy) = (all.tensor("input_ids").unwrap().shape()[1], all.tensor("greedy").unwrap());

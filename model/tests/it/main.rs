@@ -1,5 +1,6 @@
 //! Tests of the model crate as its users see it, in one binary.
 
+mod beneath;
 mod budgets;
 mod checkpoints;
 mod decoding;

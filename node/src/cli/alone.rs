@@ -38,6 +38,10 @@ pub struct Local {
     /// them in memory].
     #[arg(long, value_name = "SIZE", env = "COEL_MEMORY")]
     memory: Option<Size>,
+    /// Memory of the GPU to take, hard: experts that do not fit lie in the machine's memory, which --memory then bounds by
+    /// itself, and are computed there or brought up, whichever is sooner [default: all of them on the GPU].
+    #[arg(long, value_name = "SIZE", env = "COEL_VRAM")]
+    vram: Option<Size>,
     /// Threads that read experts from disk [default: 2].
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, requires = "memory")]
     readers: usize,
@@ -79,6 +83,7 @@ impl Local {
             experts: self.precision,
             threads: self.threads,
             memory: self.memory(),
+            vram: self.vram.map(|size| size.0),
             readers: self.readers,
             ..LocalOptions::default()
         })
@@ -191,6 +196,7 @@ impl Generate {
                 "prompt_tokens": answer.usage.prompt_tokens,
                 "completion_tokens": answer.usage.completion_tokens,
                 "kernel_class": model.engine.class(),
+                "other_classes": answer.other_classes,
                 "precision": self.local.precision.name(),
                 "trunk": self.local.trunk().name(),
             }));
@@ -215,7 +221,7 @@ pub struct Eval {
     against: Option<PathBuf>,
     /// Compare rules of giving experts more than 4 bits, at equal bytes: with --text, and --qa if wanted. The model must be
     /// a checkpoint; its trunk is exact unless --trunk says otherwise.
-    #[arg(long, requires = "text", conflicts_with_all = ["precision", "against", "reference", "memory", "recall"])]
+    #[arg(long, requires = "text", conflicts_with_all = ["precision", "against", "reference", "memory", "vram", "recall"])]
     policies: bool,
     /// With --policies: bits a weight that mixed experts take, from 5 (all at q4) to 9 (all at q8).
     #[arg(long, value_name = "N", default_value_t = 6.0, requires = "policies", value_parser = bits)]

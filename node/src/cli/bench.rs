@@ -10,7 +10,7 @@ use std::time::Instant;
 use clap::Args;
 use coel_model::bench::{Bench, read_gb_s};
 use coel_model::generate::LocalModel;
-use coel_model::tiers::meter::{LayerRecall, TierStats};
+use coel_model::tiers::meter::{DeviceStats, LayerRecall, TierStats};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -88,6 +88,8 @@ struct Report {
     packed_bytes: u64,
     #[serde(flatten)]
     tiers: Option<Tiers>,
+    #[serde(flatten)]
+    device: Option<Above>,
     #[serde(skip_serializing_if = "Option::is_none")]
     llama_cpp: Option<Rates>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -132,6 +134,36 @@ impl Tiers {
     }
 }
 
+/// What decoding with experts in host memory beneath a device's own came to, over all rounds.
+#[derive(Debug, Default, Serialize)]
+struct Above {
+    /// Experts on the device now, the bytes they take, and those they may.
+    device_experts: usize,
+    device_bytes: u64,
+    device_budget_bytes: u64,
+    /// Share of needed experts that were on the device.
+    device_hit_rate: f64,
+    /// Experts that the host computed, a token.
+    host_experts_per_token: f64,
+    /// Brought up, a token.
+    raised_bytes_per_token: f64,
+}
+
+impl Above {
+    /// Nothing where all is in one memory.
+    fn of(sums: &DeviceStats, tokens: usize) -> Option<Self> {
+        let tokens = tokens.max(1) as f64;
+        (sums.hits + sums.raised + sums.by_host > 0).then(|| Self {
+            device_experts: sums.experts,
+            device_bytes: sums.bytes,
+            device_budget_bytes: sums.budget_bytes,
+            device_hit_rate: sums.hit_rate(),
+            host_experts_per_token: sums.by_host as f64 / tokens,
+            raised_bytes_per_token: sums.bytes_raised as f64 / tokens,
+        })
+    }
+}
+
 /// What the rounds came to.
 struct Measured {
     first_token_ms: f64,
@@ -139,6 +171,7 @@ struct Measured {
     coel: Rates,
     llama_cpp: Option<Rates>,
     tiers: Option<Tiers>,
+    device: Option<Above>,
 }
 
 fn concurrent(text: &str) -> Result<usize, String> {
@@ -188,6 +221,7 @@ impl BenchArgs {
             read_gb_s: read,
             coel: rates(&coel),
             llama_cpp: self.llama_bench.as_ref().map(|_| rates(&llama)),
+            device: Above::of(&tiers.sums.device, tiers.tokens),
             tiers: (model.engine.tiers().shelved > 0).then_some(tiers),
         };
         let report = self.report(&model, &bench, measured);
@@ -195,7 +229,7 @@ impl BenchArgs {
     }
 
     fn report(&self, model: &LocalModel, bench: &Bench<'_>, measured: Measured) -> Report {
-        let Measured { first_token_ms, read_gb_s, coel, llama_cpp, tiers } = measured;
+        let Measured { first_token_ms, read_gb_s, coel, llama_cpp, tiers, device } = measured;
         let ledger = model.engine.memory();
         let bytes_per_token = bench.bytes_per_token();
         let memory = bytes_per_token as f64 * coel.decode_tok_s / 1e9;
@@ -218,8 +252,10 @@ impl BenchArgs {
             packed_bytes: ledger.trunk_bytes
                 + ledger.expert_bytes
                 + ledger.tier_bytes_reserved
+                + ledger.tier_bytes_raised
                 + ledger.kv_bytes_reserved,
             tiers,
+            device,
             without_llama_cpp: llama_cpp.is_none().then_some(without),
             llama_cpp,
         }
@@ -351,6 +387,18 @@ impl Report {
                 tiers.hit_rate * 100.0,
                 Size(tiers.read_bytes_per_token as u64),
                 tiers.stall_ms_per_token
+            )?;
+        }
+        if let Some(device) = &self.device {
+            writeln!(
+                out,
+                "{} experts on the device, {} of {}: {:.0} % of those needed were there, {:.1} computed by the host and {} brought up a token",
+                device.device_experts,
+                Size(device.device_bytes),
+                Size(device.device_budget_bytes),
+                device.device_hit_rate * 100.0,
+                device.host_experts_per_token,
+                Size(device.raised_bytes_per_token as u64)
             )?;
         }
         if let Some(why) = self.without_llama_cpp {

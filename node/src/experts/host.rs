@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use coel_gossip::{Frame, FrameStream, Incoming, PeerId};
+use coel_model::engine::Computed;
 use coel_store::ExpertId;
 use tokio::sync::Semaphore;
 use tracing::{debug, debug_span, warn};
@@ -67,8 +68,9 @@ async fn compute(peer: PeerId, frame: &Frame, shared: &Shared) -> (ReplyHeader, 
     let class = serving.class(&work.iter().map(|work| held[&named(work.expert)]).collect());
     let calls =
         work.into_iter().map(|work| (work.expert, work.rows.into_iter().map(u32::from).collect::<Vec<_>>())).collect();
-    match serving.engine.run_experts(layer, rows, calls).await {
-        Ok(outputs) => {
+    match serving.engine.run_experts_telling(layer, rows, calls).await {
+        Ok(Computed { outputs, by_host }) => {
+            let class = by_host.map_or(class.clone(), |host| format!("{class} and {host}"));
             shared.metrics.rows_served.inc_by(served);
             span.in_scope(|| debug!(served, "computed"));
             (ReplyHeader::Done { class }, outputs)

@@ -34,6 +34,18 @@ impl Hosting {
         config.memory_bytes.saturating_sub(serving.known.fixed_bytes(config.kv_tokens, serving.trunk))
     }
 
+    /// Bytes of memory for experts on disk, beside those that are loaded and `more` of them. Where host memory lies beneath a GPU's,
+    /// the shelf has to do with that.
+    fn room_for_shelf(&self, serving: &Serving, more: u64) -> u64 {
+        let ledger = serving.engine.memory();
+        let rest = self.room(serving).saturating_sub(ledger.expert_bytes + more);
+        let loaded_beneath = ledger.beneath_bytes.saturating_sub(ledger.tier_bytes_reserved);
+        match self.shared.config.beneath_bytes {
+            Some(beneath) => rest.min(beneath.saturating_sub(loaded_beneath + more)),
+            None => rest,
+        }
+    }
+
     /// Whether the node was given more than its memory holds.
     pub(super) fn must_page(&self, serving: &Serving, assigned: &Held) -> bool {
         let bytes: u64 = assigned.iter().map(|(expert, at)| serving.known.expert_bytes(*expert, *at)).sum();
@@ -51,7 +63,7 @@ impl Hosting {
         let loaded = |expert: &ExpertId| !self.is_shelved(*expert);
         let held = self.shared.held.borrow().clone();
         let least = serving.known.least_to_page(assigned.values().copied().max().unwrap_or(Precision::Bf16));
-        let mut free = self.room(serving).saturating_sub(serving.engine.memory().expert_bytes);
+        let mut free = self.room_for_shelf(serving, 0);
         let popularity = state.models.get(&serving.known.id).map(|model| model.popularity.clone()).unwrap_or_default();
         let mut coldest = Popularity::new(popularity).ranked(held.keys().copied().filter(loaded));
         let mut going = Vec::new();
@@ -89,7 +101,7 @@ impl Hosting {
 
     /// Takes memory for `bytes` more of loaded experts from the shelf, as soon as it is not needed there at the moment.
     pub(super) async fn take_from_shelf(&self, serving: &Serving, bytes: u64) -> Result<(), Setback> {
-        let rest = self.room(serving).saturating_sub(serving.engine.memory().expert_bytes + bytes);
+        let rest = self.room_for_shelf(serving, bytes);
         for _ in 0..LOOKS_MAX {
             self.resize_shelf(serving, rest).await?;
             if serving.engine.tiers().bytes_in_memory <= rest {
@@ -128,7 +140,7 @@ impl Hosting {
 
     /// The shelf has what memory is left.
     async fn give_shelf_the_rest(&self, serving: &Serving) -> Result<(), Setback> {
-        let rest = self.room(serving).saturating_sub(serving.engine.memory().expert_bytes);
+        let rest = self.room_for_shelf(serving, 0);
         self.resize_shelf(serving, rest).await
     }
 

@@ -68,7 +68,7 @@ pub async fn import(
     .await?;
     let (id, model) = (known.id, Model { name: name.unwrap_or(found.name.clone()), ..found });
     let name = model.name.clone();
-    check_budget(&known, &name, shared.config.memory_bytes, shared.config.kv_tokens, shared.config.trunk)?;
+    check_budget(&known, &name, &shared.config)?;
     // Another one may have been registered meanwhile.
     let state = shared.state();
     if let Some((other, model)) = shared.model_to_place(&state).filter(|(other, _)| *other != id) {

@@ -2,7 +2,7 @@
 //!
 //! Owns [`Arena`]: a few large slabs that hold every matrix and vector, so that one launch reads the experts of a layer from
 //! one binding, and [`Place`], the words of one of them, given back when it is dropped. The arena grows by an eighth of
-//! what it has, within bounds, and never shrinks: what one expert leaves the next one takes. What is written goes through a
+//! what it has, within bounds, or by what is reserved, and never shrinks: what one expert leaves the next one takes. What is written goes through a
 //! buffer of bounded size, so loading takes no second copy of a large matrix.
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,12 +14,14 @@ use cubecl::{
 use super::{
     cubes,
     device::memory,
-    ranges::{Range, Ranges},
+    ranges::{ALIGNED, Range, Ranges},
 };
 
 /// Smallest and largest slab, in bytes.
 const SLAB_LEAST: u64 = 16 << 20;
 const SLAB_MOST: u64 = 256 << 20;
+/// Slabs beside what was reserved are multiples of this.
+const SLAB_STEP: u64 = 64 << 10;
 /// Bytes written at once, and bytes that may be on their way.
 const PIECE: usize = 16 << 20;
 const PIECES_AHEAD: usize = 4;
@@ -32,6 +34,8 @@ pub(super) struct Arena<R: Runtime> {
     ranges: Arc<Mutex<Ranges>>,
     /// Bytes written since the device was waited for.
     ahead: usize,
+    /// Something was reserved: it grows by no more than is needed.
+    bounded: bool,
 }
 
 /// Words of a slab, until this is dropped.
@@ -60,7 +64,7 @@ impl Drop for Place {
 
 impl<R: Runtime> Arena<R> {
     pub(super) fn new(client: ComputeClient<R>) -> Self {
-        Self { client, slabs: Vec::new(), ranges: Arc::default(), ahead: 0 }
+        Self { client, slabs: Vec::new(), ranges: Arc::default(), ahead: 0, bounded: false }
     }
 
     /// Most bytes of one place.
@@ -89,6 +93,35 @@ impl<R: Runtime> Arena<R> {
         place
     }
 
+    /// The first `bytes` of a place, a whole number of words, as they were put there.
+    pub(super) fn get(&self, place: &Place, bytes: usize) -> Vec<u8> {
+        let (handle, words) = &self.slabs[place.slab()];
+        let (start, end) = (4 * u64::from(place.at()), 4 * u64::from(*words));
+        let handle = handle.clone().offset_start(start).offset_end(end - start - bytes as u64);
+        self.client.read_one(handle).expect("a device that computes can be read").to_vec()
+    }
+
+    /// Takes slabs until `bytes` are free.
+    pub(super) fn reserve(&mut self, bytes: u64) {
+        self.bounded = true;
+        let ranges = self.ranges.clone();
+        let mut ranges = ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut short = (bytes / 4).saturating_sub(ranges.free());
+        while short > 0 {
+            let words = short.min(self.place_most() as u64 / 4).next_multiple_of(u64::from(ALIGNED)) as u32;
+            self.add_slab(words);
+            ranges.add_slab(words);
+            short = short.saturating_sub(u64::from(words));
+        }
+    }
+
+    /// Until everything is written and computed.
+    pub(super) fn wait(&mut self) {
+        self.ahead = 0;
+        // An error shows where results are read.
+        let _: Result<(), ServerError> = block_on(self.client.sync());
+    }
+
     fn place(&mut self, words: u32) -> Place {
         let ranges = self.ranges.clone();
         let mut free = ranges.lock().unwrap_or_else(PoisonError::into_inner);
@@ -105,11 +138,19 @@ impl<R: Runtime> Arena<R> {
     fn grow(&mut self, words: u32) -> u32 {
         let held: u64 = self.slabs.iter().map(|(_, words)| 4 * u64::from(*words)).sum();
         let most = self.place_most() as u64;
-        let wanted = (held / 8).max(4 * u64::from(words)).next_multiple_of(SLAB_LEAST).min(most);
-        let slab = self.client.memory_persistent_allocation((), |()| self.client.empty(wanted as usize));
+        let needed = 4 * u64::from(words);
+        let wanted = match self.bounded {
+            true => needed.next_multiple_of(SLAB_STEP).min(most),
+            false => needed.max(held / 8).next_multiple_of(SLAB_LEAST).min(most),
+        };
         let words = (wanted / 4) as u32;
-        self.slabs.push((slab.expect("an allocation is only asked for here"), words));
+        self.add_slab(words);
         words
+    }
+
+    fn add_slab(&mut self, words: u32) {
+        let slab = self.client.memory_persistent_allocation((), |()| self.client.empty(4 * words as usize));
+        self.slabs.push((slab.expect("an allocation is only asked for here"), words));
     }
 
     fn write(&mut self, slab: usize, at: u32, bytes: &[u8]) {
@@ -132,9 +173,7 @@ impl<R: Runtime> Arena<R> {
         }
         self.ahead += bytes.len();
         if self.ahead >= PIECES_AHEAD * PIECE {
-            self.ahead = 0;
-            // An error shows where results are read.
-            let _: Result<(), ServerError> = block_on(self.client.sync());
+            self.wait();
         }
     }
 }

@@ -9,6 +9,7 @@ use cubecl::Runtime;
 use super::{
     arena::{Arena, Place},
     device::exact,
+    ranges::ALIGNED,
 };
 use crate::{
     bytes::{DType, Matrix},
@@ -63,6 +64,40 @@ impl CubeMatrix {
         if self.is_sliced() { self.cols / GROUP } else { self.cols }
     }
 
+    /// What it was made of, read back.
+    pub(super) fn weight<R: Runtime>(&self, arena: &Arena<R>) -> Weight {
+        let Self { rows, cols, form, parts } = self;
+        match form {
+            Form::Sliced { refined } => {
+                let (mut base, mut refine) = (Vec::new(), Vec::new());
+                for part in parts {
+                    let cells = part.rows.div_ceil(BLOCK_ROWS) * cols / GROUP;
+                    let bytes = [cells * BASE_CELL, if *refined { cells * REFINE_CELL } else { 0 }];
+                    let found = arena.get(&part.place, bytes.iter().sum());
+                    base.extend_from_slice(&found[..bytes[0]]);
+                    refine.extend_from_slice(&found[bytes[0]..]);
+                }
+                let sliced = Sliced::new(*rows, *cols, base.into(), refined.then(|| refine.into()));
+                Weight::Sliced(sliced.expect("the shape is the one that was put there"))
+            }
+            Form::Exact(kind) => {
+                let dtype = match *kind {
+                    exact::BF16 => DType::BF16,
+                    exact::F16 => DType::F16,
+                    _ => DType::F32,
+                };
+                let (row, padded) = (cols * dtype.size(), padded(*cols, dtype));
+                let mut bytes = Vec::with_capacity(rows * row);
+                for part in parts {
+                    let found = arena.get(&part.place, part.rows * padded);
+                    found.chunks_exact(padded).for_each(|wide| bytes.extend_from_slice(&wide[..row]));
+                }
+                let matrix = Matrix::new(bytes.into(), dtype, *rows, *cols);
+                Weight::Exact(matrix.expect("the shape is the one that was put there"))
+            }
+        }
+    }
+
     fn sliced<R: Runtime>(arena: &mut Arena<R>, sliced: &Sliced) -> Self {
         let groups = sliced.groups();
         let refined = sliced.refine().is_some();
@@ -87,7 +122,7 @@ impl CubeMatrix {
             DType::F32 => (exact::F32, 4),
         };
         let (rows, cols) = (matrix.rows(), matrix.cols());
-        let padded = cols.next_multiple_of(BLOCK_ROWS) * size;
+        let padded = padded(cols, matrix.dtype());
         let parts = cut(rows, BLOCK_ROWS, BLOCK_ROWS * padded, arena.place_most());
         let parts = parts.into_iter().map(|(first, rows)| {
             let bytes = matrix.rows_bytes(first..first + rows);
@@ -106,6 +141,20 @@ impl CubeMatrix {
         let parts = parts.collect();
         Self { rows, cols, form: Form::Exact(kind), parts }
     }
+}
+
+/// Bytes of a row of an exact matrix.
+fn padded(cols: usize, dtype: DType) -> usize {
+    cols.next_multiple_of(BLOCK_ROWS) * dtype.size()
+}
+
+/// Bytes that a matrix takes, in one place.
+pub(super) fn bytes(weight: &Weight) -> u64 {
+    let bytes = match weight {
+        Weight::Exact(matrix) => matrix.rows() * padded(matrix.cols(), matrix.dtype()),
+        Weight::Sliced(_) => weight.bytes(),
+    };
+    bytes.next_multiple_of(4 * ALIGNED as usize) as u64
 }
 
 /// Cuts `rows` rows, in blocks of `block` rows which take `bytes` bytes, into parts of at most `most` bytes.

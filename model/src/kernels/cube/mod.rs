@@ -219,6 +219,22 @@ impl<R: CubeRuntime> Kernels for Cube<R> {
         CubeMatrix::new(&mut self.arena.borrow_mut(), &weight)
     }
 
+    fn weight(&self, matrix: &CubeMatrix) -> Weight {
+        matrix.weight(&self.arena.borrow())
+    }
+
+    fn bytes(&self, weight: &Weight) -> u64 {
+        matrix::bytes(weight)
+    }
+
+    fn reserve(&self, bytes: u64) {
+        self.arena.borrow_mut().reserve(bytes);
+    }
+
+    fn wait(&self) {
+        self.arena.borrow_mut().wait();
+    }
+
     fn vector(&self, values: Vec<f32>) -> CubeVector {
         CubeVector::new(&mut self.arena.borrow_mut(), &values)
     }

@@ -30,6 +30,11 @@ impl Ranges {
         self.slabs.len() - 1
     }
 
+    /// Words that are free, all together.
+    pub(super) fn free(&self) -> u64 {
+        self.slabs.iter().flat_map(BTreeMap::values).map(|words| u64::from(*words)).sum()
+    }
+
     /// Takes `words` words, where they fit first.
     pub(super) fn take(&mut self, words: u32) -> Option<Range> {
         let words = words.max(1).checked_next_multiple_of(ALIGNED)?;
@@ -70,7 +75,7 @@ mod tests {
     fn neighbours_grow_together_again() {
         let mut ranges = Ranges::default();
         assert_eq!(ranges.take(1), None);
-        assert_eq!(ranges.add_slab(256), 0);
+        assert_eq!((ranges.add_slab(256), ranges.free()), (0, 256));
         let taken: Vec<Range> = [64, 1, 128].iter().map(|words| ranges.take(*words).unwrap()).collect();
         assert_eq!(
             taken.iter().map(|range| (range.at, range.words)).collect::<Vec<_>>(),

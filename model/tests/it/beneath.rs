@@ -1,0 +1,247 @@
+//! Experts in host memory beneath a device's own, on a Vulkan device, software or not: see `gpu` for what is skipped where.
+//!
+//! A device and the host are different kernel classes, so results are compared within the bound that they are held to;
+//! `worker/tests` has the same on one class, bit by bit.
+
+use coel_model::{
+    checkpoint::Checkpoint,
+    decoder::Want,
+    device::Device,
+    engine::{Engine, EngineOptions, block_on},
+    eval::eval_reference,
+    generate::{LocalError, LocalModel, LocalOptions},
+    kernels::isa::Isa,
+    layout::{self, ExpertId},
+    sequence::GenerateParams,
+    session::Advanced,
+    slices::Precision,
+    text::TextModel,
+};
+
+use crate::{
+    gpu::{reference_file, vulkan},
+    whole::{self, checkpoint},
+};
+
+/// An expert of the bundled model, exact.
+const EXPERT: u64 = 3 * 96 * 256 * 2;
+/// The same in the shelf's buffers: three runs of whole pages, at most.
+const SHELVED: u64 = EXPERT + 3 * 2 * 4096;
+const EXPERTS: u64 = 6 * 24;
+
+fn start(device_bytes: Option<u64>, tier_bytes: u64) -> Engine {
+    let options = EngineOptions { kv_tokens: 1024, device_bytes, tier_bytes, ..EngineOptions::default() };
+    Engine::start(Device::Vulkan(0), checkpoint().config().clone(), options).expect("it was opened before")
+}
+
+/// The bundled model with room for so many of its experts on the device.
+fn with_room(checkpoint: &Checkpoint, experts: u64) -> Engine {
+    let engine = start(Some(experts * EXPERT), 0);
+    block_on(engine.load_checkpoint(checkpoint)).unwrap();
+    engine
+}
+
+/// What came of a prompt of 20 tokens, then of each of 6 more.
+fn follow(engine: &Engine) -> Vec<Advanced> {
+    let tokens: Vec<u32> = (0..26).map(|index| (index * index * 7 + index * 31 + 100) % 4096).collect();
+    let mut session = engine.open_session(26).unwrap();
+    let mut advanced = vec![block_on(session.advance(&tokens[..20], Want::Last)).unwrap()];
+    for token in &tokens[20..] {
+        advanced.push(block_on(session.advance(&[*token], Want::Last)).unwrap());
+    }
+    advanced
+}
+
+#[track_caller]
+fn check_close(found: &[Advanced], expected: &[Advanced], bound: f32) {
+    for (found, expected) in found.iter().zip(expected) {
+        let size = expected.logits.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+        let off = found.logits.iter().zip(&expected.logits).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(off <= bound * size, "off by {off} of {size}");
+    }
+}
+
+/// The budget holds, and the ledger knows both memories.
+#[track_caller]
+fn check_budget(engine: &Engine, experts: u64) {
+    let (ledger, device) = (engine.memory(), engine.tiers().device);
+    assert_eq!(device.budget_bytes, experts * EXPERT);
+    assert!(device.bytes <= device.budget_bytes, "{device:?}");
+    assert_eq!(device.bytes, device.experts as u64 * EXPERT, "{device:?}");
+    let raised_for_good = device.bytes - ledger.tier_bytes_raised;
+    assert_eq!(ledger.beneath_bytes, ledger.expert_bytes - raised_for_good + ledger.tier_bytes_reserved);
+}
+
+fn host_class(precision: Precision) -> String {
+    format!("cpu-{}/{precision}", Isa::best().name())
+}
+
+#[test]
+fn a_third_on_the_device_answers_as_the_reference() {
+    if vulkan().is_none() {
+        return;
+    }
+    let engine = with_room(&checkpoint(), EXPERTS / 3);
+    let config = engine.config().clone();
+    let files = checkpoint().files();
+    let model = LocalModel { text: TextModel::from_paths(&config, files).unwrap(), engine };
+    check_budget(&model.engine, EXPERTS / 3);
+    let report = eval_reference(&model, reference_file(4).path()).unwrap();
+    assert!(report.max_rel_logit_error <= 1e-4, "{report:?}");
+    assert_eq!((report.greedy_equal, report.greedy_total), (20, 20), "{report:?}");
+    assert_eq!((report.routes_equal, report.routes_total), (960, 960), "{report:?}");
+    check_budget(&model.engine, EXPERTS / 3);
+    let device = model.engine.tiers().device;
+    assert!(device.hits > 0 && device.by_host > 0 && device.raised > 0, "{device:?}");
+    assert!(device.bytes_raised > (EXPERTS / 3) * EXPERT, "more than what was loaded there: {device:?}");
+}
+
+#[test]
+fn without_room_the_host_computes_them_all_and_with_enough_none() {
+    if vulkan().is_none() {
+        return;
+    }
+    let checkpoint = checkpoint();
+    let whole = start(None, 0);
+    block_on(whole.load_checkpoint(&checkpoint)).unwrap();
+    let expected = follow(&whole);
+    assert!(expected.iter().all(|advanced| advanced.classes.is_empty()));
+    assert_eq!((whole.tiers().device, whole.memory().beneath_bytes), Default::default());
+
+    let none = with_room(&checkpoint, 0);
+    let found = follow(&none);
+    check_close(&found, &expected, 1e-4);
+    assert!(found.iter().all(|advanced| advanced.classes == [host_class(Precision::Exact)]), "{:?}", found[0].classes);
+    let device = none.tiers().device;
+    assert_eq!((device.experts, device.hits, device.raised, device.bytes_raised), (0, 0, 0, 0), "{device:?}");
+    assert!(device.by_host > 0, "{device:?}");
+    assert_eq!(none.memory().beneath_bytes, EXPERTS * EXPERT);
+
+    let all = with_room(&checkpoint, EXPERTS);
+    let found = follow(&all);
+    assert!(found == expected, "the same bits, and nobody else took part");
+    let device = all.tiers().device;
+    assert_eq!((device.experts as u64, device.by_host, device.raised), (EXPERTS, 0, 0), "{device:?}");
+    assert_eq!((all.memory().beneath_bytes, all.memory().total()), (0, whole.memory().total()));
+}
+
+#[test]
+fn experts_on_the_device_are_exchanged_and_dropped() {
+    if vulkan().is_none() {
+        return;
+    }
+    let checkpoint = checkpoint();
+    let (whole, engine) = (start(None, 0), start(Some(EXPERTS / 3 * EXPERT), 0));
+    for engine in [&whole, &engine] {
+        block_on(engine.load_trunk_tensors(checkpoint.trunk())).unwrap();
+    }
+    // Sliced on the way: weights in memory of this process's own, which is given up while they are on the device.
+    let load = |precision| {
+        for id in layout::experts(checkpoint.config()) {
+            for engine in [&whole, &engine] {
+                let tensors = checkpoint.expert(id).sliced(precision).unwrap();
+                block_on(engine.load_expert_tensors(id, tensors)).unwrap();
+            }
+        }
+    };
+    load(Precision::Q4);
+    for precision in [Precision::Q8, Precision::Exact, Precision::Q4] {
+        let found = follow(&engine);
+        // A last bit may move an activation to the next int8 step.
+        check_close(&found, &follow(&whole), 2e-2);
+        load(precision);
+        assert!(engine.held().values().all(|held| *held == precision));
+        let device = engine.tiers().device;
+        assert!(device.bytes <= device.budget_bytes, "{device:?}");
+    }
+    for _ in 0..2 {
+        check_close(&follow(&engine), &follow(&whole), 2e-2);
+    }
+    let dropped: Vec<ExpertId> = layout::experts(checkpoint.config()).filter(|id| id.layer > 0).collect();
+    for id in &dropped {
+        assert!(block_on(engine.drop_expert(*id)).unwrap());
+        assert!(!block_on(engine.drop_expert(*id)).unwrap());
+    }
+    assert_eq!(engine.held().len(), 24);
+    let (device, ledger) = (engine.tiers().device, engine.memory());
+    assert!(device.experts <= 24 && device.bytes <= ledger.expert_bytes, "{device:?}");
+    assert_eq!(ledger.beneath_bytes, ledger.expert_bytes - device.bytes);
+    // A peer's call, of experts wherever they are.
+    let rows: Vec<f32> = (0..4 * 256).map(|index| (index % 13) as f32 / 16.0 - 0.4).collect();
+    let calls: Vec<(u16, Vec<u32>)> = (0..16).map(|expert| (23 - expert, vec![u32::from(expert) % 4])).collect();
+    let [found, expected] =
+        [&engine, &whole].map(|engine| block_on(engine.run_experts(0, rows.clone(), calls.clone())).unwrap());
+    let size = expected.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+    assert!(found.len() == expected.len());
+    assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() <= 2e-3 * size));
+}
+
+#[test]
+fn disk_beneath_host_memory_beneath_the_device() {
+    if vulkan().is_none() {
+        return;
+    }
+    let checkpoint = checkpoint();
+    let whole = start(None, 0);
+    block_on(whole.load_checkpoint(&checkpoint)).unwrap();
+    let expected = follow(&whole);
+    // All of them on disk, a sixth in memory by turns, a third on the device.
+    let (in_memory, on_device) = (EXPERTS / 6, EXPERTS / 3);
+    let engine = start(Some(on_device * EXPERT), in_memory * SHELVED);
+    block_on(engine.load_trunk_tensors(checkpoint.trunk())).unwrap();
+    for id in layout::experts(checkpoint.config()) {
+        block_on(engine.shelve_expert_tensors(id, checkpoint.expert(id))).unwrap();
+    }
+    for _ in 0..3 {
+        check_close(&follow(&engine), &expected, 1e-4);
+        check_budget(&engine, on_device);
+        let stats = engine.tiers();
+        assert!(stats.bytes_in_memory <= in_memory * SHELVED, "{stats:?}");
+    }
+    let stats = engine.tiers();
+    assert!(stats.device.experts > 0 && stats.device.hits > 0 && stats.bytes_read > 0, "{stats:?}");
+    assert_eq!(engine.memory().tier_bytes_raised, stats.device.bytes);
+
+    // What is on the device needs no disk: a second time the same rows want less of it.
+    let ids: Vec<ExpertId> = layout::experts(checkpoint.config()).collect();
+    for id in &ids[..72] {
+        block_on(engine.load_expert_tensors(*id, checkpoint.expert(*id))).unwrap();
+    }
+    check_close(&follow(&engine), &expected, 1e-4);
+    for id in &ids[..100] {
+        assert!(block_on(engine.drop_expert(*id)).unwrap());
+    }
+    let stats = engine.tiers();
+    assert_eq!((engine.held().len(), stats.shelved), (44, 44));
+    assert!(stats.device.experts <= 44, "{stats:?}");
+    assert_eq!(engine.memory().tier_bytes_raised, stats.device.bytes);
+}
+
+#[test]
+fn a_local_model_keeps_to_both_budgets() {
+    if vulkan().is_none() {
+        return;
+    }
+    let open = |vram, memory| {
+        let device = Device::Vulkan(0);
+        let options = LocalOptions { device, vram: Some(vram), memory, kv_tokens: Some(64), ..LocalOptions::default() };
+        LocalModel::open_with(&whole::fixture(), &options)
+    };
+    let Err(LocalError::DeviceTooSmall(short)) = open(1, None) else { panic!("a byte is not enough") };
+    assert_eq!(short.least, short.trunk + short.kv + short.buffers);
+    let Err(LocalError::TooSmall(short_of_memory)) = open(short.least, Some(1)) else { panic!("nor is it here") };
+    assert!(short_of_memory.least > short_of_memory.expert * 8, "{short_of_memory}");
+
+    let third = open(short.least + EXPERTS / 3 * EXPERT, None).unwrap();
+    check_budget(&third.engine, EXPERTS / 3);
+    assert_eq!(third.engine.tiers().device.experts as u64, EXPERTS / 3);
+    let params = GenerateParams { max_tokens: Some(4), ..GenerateParams::default() };
+    let answer = third.chat("What is the capital of France?", params, |_| {}).unwrap();
+    assert_eq!(answer.text, "The capital of France");
+    assert_eq!(answer.other_classes, [host_class(Precision::Exact)]);
+
+    let all = open(short.least + EXPERTS * EXPERT, Some(1 << 40)).unwrap();
+    assert_eq!((all.engine.tiers().device, all.engine.memory().beneath_bytes), Default::default());
+    let cpu = LocalOptions { device: Device::Cpu, vram: Some(1 << 40), ..LocalOptions::default() };
+    assert!(matches!(LocalModel::open_with(&whole::fixture(), &cpu), Err(LocalError::NoDevice)));
+}
