@@ -17,9 +17,8 @@ use coel_model::{
         cube::{CubeMatrix, CudaCube, VulkanCube},
         download,
     },
-    slices::{BASE_CELL, Precision, REFINE_CELL, Sliced, Weight, cells},
+    slices::{BASE_CELL, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, cells, constants::Constants},
 };
-use half::f16;
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
@@ -72,11 +71,9 @@ fn weight(precision: Precision, rows: usize, cols: usize, rng: &mut ChaCha8Rng) 
     }
     let count = cells(rows, cols).expect("whole groups");
     let mut base = random(count * BASE_CELL, rng);
-    let [scale, offset] = [0.01, -1.2].map(|value| f16::from_f32(value).to_le_bytes());
+    let constants = Constants::new(Constants::scale_code(0.01), 60).0.to_le_bytes();
     for cell in base.as_chunks_mut::<BASE_CELL>().0 {
-        for (index, constant) in cell[BASE_CELL - 64..].as_chunks_mut::<2>().0.iter_mut().enumerate() {
-            *constant = if index < 16 { scale } else { offset };
-        }
+        cell[NIBBLES..].as_chunks_mut::<2>().0.fill(constants);
     }
     let refine = (precision == Precision::Q8).then(|| WeightBytes::from(random(count * REFINE_CELL, rng)));
     Weight::Sliced(Sliced::new(rows, cols, base.into(), refine).expect("lengths fit"))

@@ -13,9 +13,8 @@ use std::{hint::black_box, sync::atomic::AtomicU64, sync::atomic::Ordering, time
 use coel_model::{
     bytes::{DType, Matrix, WeightBytes},
     kernels::{ExpertWork, Gated, Kernels, isa::Isa, packed::Packed, threads::Pool},
-    slices::{BASE_CELL, Precision, REFINE_CELL, Sliced, Weight, cells},
+    slices::{BASE_CELL, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, cells, constants::Constants},
 };
-use half::f16;
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
@@ -92,11 +91,9 @@ fn memory(bytes: usize, rng: &mut ChaCha8Rng) -> WeightBytes {
     for pair in memory.as_chunks_mut::<2>().0 {
         pair[1] &= 0xBF; // an exponent below that of 2
     }
-    let [scale, offset] = [0.01, -1.2].map(|value| f16::from_f32(value).to_le_bytes());
+    let constants = Constants::new(Constants::scale_code(0.01), 60).0.to_le_bytes();
     for cell in memory.as_chunks_mut::<BASE_CELL>().0 {
-        for (index, constant) in cell[BASE_CELL - 64..].as_chunks_mut::<2>().0.iter_mut().enumerate() {
-            *constant = if index < 16 { scale } else { offset };
-        }
+        cell[NIBBLES..].as_chunks_mut::<2>().0.fill(constants);
     }
     memory.into()
 }

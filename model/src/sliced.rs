@@ -22,7 +22,7 @@ use crate::{
     parts::{PartKind, kinds},
     slices::{
         Precision,
-        blob::{PartBlobs, PartBytes, READABLE, Slice},
+        blob::{FORMAT, PartBlobs, PartBytes, Slice},
     },
     sums,
     tensors::{LoadError, Tensors},
@@ -97,7 +97,7 @@ impl SlicedFolder {
         }
         let text = fs::read(&path).map_err(io)?;
         let listed: SlicesFile = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
-        if !READABLE.contains(&listed.format.as_str()) {
+        if listed.format != FORMAT {
             return Err(LoadError::Format { file, found: listed.format });
         }
         // Before the parts are written out, which a few bytes of configuration can make too many to hold.

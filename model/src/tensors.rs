@@ -69,10 +69,7 @@ pub enum LoadError {
     Type { file: String, tensor: String, found: String, accepted: &'static str },
     #[error("{file}: the shard index is malformed: {why}")]
     Index { file: String, why: String },
-    #[error(
-        "{file}: its slices have format {found:?}; this coel reads {formats}: use the version that wrote it",
-        formats = READABLE.join(" and ")
-    )]
+    #[error("{file}: its slices have format {found:?}; this coel reads {FORMAT}: slice the checkpoint again")]
     Format { file: String, found: String },
     #[error("{file}: the refine slice does not go with {base}: {why}; fetch both of the same model")]
     Refine { file: String, base: String, why: String },

@@ -79,9 +79,9 @@ pub struct Measured {
     pub sensitivity: Vec<Vec<Loss>>,
 }
 
-/// What experts of `q4` bytes at Q4 and `q8` at Q8 take at so many bits a weight, where Q4 is 5 and Q8 is 9 of them.
+/// What experts of `q4` bytes at Q4 and `q8` at Q8 take at so many bits a weight, where Q4 is 4.5 and Q8 is 8.5 of them.
 pub fn bytes_at(bits: f64, q4: u64, q8: u64) -> u64 {
-    q4 + ((bits - 5.0) / 4.0 * q8.saturating_sub(q4) as f64) as u64
+    q4 + ((bits - 4.5) / 4.0 * q8.saturating_sub(q4) as f64) as u64
 }
 
 #[cfg(test)]
@@ -108,18 +108,18 @@ mod tests {
 
     fn raised(policy: Policy) -> Vec<ExpertId> {
         let experts = experts();
-        let bytes = bytes_at(6.0, 144 * 500, 144 * 900);
+        let bytes = bytes_at(5.5, 144 * 500, 144 * 900);
         let mixed = policy.mix(&experts, bytes, &measured()).unwrap();
         assert_eq!(mixed.len(), experts.len());
         mixed.into_iter().filter(|(_, precision)| *precision == Precision::Q8).map(|(expert, _)| expert).collect()
     }
 
     #[test]
-    fn every_rule_raises_a_quarter_at_six_bits() {
+    fn every_rule_raises_a_quarter_at_five_and_a_half_bits() {
         for policy in [Policy::Uniform, Policy::Random { seed: 1 }, Policy::Popularity, Policy::Harm] {
             assert_eq!(raised(policy).len(), 36, "{policy:?}");
         }
-        let (none, all) = (bytes_at(5.0, 144 * 500, 144 * 900), bytes_at(9.0, 144 * 500, 144 * 900));
+        let (none, all) = (bytes_at(4.5, 144 * 500, 144 * 900), bytes_at(8.5, 144 * 500, 144 * 900));
         assert_eq!((none, all), (144 * 500, 144 * 900));
         assert!(Policy::Uniform.mix(&experts(), none - 1, &measured()).is_none());
     }

@@ -12,9 +12,9 @@ use std::str::FromStr;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// The base slice: 5 bits a weight.
+    /// The base slice: 4.5 bits a weight.
     Q4,
-    /// Base and refine: 9 bits a weight.
+    /// Base and refine: 8.5 bits a weight.
     Q8,
     /// As in the checkpoint, which is BF16 as a rule.
     #[serde(rename = "exact")]

@@ -139,7 +139,7 @@ mod tests {
             let scale = Constants::new(code, 0).scale();
             assert_eq!(Constants::scale_code(scale), code);
             assert_eq!(Constants::scale_code(scale.next_up()), code + 1);
-            assert_eq!(Constants::scale_code(scale.next_down()), (code - 1).max(1));
+            assert_eq!(Constants::scale_code(scale.next_down()), code);
         }
         assert_eq!((Constants::scale_code(0.0), Constants::scale_code(1e-30)), (1, 1));
         assert!(Constants::scale_code(f32::MAX) > SCALE_MOST);

@@ -234,7 +234,7 @@ fn damaged_folders_are_named() {
         listed.replacen(from, to, 1).into_bytes()
     };
     with("slices.json", b"{", &["slices.json", "slice the checkpoint again"]);
-    with("slices.json", &change("\"format\": \"2\"", "\"format\": \"9\""), &["format \"9\""]);
+    with("slices.json", &change("\"format\": \"3\"", "\"format\": \"9\""), &["format \"9\""]);
     with("slices.json", &change("\"head\"", "\"tail\""), &["lacks the part head"]);
     with("slices.json", &change("head.base.safetensors", "../head.base.safetensors"), &["leads out"]);
     with("slices.json", &change("head.base.safetensors", "/etc/passwd"), &["leads out"]);
@@ -340,8 +340,8 @@ fn an_inventory_counts_what_an_engine_would() {
     assert_eq!((inventory.experts_total, inventory.expert.exact), (144, 3 * 96 * 256 * 2));
     let weights = 144 * 3 * 96 * 256u64;
     assert_eq!(inventory.experts.exact, 2 * weights);
-    let headers = inventory.experts.base.unwrap() - weights * 5 / 8;
-    assert!((144 * 64..144 * 1024).contains(&headers), "headers aside, 5 bits a weight: {headers}");
+    let headers = inventory.experts.base.unwrap() - weights * 9 / 16;
+    assert!((144 * 64..144 * 1024).contains(&headers), "headers aside, 4.5 bits a weight: {headers}");
 
     let out = tempfile::tempdir().unwrap();
     slice_checkpoint(&fixture(), out.path(), |_, _| {}).unwrap();

@@ -27,7 +27,7 @@ use coel_model::{
         works,
     },
     rope::Rope,
-    slices::{BASE_CELL, GROUP, NIBBLES, Precision, REFINE_CELL, Sliced, Weight},
+    slices::{BASE_CELL, GROUP, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, constants::Constants},
 };
 use half::f16;
 use rand::Rng;
@@ -110,11 +110,12 @@ impl Order {
             let cell = block * sliced.groups() + group;
             let base = &sliced.base()[cell * BASE_CELL..][..BASE_CELL];
             let refine = sliced.refine().map(|refine| &refine[cell * REFINE_CELL..][..REFINE_CELL]);
-            let constant = |at: usize| f16::from_le_bytes([base[at], base[at + 1]]).to_f32();
-            let (s, mut m) = (constant(NIBBLES + 2 * lane), constant(NIBBLES + 32 + 2 * lane));
-            if refine.is_none() {
-                m = self.add_product(s, 7.5, m);
-            }
+            let constants = &base[NIBBLES + 2 * lane..][..2];
+            let constants = Constants::from_le_bytes([constants[0], constants[1]]);
+            let (s, offset) = match refine {
+                Some(_) => (constants.scale(), constants.offset()),
+                None => (constants.scale(), constants.middle_offset()),
+            };
             let level = |column: usize| {
                 let at = 64 * (column / 8) + 4 * lane + column % 4;
                 let nibble = |cell: &[u8]| i32::from(cell[at] >> (column % 8 / 4 * 4) & 15);
@@ -122,7 +123,7 @@ impl Order {
             };
             let whole: i32 = values.0.iter().enumerate().map(|(column, x)| level(column) * i32::from(*x)).sum();
             sum = self.add_product(whole as f32, s * scale.step, sum);
-            sum = self.add_product(m, scale.sum, sum);
+            sum = self.add_product(offset, scale.sum, sum);
         }
         sum
     }

@@ -10,14 +10,17 @@ use coel_model::{
         isa::Isa,
         packed::Packed,
     },
-    slices::{BASE_CELL, GROUP, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, cells},
+    slices::{
+        BASE_CELL, GROUP, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, cells,
+        constants::{Constants, ZERO_MOST},
+    },
 };
-use half::{bf16, f16};
+use half::bf16;
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// A matrix of random levels, scales and offsets, or of random BF16 values.
+/// A matrix of random levels, scales and zero points, or of random BF16 values.
 pub fn weight(precision: Precision, rows: usize, cols: usize, rng: &mut ChaCha8Rng) -> Weight {
     if precision == Precision::Exact {
         let values = (0..rows * cols).flat_map(|_| bf16::from_f32(rng.random_range(-0.3..0.3)).to_le_bytes());
@@ -28,9 +31,9 @@ pub fn weight(precision: Precision, rows: usize, cols: usize, rng: &mut ChaCha8R
     for cell in base.as_chunks_mut::<BASE_CELL>().0 {
         let (nibbles, constants) = cell.split_at_mut(NIBBLES);
         rng.fill(nibbles);
-        for (index, constant) in constants.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-            let range = if index < 16 { 0.0005..0.002 } else { -0.25..0.05 };
-            *constant = f16::from_f32(rng.random_range(range)).to_le_bytes();
+        for constants in constants.as_chunks_mut::<2>().0 {
+            let scale = Constants::scale_code(rng.random_range(0.0005..0.002));
+            *constants = Constants::new(scale, rng.random_range(0..=ZERO_MOST)).0.to_le_bytes();
         }
     }
     let refine = (precision == Precision::Q8).then(|| {

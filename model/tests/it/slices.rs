@@ -117,13 +117,13 @@ fn check_distance(sliced: &Sliced, dtype: DType, bytes: &[u8]) {
         for (exact, found) in exact[row * cols..].chunks_exact(GROUP).zip(found.chunks_exact(GROUP)) {
             let max = exact.iter().copied().fold(f32::MIN, f32::max);
             let min = exact.iter().copied().fold(f32::MAX, f32::min);
-            // Half the widest step, a scale rounded by up to half of the smallest f16 over 255 steps, an offset rounded likewise.
-            let (tiny, step) = (2f32.powi(-25) * 257.0, (max - min) / 219.0);
-            let inside = 0.51 * step + tiny + (min.abs() + max.abs()) / 1024.0;
+            // Half the largest scale that is tried; or the group is too small to be anything but zeros.
+            let step = (max.max(0.0) - min.min(0.0)).max(2f32.powi(-24)) / 256.0 * 1.0625f32.powi(4);
+            let inside = 0.51 * step + 2f32.powi(-24);
             for (exact, found) in exact.iter().zip(found) {
                 // What lies at the ends may lie beyond the last level, by what the search goes there at most.
-                let at_an_end = (exact - min).min(max - exact) <= 2.0 * step + inside;
-                let bound = inside + if at_an_end { 2.0 * step } else { 0.0 };
+                let at_an_end = (exact - min).min(max - exact) <= 9.0 * step + inside;
+                let bound = inside + if at_an_end { 9.0 * step } else { 0.0 };
                 assert!((exact - found).abs() <= bound, "{exact} became {found} in a group from {min} to {max}");
             }
         }
@@ -141,8 +141,8 @@ fn faults_say_what_and_where() {
     (wide[2 * cols + 33], wide[2 * cols + 50]) = (3e38, -3e38);
     let range = Fault { row: 2, column: 32, kind: FaultKind::Range { min: -3e38, max: 3e38 } };
     let mut far = vec![0.0f32; rows * cols];
-    far[cols..cols + 32].fill(65600.0);
-    let offset = Fault { row: 1, column: 0, kind: FaultKind::Range { min: 65600.0, max: 65600.0 } };
+    far[cols..cols + 32].fill(16000.0);
+    let offset = Fault { row: 1, column: 0, kind: FaultKind::Range { min: 16000.0, max: 16000.0 } };
     for encoder in Encoder::available() {
         for (values, fault) in [(&values, not_finite), (&wide, range), (&far, offset)] {
             let found = encode(encoder, DType::F32, &pack(values, DType::F32), cols);
@@ -215,7 +215,7 @@ fn the_error_on_gaussian_weights_is_below_that_of_the_usual_formats() {
     let (four, eight) = other_formats(&values);
     let ratio_4 = error(Precision::Q4) / squared_error(&values, &four);
     let ratio_8 = error(Precision::Q8) / squared_error(&values, &eight);
-    assert!((0.78..0.80).contains(&ratio_4) && (0.64..0.67).contains(&ratio_8), "{ratio_4} {ratio_8}");
+    assert!((0.83..0.85).contains(&ratio_4) && (0.75..0.79).contains(&ratio_8), "{ratio_4} {ratio_8}");
 }
 
 fn golden(name: &str) -> Vec<u8> {
@@ -265,7 +265,7 @@ fn a_third_implementation_wrote_the_same_bytes() {
         let mut names: Vec<&str> = cells.clone().map(|(name, _)| name.as_str()).collect();
         names.sort();
         assert_eq!(names, ["a.down_proj.weight", "a.q_proj.weight", "a.up_proj.weight"]);
-        assert_eq!(cells.map(|(_, info)| (8 + length + info.data_offsets.0) % 64).collect::<Vec<_>>(), [0; 3]);
+        assert_eq!(cells.map(|(_, info)| (8 + length + info.data_offsets.0) % 32).collect::<Vec<_>>(), [0; 3]);
     }
 }
 
@@ -320,14 +320,12 @@ fn a_strangers_slices_are_refused_not_trusted() {
         Tensors::parse_part(PartBlobs { main: base.clone().into(), refine: Some(refine.clone().into()) }, "x").is_ok()
     );
     check(base[..base.len() - 1].to_vec(), None, &["truncated"]);
-    check(replace(&base, r#"format":"2""#, r#"format":"3""#), None, &["format \"3\"", "reads 1 and 2"]);
-    let older = replace(&base, r#"format":"2""#, r#"format":"1""#);
-    assert!(Tensors::parse_part(PartBlobs::from(WeightBytes::from(older)), "x").is_ok(), "it is read alike");
+    check(replace(&base, r#"format":"3""#, r#"format":"2""#), None, &["format \"2\"", "reads 3"]);
     check(replace(&base, r#"slice":"base""#, r#"slice":"bass""#), None, &["bass", "no slice"]);
     check(replace(&base, "coel.slice", "coel.slide"), None, &["U8"]);
-    // 2 x 2 x 320 bytes in another shape.
-    check(replace(&base, "[2,2,320]", "[4,1,320]"), Some(refine.clone()), &["a.q_proj.weight", "refine"]);
-    check(replace(&base, "[2,2,320]", "[2,4,160]"), None, &["a.q_proj.weight", "U8"]);
+    // 2 x 2 x 288 bytes in another shape.
+    check(replace(&base, "[2,2,288]", "[4,1,288]"), Some(refine.clone()), &["a.q_proj.weight", "refine"]);
+    check(replace(&base, "[2,2,288]", "[2,4,144]"), None, &["a.q_proj.weight", "U8"]);
     check(base.clone(), Some(base.clone()), &["refine slice does not go with"]);
     check(golden("exact.safetensors"), Some(refine.clone()), &["refine slice does not go with"]);
     check(base.clone(), Some(golden("exact.safetensors")), &["refine slice does not go with"]);
@@ -361,7 +359,7 @@ fn an_engine_holds_experts_in_any_form() {
     let bytes = 3 * 96 * 256;
     let base = PartBlobs { refine: None, ..blobs.clone() };
     for (blobs, precision, bytes) in
-        [(base, Precision::Q4, bytes * 5 / 8), (blobs.clone(), Precision::Q8, bytes * 9 / 8)]
+        [(base, Precision::Q4, bytes * 9 / 16), (blobs.clone(), Precision::Q8, bytes * 17 / 16)]
     {
         block_on(engine.load_expert(id, blobs)).unwrap();
         assert_eq!(engine.held().into_iter().collect::<Vec<_>>(), [(id, precision)]);

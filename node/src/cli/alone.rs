@@ -223,7 +223,7 @@ pub struct Eval {
     /// a checkpoint; its trunk is exact unless --trunk says otherwise.
     #[arg(long, requires = "text", conflicts_with_all = ["precision", "against", "reference", "memory", "vram", "recall"])]
     policies: bool,
-    /// With --policies: bits a weight that mixed experts take, from 5 (all at q4) to 9 (all at q8).
+    /// With --policies: bits a weight that mixed experts take, from 4.5 (all at q4) to 8.5 (all at q8).
     #[arg(long, value_name = "N", default_value_t = 6.0, requires = "policies", value_parser = bits)]
     bits: f64,
     /// With --policies: how many lots are drawn for the random rule.
@@ -253,8 +253,8 @@ struct Measure {
 }
 
 fn bits(text: &str) -> Result<f64, String> {
-    let bits = text.parse::<f64>().ok().filter(|bits| (5.0..=9.0).contains(bits));
-    bits.ok_or_else(|| "write a number from 5 to 9".to_owned())
+    let bits = text.parse::<f64>().ok().filter(|bits| (4.5..=8.5).contains(bits));
+    bits.ok_or_else(|| "write a number from 4.5 to 8.5".to_owned())
 }
 
 impl Eval {

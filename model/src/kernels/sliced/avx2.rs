@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 
 use super::{Cells, Sums, View, fetch_ahead, tile_rows};
-use crate::slices::{BASE_CELL, NIBBLES, REFINE_CELL};
+use crate::slices::{BASE_CELL, NIBBLES, REFINE_CELL, constants};
 
 /// Rows of the largest tile.
 const TILE: usize = 4;
@@ -16,7 +16,7 @@ const TILES_AHEAD: usize = 3;
 
 /// # Safety
 /// The machine has the instruction set; `rows` are rows of `x`; slices and `x` have the groups `cells` says.
-#[target_feature(enable = "avx2,fma,f16c")]
+#[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn block(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &mut [Sums]) {
     let mut first = 0;
     while first < rows.len() {
@@ -33,7 +33,7 @@ pub(super) unsafe fn block(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &m
     }
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
+#[target_feature(enable = "avx2,fma")]
 unsafe fn sized<const REFINED: bool>(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &mut [Sums]) {
     // SAFETY: passed on from the caller; the lengths agree.
     unsafe {
@@ -47,7 +47,7 @@ unsafe fn sized<const REFINED: bool>(cells: Cells<'_>, x: View<'_>, rows: &[u32]
     }
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
+#[target_feature(enable = "avx2,fma")]
 unsafe fn tile<const R: usize, const REFINED: bool>(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &mut [Sums]) {
     // SAFETY: every read is inside a cell of the block or a group of a row of `x`.
     unsafe {
@@ -89,11 +89,8 @@ unsafe fn tile<const R: usize, const REFINED: bool>(cells: Cells<'_>, x: View<'_
                     }
                 }
                 let constants = base.add(NIBBLES + 16 * half);
-                let scale = _mm256_cvtph_ps(_mm_loadu_si128(constants.cast()));
-                let mut offset = _mm256_cvtph_ps(_mm_loadu_si128(constants.add(32).cast()));
-                if !REFINED {
-                    offset = _mm256_fmadd_ps(scale, _mm256_set1_ps(7.5), offset);
-                }
+                let constants = _mm256_cvtepu16_epi32(_mm_loadu_si128(constants.cast()));
+                let (scale, offset) = constants::Avx2::read(constants, REFINED);
                 for r in 0..R {
                     let mut dot = _mm256_madd_epi16(upper[r], _mm256_set1_epi16(16));
                     if REFINED {

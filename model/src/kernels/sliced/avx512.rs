@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 
 use super::{Cells, Sums, View, fetch_ahead, tile_rows};
-use crate::slices::{BASE_CELL, BLOCK_ROWS, NIBBLES, REFINE_CELL};
+use crate::slices::{BASE_CELL, NIBBLES, REFINE_CELL, constants};
 
 /// Rows of the largest tile: as many accumulators as leave room for the eight vectors of a cell.
 const TILE: usize = 16;
@@ -16,7 +16,7 @@ const TILES_AHEAD: [usize; 2] = [3, 6];
 
 /// # Safety
 /// The machine has the instruction set; `rows` are rows of `x`; slices and `x` have the groups `cells` says.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
 pub(super) unsafe fn block(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &mut [Sums]) {
     let mut first = 0;
     while first < rows.len() {
@@ -33,7 +33,7 @@ pub(super) unsafe fn block(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &m
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
 unsafe fn sized<const REFINED: bool>(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &mut [Sums]) {
     macro_rules! by_len {
         ($($len:literal)*) => {
@@ -47,7 +47,7 @@ unsafe fn sized<const REFINED: bool>(cells: Cells<'_>, x: View<'_>, rows: &[u32]
     by_len!(1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16)
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
 unsafe fn tile<const R: usize, const REFINED: bool>(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &mut [Sums]) {
     // SAFETY: every read is inside a cell of the block or a group of a row of `x`.
     unsafe {
@@ -83,12 +83,8 @@ unsafe fn tile<const R: usize, const REFINED: bool>(cells: Cells<'_>, x: View<'_
                     levels[2 * pair + 1] = _mm512_and_si512(high, upper);
                 }
             }
-            let constants = base.add(NIBBLES);
-            let scale = _mm512_cvtph_ps(_mm256_loadu_si256(constants.cast()));
-            let mut offset = _mm512_cvtph_ps(_mm256_loadu_si256(constants.add(2 * BLOCK_ROWS).cast()));
-            if !REFINED {
-                offset = _mm512_fmadd_ps(scale, _mm512_set1_ps(7.5), offset);
-            }
+            let constants = _mm512_cvtepu16_epi32(_mm256_loadu_si256(base.add(NIBBLES).cast()));
+            let (scale, offset) = constants::Avx512::read(constants, REFINED);
             for r in 0..R {
                 let at = group * stride + rows[r];
                 let x = values.add(at).cast::<i32>();

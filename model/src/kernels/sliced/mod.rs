@@ -1,7 +1,7 @@
 //! Sliced matrices times int8 rows.
 //!
 //! Owns the arithmetic of Q4 and Q8, in one place for all instruction sets. An output is one f32 accumulator that
-//! starts at zero and runs over the groups of a row, ascending. With `s` and `m` the group's constants, `d` and
+//! starts at zero and runs over the groups of a row, ascending. With `s` and `z` the group's constants, `d` and
 //! `d * sum` the activations' (see `activations`), and `D` the exact integer dot product of levels and values, a group
 //! does
 //!
@@ -10,8 +10,8 @@
 //! acc = fma(o, d * sum, acc)
 //! ```
 //!
-//! where the levels are `q` and `o = m` at Q8, `16 * (q >> 4)` and `o = fma(s, 7.5, m)` at Q4. `D` stays below 2^24, so
-//! its conversion to f32 is exact. Nothing else is rounded, and no result depends on tiles or batches: the invariant
+//! where the levels are `q` and `o = -s z` at Q8, `16 * (q >> 4)` and `o = s (7.5 - z)` at Q4, both exact. `D` stays below
+//! 2^24, so its conversion to f32 is exact. Nothing else is rounded, and no result depends on tiles or batches: the invariant
 //! that [`portable`] states and the other sets are tested against.
 //!
 //! The unit of work is a block of [`BLOCK_ROWS`] output rows over some rows of a batch. Rows are taken in tiles, a

@@ -1,9 +1,7 @@
 //! The arithmetic of sliced matrices in plain Rust: what the other instruction sets are held to.
 
-use half::f16;
-
 use super::{Cells, Sums, View};
-use crate::slices::{BASE_CELL, BLOCK_ROWS, GROUP, NIBBLES, REFINE_CELL};
+use crate::slices::{BASE_CELL, BLOCK_ROWS, GROUP, NIBBLES, REFINE_CELL, constants::Constants};
 
 /// Bytes of a cell that hold four (or, by nibble, eight) columns of its rows.
 const QUAD: usize = 4 * BLOCK_ROWS;
@@ -25,17 +23,13 @@ impl Cell {
             levels[8 * pair + column][row] = i16::from(high << 4 | low & 15);
             levels[8 * pair + 4 + column][row] = i16::from(high & 0xF0 | low >> 4);
         }
-        let constants = |first: usize| {
-            std::array::from_fn(|row| f16::from_le_bytes([base[first + 2 * row], base[first + 2 * row + 1]]).to_f32())
+        let constants: [Constants; BLOCK_ROWS] =
+            std::array::from_fn(|row| Constants::from_le_bytes([base[NIBBLES + 2 * row], base[NIBBLES + 2 * row + 1]]));
+        let offset = match refine {
+            Some(_) => constants.map(Constants::offset),
+            None => constants.map(Constants::middle_offset),
         };
-        let (scale, mut offset): ([f32; BLOCK_ROWS], [f32; BLOCK_ROWS]) =
-            (constants(NIBBLES), constants(NIBBLES + 2 * BLOCK_ROWS));
-        if refine.is_none() {
-            // The middle of the sixteen levels that share a high nibble.
-            for (offset, scale) in offset.iter_mut().zip(scale) {
-                *offset = scale.mul_add(7.5, *offset);
-            }
-        }
+        let scale = constants.map(Constants::scale);
         Self { levels, scale, offset }
     }
 

@@ -28,7 +28,7 @@
 
 use cubecl::prelude::*;
 
-use super::{NO_BIAS, UNIT, numbers::half_to_f32};
+use super::{NO_BIAS, UNIT};
 
 /// Outputs of a block.
 const BLOCK: usize = 16;
@@ -37,7 +37,7 @@ const GROUPS: usize = 16;
 /// Threads of a cube.
 pub const THREADS: usize = BLOCK * GROUPS;
 /// Words of a base and of a refine cell.
-const BASE: usize = 80;
+const BASE: usize = 72;
 const REFINE: usize = 64;
 /// Words of a group of a row.
 const PAIRS: usize = 16;
@@ -53,6 +53,14 @@ fn dot(nibbles: &Array<u32>, x: &SharedMemory<i32>, at: usize, #[comptime] first
         high += i32::cast_from(nibbles[first + 8usize + index]) * x[at + 8usize + index];
     }
     ((low - ((low << 16i32) >> 16i32)) >> 16i32) + ((high - ((high << 16i32) >> 16i32)) >> 16i32)
+}
+
+/// The scale of a group's constants (`slices::constants`).
+#[cube]
+fn scale_of(constants: u32) -> f32 {
+    let code = constants >> 7u32;
+    let bits = (code << 19u32) + 0x3280_0000u32;
+    f32::reinterpret(select(code == 0u32, 0u32, bits))
 }
 
 /// For each unit of `plan`: its matrix times its rows.
@@ -96,8 +104,11 @@ pub fn sliced(
                 let cell = base + (block * groups + group) * BASE;
                 let other = refine + (block * groups + group) * REFINE;
                 let shift = 16u32 * (lane as u32 % 2u32);
-                scale = half_to_f32((slab[cell + 64usize + lane / 2usize] >> shift) & 0xFFFFu32);
-                offset = half_to_f32((slab[cell + 72usize + lane / 2usize] >> shift) & 0xFFFFu32);
+                let both = (slab[cell + 64usize + lane / 2usize] >> shift) & 0xFFFFu32;
+                scale = scale_of(both);
+                // Exact: no order of operations shows.
+                let zero = comptime!(if refined { 16.0f32 } else { 23.5f32 });
+                offset = scale * (zero - 2.25f32 * f32::cast_from(both & 127u32));
                 #[unroll]
                 for j in 0..4usize {
                     let word = slab[cell + 16usize * j + lane];
@@ -122,10 +133,6 @@ pub fn sliced(
             }
             sync_cube();
             if group < groups {
-                if !comptime!(refined) {
-                    // The middle of the sixteen levels that share a high nibble.
-                    offset = fma(scale, 7.5f32, offset);
-                }
                 constants[2usize * thread] = scale;
                 constants[2usize * thread + 1usize] = offset;
                 for row in 0..rows {
