@@ -74,3 +74,25 @@ async fn an_import_that_was_killed_goes_on_where_it_stopped() {
     assert_eq!(model.name, MODEL);
     until(&mut mesh, 0, "serving", is_settled).await;
 }
+
+#[tokio::test]
+async fn the_same_import_twice_is_one_and_is_seen_while_it_runs() {
+    let _turn = turn().await;
+    let mesh = lone_node().await;
+    let node = &mesh.nodes()[0];
+    let request = Request::Import { dir: fixture(), name: None };
+    let ask = || guarded(node.ask::<ModelInfo>(&request, |_, _, _| ()));
+    let seen = async {
+        loop {
+            let status = node.status().await.unwrap();
+            assert!(status.models.is_empty(), "it was not seen before it was done");
+            if let Some(importing) = status.importing {
+                return importing;
+            }
+        }
+    };
+    let (one, other, seen) = tokio::join!(ask(), ask(), seen);
+    assert_eq!(one.unwrap(), other.unwrap());
+    assert_eq!(seen.dir, fixture().canonicalize().unwrap());
+    assert_eq!(node.status().await.unwrap().importing, None);
+}
