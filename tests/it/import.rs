@@ -2,6 +2,7 @@
 
 use coel_node::control::Request;
 use coel_node::service::ModelInfo;
+use coel_node::status::Status;
 use coel_testnet::mesh::Mesh;
 
 use crate::precision::is_settled;
@@ -95,4 +96,24 @@ async fn the_same_import_twice_is_one_and_is_seen_while_it_runs() {
     assert_eq!(one.unwrap(), other.unwrap());
     assert_eq!(seen.dir, fixture().canonicalize().unwrap());
     assert_eq!(node.status().await.unwrap().importing, None);
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_was_away_is_used_again_when_it_is_back() {
+    let _turn = turn().await;
+    let (mut mesh, copy) = (lone_node().await, Copy::new());
+    import(&mesh, 0, copy.dir()).await;
+    until(&mut mesh, 0, "serving", is_settled).await;
+    mesh.node(0).kill();
+    let away = copy.weights().with_extension("away");
+    std::fs::rename(copy.weights(), &away).unwrap();
+    mesh.node(0).start(&coel_testnet::node::Start::Again).await.unwrap();
+    let is_missed = |status: &Status| {
+        let problem = status.readiness.problem.as_deref().unwrap_or_default();
+        problem.contains("model.safetensors is not there") && problem.contains("coel model import DIR")
+    };
+    until(&mut mesh, 0, "the file is missed by name", is_missed).await;
+    std::fs::rename(&away, copy.weights()).unwrap();
+    let served = |status: &Status| status.readiness.ready && status.readiness.problem.is_none();
+    until(&mut mesh, 0, "serving again", served).await;
 }

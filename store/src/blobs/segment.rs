@@ -67,6 +67,7 @@ impl Keep {
                 what: format!("{} has {found} bytes where {needed} are needed", path.display()),
             },
             BlobError::Corrupt { id, place, .. } => {
+                let place = place.strip_prefix("the index and ").unwrap_or(&place);
                 BlobError::Astray { id, what: format!("{place} has other bytes than those that were imported") }
             }
             error => error,
