@@ -350,6 +350,9 @@ fn waiting_for(shared: &Shared, state: &State, progress: &Progress, absent: &[Ex
             members - down.len()
         ));
     }
+    if let Some(importing) = shared.import.borrow().as_ref().filter(|_| state.models.is_empty()) {
+        return Some(format!("importing {importing}"));
+    }
     if state.models.is_empty() {
         return Some("no model is registered; import one with `coel model import DIR`".into());
     }
