@@ -131,7 +131,7 @@ fn step_through(session: &mut Session, tokens: &[u32]) -> Result<(), EngineError
 /// `rounds`, since anything else on the machine only takes away.
 pub fn read_gb_s(threads: usize, bytes: usize, rounds: usize) -> f64 {
     let memory = vec![1u64; bytes / 8];
-    let share = memory.len().div_ceil(threads.max(1));
+    let share = memory.len().div_ceil(threads.max(1)).max(1);
     let round = || {
         let start = Instant::now();
         thread::scope(|scope| {

@@ -157,12 +157,14 @@ impl WeightBytes {
         self.range.is_empty()
     }
 
-    /// Tells the system that this process will not soon read these bytes again. Whole pages of a mapped file are dropped
-    /// from its memory and come back from the file when read; nothing else changes.
+    /// Tells the system that this process will not soon read these bytes again. The pages of a mapped file that they lie on are
+    /// dropped from its memory and come back from the file when read, as do their neighbours'; nothing else changes.
     pub fn release(&self) {
         #[cfg(unix)]
         if let Owner::Map(mapped) = &self.owner {
-            let (start, end) = (self.range.start.next_multiple_of(PAGE), self.range.end / PAGE * PAGE);
+            // Outwards: small weights lie on pages with others, and all of those together are not small.
+            let start = self.range.start / PAGE * PAGE;
+            let end = self.range.end.next_multiple_of(PAGE).min(mapped.map.len());
             if start < end {
                 // SAFETY: the mapping is shared with the file and read-only, so dropped pages come back as they were.
                 let advised =
@@ -199,6 +201,12 @@ impl WeightBytes {
             }
             Owner::Heap(_) | Owner::Buffer(_) => None,
         }
+    }
+}
+
+impl From<Buffer> for WeightBytes {
+    fn from(buffer: Buffer) -> Self {
+        Arc::new(buffer).into()
     }
 }
 

@@ -46,7 +46,10 @@ impl Checkpoint {
         for name in &names {
             let path = dir.join(name);
             let file = path.display().to_string();
-            let bytes = WeightBytes::map(&path).map_err(|source| LoadError::Io { file: file.clone(), source })?;
+            let bytes = WeightBytes::map(&path).map_err(|source| match source.kind() {
+                io::ErrorKind::NotFound => LoadError::NoShard { file: file.clone() },
+                _ => LoadError::Io { file: file.clone(), source },
+            })?;
             parts.push(Tensors::parse(bytes, &file)?);
         }
         let mut tensors = Tensors::merge(parts)?;

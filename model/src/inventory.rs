@@ -71,8 +71,8 @@ pub struct Fit {
     pub trunk: Precision,
     /// Trunk, KV cache and buffers.
     pub fixed_bytes: u64,
-    /// Experts that fit beside them at Q4, Q8 and exact; none where that form does not exist, nor anything if the trunk
-    /// alone is too much.
+    /// Experts that fit beside them at Q4, Q8 and exact; none where that form does not exist or is not here, nor anything
+    /// if the trunk alone is too much.
     pub experts: [Option<usize>; 3],
 }
 
@@ -120,16 +120,18 @@ impl Inventory {
 
     /// What fits `budget_bytes` beside a KV cache of `kv_tokens`, for each precision the trunk may have.
     pub fn fits(&self, budget_bytes: u64, kv_tokens: usize) -> Vec<Fit> {
+        let here = |precision: &Precision| self.has_exact || *precision != Precision::Exact;
         let fit = |trunk| {
             let cache = self.kv_bytes_per_token.saturating_mul(kv_tokens as u64);
             let fixed = self.trunk.at(trunk)?.saturating_add(cache).saturating_add(self.buffer_bytes);
             let experts = Precision::ALL.map(|precision| {
-                let (room, each) = (budget_bytes.checked_sub(fixed)?, self.expert.at(precision)?);
+                let (room, each) =
+                    (budget_bytes.checked_sub(fixed)?, self.expert.at(precision).filter(|_| here(&precision))?);
                 Some(usize::try_from(room / each.max(1)).unwrap_or(usize::MAX).min(self.experts_total))
             });
             Some(Fit { trunk, fixed_bytes: fixed, experts })
         };
-        Precision::ALL.into_iter().filter_map(fit).collect()
+        Precision::ALL.into_iter().filter(here).filter_map(fit).collect()
     }
 }
 

@@ -210,9 +210,15 @@ fn check_file(dir: &Path, listed: &SliceFile, wrong: &dyn Fn(String) -> LoadErro
     }
     let path = dir.join(&listed.file);
     let file = path.display().to_string();
-    let found = fs::metadata(&path).map_err(|source| LoadError::Io { file: file.clone(), source })?.len();
-    match found == listed.bytes {
-        true => Ok(()),
-        false => Err(LoadError::Length { file, expected: listed.bytes, found }),
+    match fs::metadata(&path) {
+        Ok(found) if found.len() == listed.bytes => Ok(()),
+        Ok(found) => {
+            let why = format!("it has {} bytes and should have {}", found.len(), listed.bytes);
+            Err(LoadError::Damaged { file, why })
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(LoadError::Damaged { file, why: "this slice is missing".into() })
+        }
+        Err(source) => Err(LoadError::Io { file, source }),
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Owns [`slice_checkpoint`] and [`write_slices`]. A file is written under a temporary name, synced and renamed, and
 //! `slices.json` comes last: so a folder is complete or is not a model yet, whatever happens in between, and what is
-//! finished is not written again. `slicing.json` says meanwhile what is being sliced, and `slicing.sums` what the
+//! finished is not written again; of a complete folder only what is damaged is made again. `slicing.json` says meanwhile what is being sliced, and `slicing.sums` what the
 //! finished files should contain; a folder that was begun from something else is refused. The invariant: memory does not grow with the model; weights are read from their files in
 //! blocks and never mapped.
 
@@ -46,7 +46,7 @@ pub enum SlicingError {
          same command again, it goes on from there"
     )]
     Full { file: String, done: usize, total: usize },
-    #[error("{dir} holds a model already; name a folder that does not exist yet")]
+    #[error("{dir} holds another model already; name a folder that does not exist yet, or remove this one")]
     Occupied { dir: String },
     #[error("{dir} was begun from something else (see {MARKER} there); name another folder, or remove this one")]
     Other { dir: String },
@@ -85,7 +85,8 @@ pub fn slice_checkpoint(dir: &Path, out: &Path, progress: impl FnMut(u64, u64)) 
     write_slices(&material, out, progress)
 }
 
-/// Slices `material` into the folder `out`, which is made if it is not there. See [`slice_checkpoint`].
+/// Slices `material` into the folder `out`, which is made if it is not there, and mended if it holds these slices already. See
+/// [`slice_checkpoint`].
 pub fn write_slices<S: ReadAt + ?Sized>(
     material: &Material<'_, S>,
     out: &Path,
@@ -102,7 +103,10 @@ pub fn write_slices<S: ReadAt + ?Sized>(
         }
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            if out.join(SLICES).exists() || out.join("config.json").exists() {
+            if out.join(SLICES).exists() {
+                return mend(material, out, progress);
+            }
+            if out.join("config.json").exists() {
                 return Err(SlicingError::Occupied { dir: dir() });
             }
             write_file(out, MARKER, |file| file.write_all(origin.to_string().as_bytes()))
@@ -137,6 +141,62 @@ pub fn write_slices<S: ReadAt + ?Sized>(
     write_file(out, SLICES, |file| file.write_all(&slices)).map_err(|error| at_end(&out.join(SLICES), error))?;
     fs::remove_file(&noted_in).map_err(named(&noted_in))?;
     fs::remove_file(&marker).map_err(named(&marker))
+}
+
+/// Makes again what is damaged or missing of a folder that was complete. What its list says of the files has to come out, of one
+/// expert at least, before anything is changed: so slices of another checkpoint of this shape are left alone.
+fn mend<S: ReadAt + ?Sized>(
+    material: &Material<'_, S>,
+    out: &Path,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<(), SlicingError> {
+    let occupied = || SlicingError::Occupied { dir: out.display().to_string() };
+    let listed = fs::read(out.join(SLICES)).map_err(named(&out.join(SLICES)))?;
+    let listed: SlicesFile = serde_json::from_slice(&listed).map_err(|_| occupied())?;
+    let mut files = Vec::new();
+    for part in material.parts {
+        let wanted = PartFiles::new(&part.kind, in_part(part, part_bytes(part))?);
+        let found = listed.parts.iter().find(|found| found.part == wanted.part).ok_or_else(occupied)?;
+        let same = |found: &SliceFile, wanted: &SliceFile| {
+            (&found.file, found.bytes) == (&wanted.file, wanted.bytes) && !found.blake3.is_empty()
+        };
+        if !same(&found.base, &wanted.base) || !same(&found.refine, &wanted.refine) {
+            return Err(occupied());
+        }
+        files.push(found.clone());
+    }
+    let mut missing = Vec::new();
+    for (name, contents) in &material.files {
+        match fs::read(out.join(name)) {
+            Ok(found) if found == *contents => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => missing.push((name, contents)),
+            Ok(_) => return Err(occupied()),
+            Err(source) => return Err(named(&out.join(name))(source)),
+        }
+    }
+    if listed.format != FORMAT || files.len() != listed.parts.len() {
+        return Err(occupied());
+    }
+    let sums = files.iter().flat_map(|part| [&part.base, &part.refine]);
+    let noted = sums.map(|slice| (slice.file.clone(), slice.blake3.clone())).collect();
+    let probe = material.parts.iter().rposition(|part| part.expert().is_some()).unwrap_or_default();
+    let order = std::iter::once(probe).chain((0..files.len()).filter(|index| *index != probe));
+    let (mut done, total) = (0, material.parts.iter().map(Part::data_bytes).sum());
+    for (count, index) in order.enumerate() {
+        let (part, files) = (&material.parts[index], &mut files[index]);
+        progress(done, total);
+        let whole = finished(out, &mut files.base, &noted) && finished(out, &mut files.refine, &noted);
+        if !whole || index == probe {
+            write_pair(out, part, files, material.source, count, material.parts.len())?;
+        }
+        done += part.data_bytes();
+    }
+    progress(total, total);
+    for (name, contents) in missing {
+        let written = write_file(out, name, |file| file.write_all(contents));
+        written.map_err(|error| failed(&out.join(name), error, material.parts.len(), material.parts.len()))?;
+    }
+    Ok(())
 }
 
 /// What is noted of finished files: BLAKE3 by name. A line that was cut short says nothing.
@@ -199,6 +259,11 @@ impl Temporary {
         self.file.as_mut().expect("open until it is kept")
     }
 
+    /// Of what was written.
+    fn sum(&self) -> String {
+        self.sum.finalize().to_string()
+    }
+
     /// Puts it under its name, once all of it is on disk. Returns its sum.
     fn keep(mut self, name: &Path) -> io::Result<String> {
         self.writer().flush()?;
@@ -208,7 +273,7 @@ impl Temporary {
         if let Some(dir) = name.parent() {
             File::open(dir)?.sync_all()?;
         }
-        Ok(self.sum.finalize().to_string())
+        Ok(self.sum())
     }
 }
 
@@ -245,6 +310,7 @@ pub(crate) fn write_file(
     temporary.keep(&dir.join(name)).map(drop)
 }
 
+/// Makes both slices of a part. A sum that is known of one beforehand has to come out.
 fn write_pair(
     out: &Path,
     part: &Part,
@@ -265,6 +331,10 @@ fn write_pair(
             return Err(failed(path, source, done, total));
         }
         other => in_part(part, other)?,
+    }
+    let is_other = |slice: &SliceFile, file: &Temporary| !slice.blake3.is_empty() && slice.blake3 != file.sum();
+    if is_other(&files.base, &base) || is_other(&files.refine, &refine) {
+        return Err(SlicingError::Occupied { dir: out.display().to_string() });
     }
     for (file, path, slice) in [(base, base_path, &mut files.base), (refine, refine_path, &mut files.refine)] {
         slice.blake3 = file.keep(path).map_err(|error| failed(path, error, done, total))?;

@@ -29,7 +29,8 @@ pub struct Survey {
     pub tokens: u64,
     /// Routed rows, `[num_hidden_layers][num_experts]`; empty for a layer without experts.
     pub counts: Vec<Vec<u64>>,
-    /// In the shape of `counts`. Nothing was measured of an expert that was never chosen, or that has no slices.
+    /// In the shape of `counts`. Nothing was measured of an expert that was never chosen, that has no slices, or
+    /// where the layer's outputs are beyond numbers.
     pub losses: Vec<Vec<Option<Loss>>>,
 }
 
@@ -165,7 +166,10 @@ fn measure<K: Kernels>(
         if let [Some(q4), Some(q8)] =
             sliced.map(|sliced| sliced.map(|sliced| error(&exact, &sliced, &weights, d) / energy))
         {
-            survey.losses[usize::from(layer)][usize::from(index)] = Some(Loss { q4: q4 as f32, q8: q8 as f32 });
+            // Beside weights that overflow nothing can be measured.
+            let loss = Loss { q4: q4 as f32, q8: q8 as f32 };
+            let is_measured = loss.q4.is_finite() && loss.q8.is_finite();
+            survey.losses[usize::from(layer)][usize::from(index)] = is_measured.then_some(loss);
         }
         for ((flight, pair), row) in places.iter().zip(exact.chunks_exact(d)) {
             outputs[*flight][pair.slot as usize * d..][..d].copy_from_slice(row);

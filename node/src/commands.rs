@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coel_store::{Bounds, Command, Outcome};
+use tracing::warn;
 
 use crate::admission::invite::token_hash;
 use crate::control::{Conversation, Reply, Request};
@@ -16,6 +17,8 @@ use crate::shared::Shared;
 
 /// How long `leave` waits for others to take over what this node holds: a download of all of it.
 const HANDOVER_DEADLINE: Duration = Duration::from_secs(600);
+/// How long `leave` waits for answers that are being written here: what is longer is cut off, and said so to the client.
+const ANSWERS_DEADLINE: Duration = Duration::from_secs(60);
 /// How often it is looked whether this node still votes.
 const VOTE_PERIOD: Duration = Duration::from_millis(250);
 
@@ -107,8 +110,18 @@ async fn leave(shared: &Shared) -> Result<(), String> {
             "the others did not take over in time what this node holds; it stays. `coel status` says why".into()
         );
     }
+    // Others compute for them meanwhile; once this node is no member any more nobody does.
+    shared.retiring.send_replace(true);
+    let mut answers = shared.answers.subscribe();
+    let ended = tokio::time::timeout(ANSWERS_DEADLINE, answers.wait_for(|answers| *answers == 0)).await.is_ok();
+    if !ended {
+        warn!("leaving with answers still being written");
+    }
     match propose(shared, Command::Leave { node }).await {
-        Err(why) if shared.state().members.contains_key(&node) => return Err(why),
+        Err(why) if shared.state().members.contains_key(&node) => {
+            shared.retiring.send_replace(false);
+            return Err(why);
+        }
         // Done; or done, and the answer was lost.
         _ => {}
     }

@@ -65,7 +65,8 @@ pub struct NodeArgs {
     #[arg(long, env = "COEL_DISK", value_name = "SIZE")]
     #[serde(deserialize_with = "size")]
     pub disk: Option<Size>,
-    /// Tokens of KV cache this node keeps for the requests it takes [default: 4096, at most the model's context].
+    /// Tokens of KV cache this node keeps for the requests it takes [default: 4096; where the model's context
+    /// is short, at most as many contexts as requests run at once].
     #[arg(long, env = "COEL_KV_TOKENS", value_name = "N")]
     pub kv_tokens: Option<usize>,
     /// At which precision this node accepts experts: `auto`, `q4`, `q8`, `exact`, or bounds such as `q8..` or `..q8` [default: auto].

@@ -23,7 +23,7 @@ use crate::experts::dispatch::Missing;
 use crate::ids;
 use crate::library::{Known, run_blocking};
 use crate::service::{Event, GenerateRequest, ModelInfo, Prompt, Readiness, Service, ServiceError, Usage};
-use crate::shared::{Progress, Serving, Shared};
+use crate::shared::{Answering, Progress, Serving, Shared};
 
 /// Generations at once. They are computed together, so that each costs the others little; each has its share of the KV
 /// pool, and waits where the pool is full.
@@ -81,6 +81,8 @@ impl Generator {
     }
 
     async fn begin(&self, request: GenerateRequest) -> Result<mpsc::Receiver<Event>, ServiceError> {
+        let retiring = || ServiceError::NotReady("this node is leaving the mesh; ask another one".into());
+        let answering = Answering::begin(&self.shared).ok_or_else(retiring)?;
         let state = self.shared.state();
         if !self.shared.caught_up(&state) {
             return Err(ServiceError::NotReady(self.readiness().to_string()));
@@ -127,7 +129,14 @@ impl Generator {
         let usage = Usage::default();
         let generation = Generation { shared: self.shared.clone(), serving, sequence, usage, events };
         let span = info_span!("request", prompt_tokens = generation.sequence.prompt().len());
-        tokio::spawn(generation.run(self.running.clone(), self.opening.clone(), admitted).instrument(span));
+        let run = generation.run(self.running.clone(), self.opening.clone(), admitted);
+        tokio::spawn(
+            async move {
+                run.await;
+                drop(answering);
+            }
+            .instrument(span),
+        );
         self.shared.metrics.requests.inc();
         Ok(receiver)
     }
@@ -340,6 +349,9 @@ fn waiting_for(shared: &Shared, state: &State, progress: &Progress, absent: &[Ex
              --peer if it has moved",
             members - down.len()
         ));
+    }
+    if let Some(importing) = shared.import.borrow().as_ref().filter(|_| state.models.is_empty()) {
+        return Some(format!("importing {importing}"));
     }
     if state.models.is_empty() {
         return Some("no model is registered; import one with `coel model import DIR`".into());

@@ -173,8 +173,12 @@ impl Hosting {
             .map(|(&expert, &precision)| (expert, precision))
             .partition(|(expert, precision)| held.get(expert).is_some_and(|now| now > precision));
         let mut pass = Pass { paging, ..Pass::default() };
+        let loads = !(smaller.is_empty() && other.is_empty());
         self.load_all(state, &serving, &assigned, smaller, &mut pass).await;
         self.load_all(state, &serving, &assigned, other, &mut pass).await;
+        if loads {
+            run_blocking(trim_heap).await;
+        }
         self.end_shelf(&serving).await?;
         // Also what an earlier pass could not say, because the mesh was at another epoch by then.
         pass.claimed = self.claim().await;
@@ -303,6 +307,15 @@ pub fn check_budget(known: &Known, name: &str, config: &Config) -> Result<(), St
         known.kv_tokens(kv_tokens),
         Size(needed),
     ))
+}
+
+/// Gives back to the system what is free on the heap: its arenas, one for each of many threads, keep what work that is done has freed.
+pub fn trim_heap() {
+    // SAFETY: malloc_trim has no preconditions; it takes the locks it needs.
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 /// Resident memory of this process, in bytes; 0 where the system does not say.

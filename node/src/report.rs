@@ -95,6 +95,7 @@ pub fn status(shared: &Shared, api: &str) -> Status {
         coverage: readiness.coverage,
         replicas_min: placement.and_then(|placement| shared.live_replicas(placement).into_values().min()).unwrap_or(0),
         planner: shared.planner(),
+        importing: shared.import.borrow().clone(),
         readiness,
         nodes: nodes.collect(),
         own: own_status(shared),

@@ -22,6 +22,7 @@ use crate::mesh::facts::Facts;
 use crate::mesh::holdings::Holdings;
 use crate::mesh::leader::MemberFacts;
 use crate::metrics::Metrics;
+use crate::status::Importing;
 use crate::weights::fetch::{Fetcher, Source};
 
 /// A model with its engine: the trunk is loaded, experts come and go.
@@ -92,8 +93,14 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     /// Held by the import that runs.
     pub importing: tokio::sync::Mutex<()>,
+    /// What that one does.
+    pub import: watch::Sender<Option<Importing>>,
     /// Asks every task to end.
     pub stopping: CancellationToken,
+    /// Answers that are being written here.
+    pub answers: watch::Sender<usize>,
+    /// No answer is begun any more: this node is about to leave.
+    pub retiring: watch::Sender<bool>,
     /// This node has just been admitted, in this run of its process.
     pub newcomer: bool,
     /// This node has left the mesh.
@@ -103,6 +110,25 @@ pub struct Shared {
     /// Resident memory when the node had started and knew no model yet, in bytes.
     pub rss_before_bytes: u64,
     planner: Mutex<Option<String>>,
+}
+
+/// An answer that is being written; over when dropped.
+pub struct Answering(Arc<Shared>);
+
+impl Answering {
+    /// `None` while the node retires.
+    pub fn begin(shared: &Arc<Shared>) -> Option<Self> {
+        shared.answers.send_modify(|answers| *answers += 1);
+        let answering = Self(shared.clone());
+        // Looked at once it is counted: who retires looks in the other order, so one of the two sees the other.
+        (!*shared.retiring.borrow()).then_some(answering)
+    }
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        self.0.answers.send_modify(|answers| *answers -= 1);
+    }
 }
 
 impl Shared {
@@ -132,7 +158,10 @@ impl Shared {
             progress: watch::Sender::default(),
             metrics,
             importing: tokio::sync::Mutex::default(),
+            import: watch::Sender::default(),
             stopping: CancellationToken::new(),
+            answers: watch::Sender::default(),
+            retiring: watch::Sender::new(false),
             newcomer,
             left: watch::Sender::new(false),
             fatal: watch::Sender::new(None),

@@ -1,6 +1,7 @@
 //! What a node says of itself and the mesh: one document, for `coel status`, the testnet and the tests.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use coel_store::{Bounds, ExpertId, NodeId, Precision};
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,9 @@ pub struct Status {
     pub replicas_min: usize,
     /// Why there is no placement, or a partial one; from the leader only.
     pub planner: Option<String>,
+    /// What this node imports at the moment, whoever asked for it.
+    #[serde(default)]
+    pub importing: Option<Importing>,
     /// Whether a request would be served now, and by what it is held up.
     pub readiness: Readiness,
     /// Everybody in the mesh, this node included.
@@ -52,6 +56,29 @@ pub struct Status {
     pub own: OwnStatus,
     /// Every expert's replicas.
     pub placement: BTreeMap<String, Vec<ReplicaStatus>>,
+}
+
+/// An import that runs on a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Importing {
+    /// The checkpoint.
+    pub dir: PathBuf,
+    /// What is being done: what is counted, how many are done, of how many.
+    pub what: String,
+    pub done: u64,
+    pub total: u64,
+}
+
+/// `/models/a: cutting weights, 45 %`.
+impl std::fmt::Display for Importing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let what = self.what.split(',').next().unwrap_or_default();
+        write!(f, "{}: {what}", self.dir.display())?;
+        match self.total {
+            0 => Ok(()),
+            total => write!(f, ", {} %", u128::from(self.done) * 100 / u128::from(total)),
+        }
+    }
 }
 
 /// A member, as another one sees it.
@@ -171,4 +198,19 @@ pub struct ReplicaStatus {
 /// The key of [`Status::placement`].
 pub fn expert_key(expert: ExpertId) -> String {
     expert.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_import_says_how_far_it_is() {
+        let importing = |done, total| {
+            let (dir, what) = (PathBuf::from("/models/a"), "cutting weights, bytes".to_owned());
+            Importing { dir, what, done, total }.to_string()
+        };
+        assert_eq!(importing(1 << 62, 1 << 63), "/models/a: cutting weights, 50 %");
+        assert_eq!(importing(0, 0), "/models/a: cutting weights");
+    }
 }

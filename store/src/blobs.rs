@@ -122,6 +122,17 @@ pub enum BlobError {
         /// How many it has.
         found: u64,
     },
+    /// The checkpoint that it lies in is not what it was when it was imported. It may be again: the blob stays in the index.
+    #[error(
+        "blob {id} lies in a checkpoint that was imported here and has changed: {what}; put it back as it was, or import it again \
+         from where it is now: coel model import DIR"
+    )]
+    Astray {
+        /// Which blob.
+        id: BlobId,
+        /// What is wrong with which file.
+        what: String,
+    },
     /// The blob is held with another length than the manifest says.
     #[error("blob {id} has {held} bytes here, but {wanted} in the manifest; remove it and fetch it again")]
     OtherLength {
@@ -189,10 +200,19 @@ impl BlobError {
     /// Whether the blob here is no use and a fresh copy would be.
     pub fn is_damage(&self) -> bool {
         match self {
-            Self::Corrupt { .. } | Self::Truncated { .. } | Self::OtherLength { .. } | Self::Missing { .. } => true,
+            Self::Corrupt { .. }
+            | Self::Truncated { .. }
+            | Self::Astray { .. }
+            | Self::OtherLength { .. }
+            | Self::Missing { .. } => true,
             Self::Io { error, .. } => error.kind() == std::io::ErrorKind::NotFound,
             _ => false,
         }
+    }
+
+    /// Whether that may mend itself: what is wrong is not this store's own file.
+    pub fn is_astray(&self) -> bool {
+        matches!(self, Self::Astray { .. })
     }
 }
 
@@ -321,7 +341,7 @@ impl Blobs {
     pub fn lies_in(&self, entry: &BlobEntry) -> Result<Vec<Segment>, BlobError> {
         let record = self.record_of(entry)?;
         let segments = self.segments(&entry.id, &record);
-        segment::check(&entry.id, entry.bytes, &segments)?;
+        segment::check(&entry.id, entry.bytes, &segments).map_err(record.keep.fault())?;
         Ok(segments)
     }
 
@@ -345,6 +365,11 @@ impl Blobs {
         }
         partial.finish()?;
         Ok(entry)
+    }
+
+    /// Whether a file of this store's own is held, whole as far as a look at it tells.
+    fn has_own(&self, id: &BlobId) -> bool {
+        self.record(id).is_ok_and(|record| matches!(record.keep, Keep::File)) && self.has(id)
     }
 
     /// Whether the blob is held, as far as a look at the files tells: indexed, and as long as it
@@ -427,33 +452,39 @@ impl Blobs {
         Ok(bytes)
     }
 
-    /// Reads chunk after chunk into `buffer` and hands each to `use_chunk` once it is verified.
-    fn for_each_chunk(&self, entry: &BlobEntry, mut use_chunk: impl FnMut(&[u8])) -> Result<(), BlobError> {
-        let record = self.record_of(entry)?;
-        let segments = self.segments(&entry.id, &record);
-        segment::check(&entry.id, entry.bytes, &segments)?;
+    /// Reads chunk after chunk, as long as each is right: into `buffer` one behind the other, where it is as long as the blob, or
+    /// one over the other, where it is as long as a chunk.
+    fn check_chunks(&self, entry: &BlobEntry, segments: Vec<Segment>, buffer: &mut [u8]) -> Result<(), BlobError> {
         let mut reader = segment::Reader::new(entry.id, segments);
-        let mut buffer = vec![0; entry.bytes.min(CHUNK_BYTES as u64) as usize];
         for chunk in 0..entry.chunks.len() as u32 {
             let start = u64::from(chunk) * CHUNK_BYTES as u64;
-            let bytes = &mut buffer[..entry.chunk_bytes(chunk).unwrap_or(0)];
+            let at = (start % buffer.len() as u64) as usize;
+            let bytes = &mut buffer[at..at + entry.chunk_bytes(chunk).unwrap_or(0)];
             reader.read_at(start, bytes)?;
             if !entry.chunk_matches(chunk, bytes) {
                 let place = reader.place(start, bytes.len());
                 return Err(BlobError::Corrupt { id: entry.id, chunk, place });
             }
-            use_chunk(bytes);
         }
         Ok(())
     }
 
     /// The whole content, every chunk of it checked against `entry`.
     pub fn read_verified(&self, entry: &BlobEntry) -> Result<Vec<u8>, BlobError> {
-        // The files were seen to be this long before anything is allocated for them.
-        let record = self.record_of(entry)?;
-        segment::check(&entry.id, entry.bytes, &self.segments(&entry.id, &record))?;
-        let mut content = Vec::with_capacity(entry.bytes as usize);
-        self.for_each_chunk(entry, |chunk| content.extend_from_slice(chunk))?;
+        self.read_verified_into(entry, |bytes| Ok(vec![0; bytes]))
+    }
+
+    /// The same in memory that `room` gives for so many bytes.
+    pub fn read_verified_into<B: AsMut<[u8]>>(
+        &self,
+        entry: &BlobEntry,
+        room: impl FnOnce(usize) -> std::io::Result<B>,
+    ) -> Result<B, BlobError> {
+        let keep = self.record_of(entry)?.keep;
+        // The files are seen to be this long before anything is allocated for them.
+        let segments = self.lies_in(entry)?;
+        let mut content = room(entry.bytes as usize).map_err(io(&self.0.files))?;
+        self.check_chunks(entry, segments, &mut content.as_mut()[..entry.bytes as usize]).map_err(keep.fault())?;
         Ok(content)
     }
 
@@ -465,7 +496,9 @@ impl Blobs {
 
     /// Checks every chunk without keeping the content.
     pub fn verify(&self, entry: &BlobEntry) -> Result<(), BlobError> {
-        self.for_each_chunk(entry, |_| ())
+        let keep = self.record_of(entry)?.keep;
+        let mut buffer = vec![0; entry.bytes.min(CHUNK_BYTES as u64) as usize];
+        self.check_chunks(entry, self.lies_in(entry)?, &mut buffer).map_err(keep.fault())
     }
 
     /// Begins to receive a blob, or goes on where an earlier attempt ended.

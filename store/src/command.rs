@@ -229,7 +229,7 @@ impl Refusal {
             Self::NameTaken { .. } => "import it under another name",
             Self::RegisteredAs { .. } => "use that name",
             Self::UnknownExpert(_) => "plan again from the model's manifest",
-            Self::Sensitivity(_) => "import the model again",
+            Self::Sensitivity(_) => "import the model again (coel model import DIR)",
             Self::TooLarge { .. } => "make it smaller",
         }
     }

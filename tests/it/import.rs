@@ -2,6 +2,7 @@
 
 use coel_node::control::Request;
 use coel_node::service::ModelInfo;
+use coel_node::status::Status;
 use coel_testnet::mesh::Mesh;
 
 use crate::precision::is_settled;
@@ -73,4 +74,46 @@ async fn an_import_that_was_killed_goes_on_where_it_stopped() {
     let model: ModelInfo = guarded(mesh.nodes()[0].ask(&request, |_, _, _| ())).await.unwrap();
     assert_eq!(model.name, MODEL);
     until(&mut mesh, 0, "serving", is_settled).await;
+}
+
+#[tokio::test]
+async fn the_same_import_twice_is_one_and_is_seen_while_it_runs() {
+    let _turn = turn().await;
+    let mesh = lone_node().await;
+    let node = &mesh.nodes()[0];
+    let request = Request::Import { dir: fixture(), name: None };
+    let ask = || guarded(node.ask::<ModelInfo>(&request, |_, _, _| ()));
+    let seen = async {
+        loop {
+            let status = node.status().await.unwrap();
+            assert!(status.models.is_empty(), "it was not seen before it was done");
+            if let Some(importing) = status.importing {
+                return importing;
+            }
+        }
+    };
+    let (one, other, seen) = tokio::join!(ask(), ask(), seen);
+    assert_eq!(one.unwrap(), other.unwrap());
+    assert_eq!(seen.dir, fixture().canonicalize().unwrap());
+    assert_eq!(node.status().await.unwrap().importing, None);
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_was_away_is_used_again_when_it_is_back() {
+    let _turn = turn().await;
+    let (mut mesh, copy) = (lone_node().await, Copy::new());
+    import(&mesh, 0, copy.dir()).await;
+    until(&mut mesh, 0, "serving", is_settled).await;
+    mesh.node(0).kill();
+    let away = copy.weights().with_extension("away");
+    std::fs::rename(copy.weights(), &away).unwrap();
+    mesh.node(0).start(&coel_testnet::node::Start::Again).await.unwrap();
+    let is_missed = |status: &Status| {
+        let problem = status.readiness.problem.as_deref().unwrap_or_default();
+        problem.contains("model.safetensors is not there") && problem.contains("coel model import DIR")
+    };
+    until(&mut mesh, 0, "the file is missed by name", is_missed).await;
+    std::fs::rename(&away, copy.weights()).unwrap();
+    let served = |status: &Status| status.readiness.ready && status.readiness.problem.is_none();
+    until(&mut mesh, 0, "serving again", served).await;
 }

@@ -78,9 +78,14 @@ pub fn eval_text_against(
     file: &Path,
     window: usize,
 ) -> Result<TextReport, EvalError> {
-    let [vocab, other] = [model, exact].map(|model| model.engine.config().vocab_size);
-    if vocab != other {
-        let why = format!("the models' vocabularies have {vocab} and {other} tokens: they are not the same model");
+    let shapes = [model, exact].map(|model| {
+        let config = model.engine.config();
+        [config.vocab_size, config.num_hidden_layers, config.hidden_size, config.num_experts]
+    });
+    let what = ["tokens in their vocabularies", "layers", "dimensions", "experts a layer"];
+    if let Some(at) = (0..what.len()).find(|at| shapes[0][*at] != shapes[1][*at]) {
+        let (one, other, what) = (shapes[0][at], shapes[1][at], what[at]);
+        let why = format!("the models have {one} and {other} {what}: they are not the same model");
         return Err(EvalError::Input { file: file.display().to_string(), why });
     }
     measure(model, Some(exact), file, window)

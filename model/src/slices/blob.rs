@@ -71,10 +71,14 @@ pub enum SliceError {
     NotFinite { tensor: String, row: usize, column: usize },
     #[error(
         "tensor {tensor}, row {row}, columns {column} to {last}: weights from {min:e} to {max:e} are beyond what a \
-         slice's f16 scale and offset can express; import it with exact weights only"
+         slice's f16 scale and offset can express; hold it exactly: a mesh does so by itself (coel model import), and \
+         `--precision exact` says so elsewhere"
     )]
     Range { tensor: String, row: usize, column: usize, last: usize, min: f32, max: f32 },
-    #[error("tensor {tensor} has {cols} columns, and slices need a multiple of 32; import it with exact weights only")]
+    #[error(
+        "tensor {tensor} has {cols} columns, and slices need a multiple of 32; hold it exactly: a mesh does so by itself (coel \
+         model import), and `--precision exact` says so elsewhere"
+    )]
     Columns { tensor: String, cols: usize },
     #[error("tensor {tensor} cannot be read: {source}")]
     Read { tensor: String, source: io::Error },

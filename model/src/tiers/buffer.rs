@@ -17,7 +17,8 @@ pub const PAGE: usize = 4096;
 pub struct Buffer(MmapMut);
 
 impl Buffer {
-    /// `bytes` of zeros, which take no memory until they are written; at least one.
+    /// `bytes` of zeros, which take no memory until they are written. All of it goes back to the system when it is dropped, whoever
+    /// drops it; what malloc gave, its arenas keep.
     pub fn new(bytes: usize) -> io::Result<Self> {
         let map = MmapMut::map_anon(bytes)?;
         #[cfg(target_os = "linux")]
@@ -38,6 +39,12 @@ impl Buffer {
     /// Bytes it takes.
     pub fn bytes(&self) -> u64 {
         self.0.len() as u64
+    }
+}
+
+impl AsMut<[u8]> for Buffer {
+    fn as_mut(&mut self) -> &mut [u8] {
+        self.as_mut_slice()
     }
 }
 

@@ -63,8 +63,7 @@ pub struct DeviceTooSmall {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{budget} bytes of memory are too few: at least {least} are needed (trunk {trunk}, KV cache {kv}, room for \
-     {experts} experts of {expert}, {rest} for everything else); give more (--memory), a shorter context, or hold the \
-     weights less exactly (--precision q4)"
+     {experts} experts of {expert}, {rest} for everything else)"
 )]
 pub struct TooSmall {
     pub budget: u64,

@@ -157,12 +157,38 @@ fn slicing_goes_on_where_it_stopped() {
         assert!(read(whole.path()) == read(out.path()), "{name}");
     }
     assert_eq!(names(whole.path()), names(out.path()));
-    check_names(run(usize::MAX, json!("a")).unwrap_err(), &["holds a model already"]);
+    run(usize::MAX, json!("a")).unwrap();
+    assert_eq!(names(whole.path()), names(out.path()), "it is complete");
 
     let other = tempfile::tempdir().unwrap();
     fs::write(other.path().join("slicing.json"), "\"b\"").unwrap();
     check_names(slice_checkpoint(from.path(), other.path(), |_, _| {}).unwrap_err(), &["something else"]);
-    check_names(slice_checkpoint(from.path(), from.path(), |_, _| {}).unwrap_err(), &["holds a model already"]);
+    check_names(slice_checkpoint(from.path(), from.path(), |_, _| {}).unwrap_err(), &["holds another model already"]);
+}
+
+#[test]
+fn what_is_damaged_of_a_complete_folder_is_made_again() {
+    let (from, whole, out) = (small(5), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for out in [&whole, &out] {
+        slice_checkpoint(from.path(), out.path(), |_, _| {}).unwrap();
+    }
+    let path = |name: &str| out.path().join(name);
+    let [flipped, short] = ["layer.1.expert.2.refine.safetensors", "layer.0.base.safetensors"];
+    flip(&path(flipped));
+    fs::write(path(short), b"short").unwrap();
+    let [gone, config] = ["layer.0.expert.3.base.safetensors", "config.json"];
+    fs::remove_file(path(gone)).unwrap();
+    // Another checkpoint of this shape mends nothing, and harms nothing.
+    let before = fs::read(path(flipped)).unwrap();
+    check_names(slice_checkpoint(small(6).path(), out.path(), |_, _| {}).unwrap_err(), &["another model"]);
+    assert!(fs::read(path(flipped)).unwrap() == before && !path(gone).exists());
+
+    fs::remove_file(path(config)).unwrap();
+    slice_checkpoint(from.path(), out.path(), |_, _| {}).unwrap();
+    assert_eq!(names(whole.path()), names(out.path()));
+    for name in names(whole.path()) {
+        assert!(fs::read(whole.path().join(&name)).unwrap() == fs::read(path(&name)).unwrap(), "{name}");
+    }
 }
 
 #[cfg(target_os = "linux")]
@@ -200,7 +226,7 @@ fn a_flipped_bit_in_a_slice_is_found() {
     let name = "layer.1.expert.2.refine.safetensors";
     flip(&out.path().join(name));
     folder.verify(q8, q4).unwrap(); // which does not read it
-    check_names(folder.verify(q8, q8).unwrap_err(), &[name, "slice the checkpoint again"]);
+    check_names(folder.verify(q8, q8).unwrap_err(), &[name, "slice the checkpoint again into"]);
 }
 
 #[test]
@@ -241,7 +267,10 @@ fn damaged_folders_are_named() {
     with("slices.json", &change("head.base.safetensors", "not.there"), &["not.there"]);
     let expert = "layer.0.expert.3.refine.safetensors";
     let whole = fs::read(path(expert)).unwrap();
-    with(expert, &whole[1..], &[expert, "truncated"]);
+    with(expert, &whole[1..], &[expert, "bytes and should have", "coel model slice"]);
+    fs::rename(path(expert), path("away")).unwrap();
+    check_names(SlicedFolder::open(out.path()).unwrap_err(), &[expert, "missing", "coel model slice"]);
+    fs::rename(path("away"), path(expert)).unwrap();
 
     // Of the right length, but another part's.
     fs::copy(path("layer.0.expert.4.refine.safetensors"), path(expert)).unwrap();

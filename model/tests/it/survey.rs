@@ -102,6 +102,47 @@ fn what_is_found_depends_on_nothing_but_model_and_text() {
     assert!(found.losses.iter().flatten().all(Option::is_none), "nothing is measured that there is not");
 }
 
+/// Experts that cannot be sliced have no slices, as in an import.
+struct Exactly<'a>(&'a Checkpoint);
+
+impl Source for Exactly<'_> {
+    fn expert(&mut self, id: ExpertId, precision: Precision) -> Result<Option<Tensors>, LoadError> {
+        match self.0.expert(id).sliced(precision) {
+            Err(LoadError::Slice { .. }) => Ok(None),
+            sliced => sliced.map(Some),
+        }
+    }
+
+    fn go_on(&mut self, _: usize, _: usize) -> bool {
+        true
+    }
+}
+
+#[test]
+fn a_weight_beyond_slices_leaves_nothing_measured_that_is_no_number() {
+    let whole = checkpoint();
+    let tokens = &tokens(&whole)[..300];
+    let counts = run(&mut Slicing::of(&whole), tokens, 2).unwrap().counts;
+    let chosen = counts[0].iter().position(|rows| *rows > 20).unwrap();
+    // The largest number of bf16 all over the last matrix of an expert that is used.
+    let dir = tempfile::tempdir().unwrap();
+    for (name, path) in whole.files() {
+        std::fs::copy(path, dir.path().join(name)).unwrap();
+    }
+    let mut weights = std::fs::read(&whole.weight_files()[0]).unwrap();
+    let expert = whole.expert(ExpertId { layer: 0, index: chosen as u16 });
+    let (_, down) = expert.iter().find(|(name, _)| name.contains("down_proj")).unwrap();
+    let range = down.offset as usize..down.offset as usize + down.bytes.len();
+    weights[range].as_chunks_mut::<2>().0.fill([0x7f, 0x7f]);
+    std::fs::write(dir.path().join("model.safetensors"), weights).unwrap();
+
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let found = survey(checkpoint.config(), &checkpoint.trunk(), tokens, 2, &mut Exactly(&checkpoint)).unwrap();
+    assert_eq!(found.losses[0][chosen], None);
+    let measured = || found.losses.iter().flatten().flatten();
+    assert!(measured().all(|loss| loss.q4.is_finite() && loss.q8.is_finite()), "{:?}", found.losses);
+}
+
 #[test]
 fn a_survey_can_be_given_up() {
     let checkpoint = checkpoint();

@@ -32,7 +32,7 @@ pub struct Local {
     #[arg(long, value_name = "PRECISION")]
     trunk: Option<Precision>,
     /// Threads that compute [default: one for each core].
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, value_parser = threads)]
     threads: usize,
     /// Memory to take, hard: experts that do not fit stay on disk and are read when they are needed [default: all of
     /// them in memory].
@@ -45,6 +45,13 @@ pub struct Local {
     /// Threads that read experts from disk [default: 2].
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, requires = "memory")]
     readers: usize,
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    text.parse()
+        .ok()
+        .filter(|threads| *threads <= 1024)
+        .ok_or_else(|| "write a number up to 1024; 0: one for each core".to_owned())
 }
 
 impl Local {
@@ -214,10 +221,10 @@ pub struct Eval {
     #[command(flatten)]
     measure: Measure,
     /// Tokens per window of --text.
-    #[arg(long, value_name = "N", default_value_t = WINDOW_TOKENS, requires = "text")]
+    #[arg(long, value_name = "N", default_value_t = WINDOW_TOKENS, requires = "text", value_parser = window)]
     window: usize,
-    /// The same model exact: with --text, also prints how far predictions are from its own.
-    #[arg(long, value_name = "DIR", requires = "text")]
+    /// The same model exact: with --text, also prints how far predictions are from its own. Held in memory whole; not with --memory.
+    #[arg(long, value_name = "DIR", requires = "text", conflicts_with_all = ["reference", "qa"])]
     against: Option<PathBuf>,
     /// Compare rules of giving experts more than 4 bits, at equal bytes: with --text, and --qa if wanted. The model must be
     /// a checkpoint; its trunk is exact unless --trunk says otherwise.
@@ -252,6 +259,10 @@ struct Measure {
     qa: Option<PathBuf>,
 }
 
+fn window(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|tokens| *tokens > 1).ok_or_else(|| "write a number of tokens, at least 2".to_owned())
+}
+
 fn bits(text: &str) -> Result<f64, String> {
     let bits = text.parse::<f64>().ok().filter(|bits| (4.5..=8.5).contains(bits));
     bits.ok_or_else(|| "write a number from 4.5 to 8.5".to_owned())
@@ -270,38 +281,53 @@ impl Eval {
         if !texts.is_empty() && self.measure.qa.is_some() {
             return Err(Failure::usage("name either --text or --qa, or compare policies on both with --policies"));
         }
+        if self.against.is_some() && self.local.memory.is_some() {
+            return Err(Failure::usage(
+                "--against holds a second model, whole and exact, which --memory (COEL_MEMORY) does not bound; leave one of them out",
+            ));
+        }
         let model = self.local.open_with(None, self.recall)?;
-        // References are of the exact model: at fewer bits the figures tell how far it is, and nothing has failed.
+        // References are of the exact model: at fewer bits the figures tell how far it is, and nothing passes or fails.
         let lossy = [self.local.precision, self.local.trunk()] != [Precision::Exact; 2];
         if let Some(file) = &self.measure.reference {
             let report = eval_reference(&model, file)?;
-            return self.verdict(&model, &report, report.passed || lossy, "the model differs from the reference");
+            let passed = (!lossy).then_some(report.passed);
+            return self.verdict(&model, &report, passed, "the model differs from the reference");
         }
         if let Some(file) = &self.measure.qa {
             let report = eval_qa(&model, file)?;
-            return self.verdict(&model, &report, report.passed || lossy, "too few answers equal the reference");
+            let passed = (!lossy).then_some(report.passed);
+            return self.verdict(&model, &report, passed, "too few answers equal the reference");
         }
         let exact = self.against.as_ref().map(|dir| LocalModel::open(dir, self.local.device()?).map_err(Failure::from));
         let exact = exact.transpose()?;
+        let context = model.engine.config().max_position_embeddings;
+        if self.window > context {
+            return Err(Failure::usage(format!("--window {}: the model's context has {context} tokens", self.window)));
+        }
         let reports = texts.iter().map(|file| match &exact {
             Some(exact) => eval_text_against(&model, exact, file, self.window),
             None => eval_text(&model, file, self.window),
         });
         let reports = reports.collect::<Result<Vec<_>, _>>()?;
         match TextReport::together(&reports) {
-            Some(report) => self.verdict(&model, &report, report.passed, "the perplexity is not a number"),
+            Some(report) => self.verdict(&model, &report, Some(report.passed), "the perplexity is not a number"),
             None => Err(Failure::usage("name one of --reference, --text, --qa")),
         }
     }
 
+    /// Prints the figures and fails where they did not pass; where there is nothing to pass, that is not said either.
     fn verdict(
         &self,
         model: &LocalModel,
         report: &impl Serialize,
-        passed: bool,
+        passed: Option<bool>,
         otherwise: &str,
     ) -> Result<(), Failure> {
         let mut fields = serde_json::to_value(report)?;
+        if let (None, Some(fields)) = (passed, fields.as_object_mut()) {
+            fields.remove("passed");
+        }
         if let (true, Some(fields)) = (self.recall, fields.as_object_mut()) {
             let stats = model.engine.tiers();
             let [early, late] = stats.mean_recall();
@@ -316,6 +342,6 @@ impl Eval {
                 writeln!(std::io::stdout(), "{name} {value}")?;
             }
         }
-        if passed { Ok(()) } else { Err(Failure { message: otherwise.to_owned(), code: 1 }) }
+        if passed.unwrap_or(true) { Ok(()) } else { Err(Failure { message: otherwise.to_owned(), code: 1 }) }
     }
 }

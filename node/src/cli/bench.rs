@@ -28,10 +28,10 @@ pub struct BenchArgs {
     #[command(flatten)]
     local: Local,
     /// Tokens of the prompt.
-    #[arg(long, value_name = "N", default_value_t = 512)]
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = tokens)]
     prompt: usize,
     /// Tokens decoded one after another.
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = tokens)]
     r#gen: usize,
     /// Also decode this many sequences at once, each after a prompt of 64 tokens; at most 1024.
     #[arg(long, value_name = "N", value_parser = concurrent)]
@@ -172,6 +172,10 @@ struct Measured {
     llama_cpp: Option<Rates>,
     tiers: Option<Tiers>,
     device: Option<Above>,
+}
+
+fn tokens(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|tokens| *tokens > 0).ok_or_else(|| "write a number of tokens, at least 1".to_owned())
 }
 
 fn concurrent(text: &str) -> Result<usize, String> {

@@ -136,6 +136,10 @@ impl Inspection {
         });
         let header = ["trunk, cache and buffers", "experts at q4", "at q8", "exact"];
         writeln!(out, "{}", print::table(&header, 1, rows))?;
+        let least = budget.fits.iter().map(|fit| fit.fixed_bytes).min().filter(|least| *least > budget.memory_bytes);
+        if let Some(least) = least {
+            writeln!(out, "nothing fits: trunk, cache and buffers alone take {} at least", Size(least))?;
+        }
         Ok(())
     }
 }
@@ -145,7 +149,7 @@ impl Inspection {
 pub struct Slice {
     /// The checkpoint directory.
     dir: PathBuf,
-    /// The directory to write; must not be a model yet.
+    /// The directory to write; must not be another model. One that holds these slices already is mended.
     out: PathBuf,
 }
 

@@ -66,7 +66,7 @@ enum Command {
         #[command(flatten)]
         output: Output,
     },
-    /// Hand over this node's experts, then leave the mesh.
+    /// Hand over this node's experts, then leave the mesh. Answers that are being written here may go on for a minute.
     Leave {
         #[command(flatten)]
         data: DataArgs,
@@ -113,7 +113,7 @@ enum Model {
         dir: PathBuf,
         #[command(flatten)]
         data: DataArgs,
-        /// Name for requests [default: the directory's name].
+        /// Name for requests, any text of up to 128 bytes [default: the directory's name].
         #[arg(long)]
         name: Option<String>,
         #[command(flatten)]
@@ -135,7 +135,7 @@ enum Model {
     },
     /// What is in a model directory, in bytes per slice, and what of it fits a node.
     Inspect(folders::Inspect),
-    /// Make slices of a checkpoint directory, at 4 and 8 bits a weight. Goes on where it was stopped.
+    /// Make slices of a checkpoint directory, at 4 and 8 bits a weight. Goes on where it was stopped, and mends what is damaged.
     Slice(folders::Slice),
     /// Make a checkpoint of random weights, for measuring.
     Synth(folders::Synth),

@@ -52,6 +52,9 @@ pub fn status(status: &Status) -> Result<(), Failure> {
         status.replicas_min
     )?;
     writeln!(std::io::stdout(), "this node {} ({}), {}", status.name, status.api, status.readiness)?;
+    if let Some(importing) = &status.importing {
+        writeln!(std::io::stdout(), "import    {importing}")?;
+    }
     if let Some(problem) = &status.readiness.problem {
         writeln!(std::io::stdout(), "problem   {problem}")?;
     }

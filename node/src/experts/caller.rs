@@ -218,7 +218,7 @@ impl Calling {
                     // Its placement is another than ours, for a moment: what else it holds it goes on computing.
                     Err(Fault::Absent(experts)) => {
                         debug!(host = %part.host, layer, ?experts, "an expert is no longer there; asking a replica");
-                        reasons.push((part.host, "no longer holds it".into()));
+                        note(&mut reasons, part.host, "no longer holds it".into());
                         denied.extend(experts.into_iter().map(|expert| (part.host, expert)));
                         left.extend(part.pairs);
                     }
@@ -227,7 +227,7 @@ impl Calling {
                         self.shared.metrics.expert_calls_failed.inc();
                         lock(&self.hosts).failed(part.host, Instant::now());
                         failed.insert(part.host);
-                        reasons.push((part.host, why));
+                        note(&mut reasons, part.host, why);
                         left.extend(part.pairs);
                     }
                 }
@@ -319,6 +319,14 @@ impl Calling {
             }
             (ReplyHeader::Refused(reason), _) => Err(Fault::Host(format!("refused: {reason}"))),
         }
+    }
+}
+
+/// Notes why a host failed, once: it may be asked again, and fail alike.
+fn note(reasons: &mut Vec<(NodeId, String)>, host: NodeId, why: String) {
+    let reason = (host, why);
+    if !reasons.contains(&reason) {
+        reasons.push(reason);
     }
 }
 

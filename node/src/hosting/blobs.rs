@@ -7,6 +7,7 @@
 use coel_model::bytes::WeightBytes;
 use coel_model::parts::PartKind;
 use coel_model::slices::blob::PartBlobs;
+use coel_model::tiers::buffer::Buffer;
 use coel_store::{BlobEntry, BlobError, Blobs, ExpertId, ModelId, PartEntry, Precision, Slice, Slices, State};
 use tracing::{debug, info, warn};
 
@@ -53,8 +54,9 @@ impl<'a> Wanted<'a> {
 impl Hosting {
     /// The part's blobs, verified.
     pub(super) async fn get(&self, wanted: &Wanted<'_>, state: &State, model: ModelId) -> Result<PartBlobs, Setback> {
-        let mut read =
-            self.checked(wanted, state, model, Blobs::read_verified).await?.into_iter().map(WeightBytes::from);
+        // Not on the heap: what is dropped later, by another thread, has to go back to the system for --memory to be hard.
+        let read = |blobs: &Blobs, entry: &BlobEntry| blobs.read_verified_into(entry, Buffer::new);
+        let mut read = self.checked(wanted, state, model, read).await?.into_iter().map(WeightBytes::from);
         let why = || Setback::Load { what: wanted.what.clone(), why: "it has no blobs".into() };
         Ok(PartBlobs { main: read.next().ok_or_else(why)?, refine: read.next() })
     }
@@ -115,8 +117,8 @@ impl Hosting {
     }
 
     async fn has(&self, entry: &BlobEntry) -> bool {
-        let (blobs, id) = (self.shared.blobs.clone(), entry.id);
-        run_blocking(move || blobs.has(&id)).await
+        let (fetcher, entry) = (self.shared.fetcher.clone(), entry.clone());
+        run_blocking(move || fetcher.has(&entry)).await
     }
 
     async fn fetch(

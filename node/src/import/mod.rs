@@ -20,11 +20,13 @@ use coel_model::slices::blob::PartBlobs;
 use coel_model::survey::{self, Source, Survey, SurveyError, survey};
 use coel_model::tensors::{LoadError, Tensors};
 use coel_model::text::TextModel;
+use coel_model::tiers::buffer::Buffer;
 use coel_store::manifest::FORMAT;
 use coel_store::{BlobId, Command, FileEntry, Loss, Manifest, Model, ModelId, Outcome, PartEntry};
+use tokio::sync::MutexGuard;
 use tracing::{info, instrument, warn};
 
-use crate::hosting::check_budget;
+use crate::hosting::{check_budget, trim_heap};
 use crate::ids;
 use crate::library::{Known, run_blocking};
 use crate::mesh::PROPOSE_DEADLINE;
@@ -32,6 +34,7 @@ use crate::placement::Popularity;
 use crate::policies::Measured;
 use crate::service::ModelInfo;
 use crate::shared::Shared;
+use crate::status::Importing;
 use cut::{Cut, CutError};
 
 /// A step of the import, for progress: what is counted, how many are done, of how many.
@@ -51,9 +54,18 @@ pub async fn import(
     let dir = std::fs::canonicalize(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
     let folder = dir.file_name().map(|folder| folder.to_string_lossy().into_owned());
     let called = name.clone().or(folder).filter(|name| !name.is_empty()).ok_or("give the model a --name")?;
-    let _importing =
-        shared.importing.try_lock().map_err(|_| "this node imports another model; wait until it is done")?;
+    let _importing = turn(shared, &dir, &mut progress).await?;
+    let _told = Told::begin(shared, &dir);
     let served = served(shared).await;
+    let importing = shared.clone();
+    let mut progress = move |what: &str, done, total| {
+        importing.import.send_if_modified(|import| {
+            let Some(import) = import else { return false };
+            (import.what, import.done, import.total) = (what.to_owned(), done, total);
+            true
+        });
+        progress(what, done, total);
+    };
     let importing = shared.clone();
     let (known, found) = run_blocking(move || {
         let checkpoint = Checkpoint::open(&dir).map_err(|error| error.to_string())?;
@@ -66,6 +78,7 @@ pub async fn import(
         Ok::<_, String>((known, model))
     })
     .await?;
+    run_blocking(trim_heap).await;
     let (id, model) = (known.id, Model { name: name.unwrap_or(found.name.clone()), ..found });
     let name = model.name.clone();
     check_budget(&known, &name, &shared.config)?;
@@ -84,6 +97,48 @@ pub async fn import(
             Ok(ModelInfo { id: id.to_string(), name })
         }
         Err(error) => Err(format!("the model could not be registered: {error}")),
+    }
+}
+
+/// Waits for an import of the same directory that runs already, showing how far it is: what it has done is found then.
+///
+/// # Errors
+/// Another directory's import runs.
+async fn turn<'a>(
+    shared: &'a Shared,
+    dir: &Path,
+    progress: &mut impl FnMut(&str, u64, u64),
+) -> Result<MutexGuard<'a, ()>, String> {
+    let mut running = shared.import.subscribe();
+    loop {
+        match running.borrow_and_update().as_ref() {
+            Some(other) if other.dir != dir => {
+                return Err(format!("this node imports another model ({other}); wait until it is done"));
+            }
+            Some(same) => progress(&same.what, same.done, same.total),
+            None => {}
+        }
+        tokio::select! {
+            turn = shared.importing.lock() => return Ok(turn),
+            changed = running.changed() => changed.map_err(|error| error.to_string())?,
+        }
+    }
+}
+
+/// The import that runs, for everybody to see while it does.
+struct Told<'a>(&'a Shared);
+
+impl<'a> Told<'a> {
+    fn begin(shared: &'a Shared, dir: &Path) -> Self {
+        let (dir, what) = (dir.to_owned(), "reading the checkpoint's headers".to_owned());
+        shared.import.send_replace(Some(Importing { dir, what, done: 0, total: 0 }));
+        Self(shared)
+    }
+}
+
+impl Drop for Told<'_> {
+    fn drop(&mut self) {
+        self.0.import.send_replace(None);
     }
 }
 
@@ -206,8 +261,8 @@ impl Source for Experts<'_> {
             return Ok(None);
         };
         let file = || format!("{precision} of {id}");
-        let read = |entry| match self.shared.blobs.read_verified(entry) {
-            Ok(bytes) => Ok(WeightBytes::from(bytes)),
+        let read = |entry| match self.shared.blobs.read_verified_into(entry, Buffer::new) {
+            Ok(buffer) => Ok(WeightBytes::from(buffer)),
             Err(error) => Err(LoadError::Io { file: file(), source: std::io::Error::other(error) }),
         };
         let mut blobs = entries.into_iter().map(|(_, entry)| read(entry)).collect::<Result<Vec<_>, _>>()?.into_iter();

@@ -11,7 +11,8 @@
 //! Invariants, checked by the tests over random meshes:
 //! - a node never gets more expert bytes than its memory leaves, or its disk if that is more, nor a precision that it does not
 //!   accept; and none gets more than its memory leaves where all could do without;
-//! - nothing that is placed and still fits is moved (a move is a download), unless that makes answers more exact;
+//! - nothing that is placed and still fits is moved (a move is a download), unless that makes answers more exact by a share that is
+//!   worth it; so it matters little in which order nodes came;
 //! - every expert is held once before any is held twice, and hot ones are held twice before cold ones;
 //! - no expert is taken from the only live node that has it before another one is ready ([`within_reach`]);
 //! - who holds what being equal, a larger budget never gives a worse plan;

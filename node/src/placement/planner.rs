@@ -4,7 +4,7 @@
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
-use coel_store::{Bounds, ExpertId, Precision};
+use coel_store::{Bounds, ExpertId, NodeId, Precision, Replica};
 
 use super::paging::paged;
 use super::raise::{raise, relieve};
@@ -13,6 +13,12 @@ use super::{Candidate, Current, Experts, Harm, Plan};
 
 /// How many replicas an expert gets where there is room: one to serve, one to outlive a death.
 const REPLICAS_WANTED: usize = 2;
+/// How much less room by share of its budget a node may have than the emptiest one and keep what it holds, in millionths.
+const LAG_MAX: u64 = 30_000;
+/// What moving experts for the sake of balance must save of a plan's harm, as a share.
+const GAIN_MIN: f64 = 0.02;
+/// Times that a plan is taken for what is held, to see whether moving more is worth it again.
+const MOVES_MAX: usize = 4;
 /// Times that nodes with room may take over from others before the plan is taken as it is. Each makes it better; one or two do.
 const RELIEFS_MAX: usize = 8;
 
@@ -46,6 +52,16 @@ pub fn plan(
     current: &Current,
     harm: &Harm,
 ) -> Result<Plan, Box<Shortfall>> {
+    plan_again(experts, candidates, current, harm, MOVES_MAX)
+}
+
+fn plan_again(
+    experts: &Experts,
+    candidates: &[Candidate],
+    current: &Current,
+    harm: &Harm,
+    moves: usize,
+) -> Result<Plan, Box<Shortfall>> {
     let planner =
         Planner { experts, candidates, current, harm, ranked: harm.popularity().ranked(experts.keys().copied()) };
     if let Some(exact) = planner.exact() {
@@ -71,20 +87,25 @@ pub fn plan(
         return Ok(table.into_plan());
     }
     // Else a cold expert's second replica is worth less than the bits it takes.
-    let (mut table, _) = planner.mixed(&hot, |expert| if hot.contains(&expert) { REPLICAS_WANTED } else { 1 });
-    for _ in 0..RELIEFS_MAX {
-        table.lower_all();
-        raise(&mut table, harm);
-        if !relieve(&mut table, harm) {
-            break;
-        }
+    let kept = |expert| if hot.contains(&expert) { REPLICAS_WANTED } else { 1 };
+    let stay = planner.refine(planner.mixed(&hot, kept).0);
+    // What everybody has to hold anyway, shared out by the budgets, leaves each node room for what it holds badly: a node that came
+    // late has a share of that too.
+    let levelled = planner.levelled(&hot, kept).or_else(|| planner.levelled(&hot, |_| 1));
+    let moved = levelled.map(|table| planner.refine(table));
+    match moved.filter(|moved| harm.of_plan(moved) < harm.of_plan(&stay) * (1.0 - GAIN_MIN)) {
+        None => Ok(stay),
+        // As it will be when everything has arrived: what is planned is to stay so then.
+        Some(moved) if moves > 0 => plan_again(experts, candidates, &held_as(&moved), harm, moves - 1),
+        Some(moved) => Ok(moved),
     }
-    table.lower_all();
-    raise(&mut table, harm);
-    if table.is_saturated() {
-        planner.fill(&mut table);
-    }
-    Ok(table.into_plan())
+}
+
+/// The replicas of a plan, all there.
+fn held_as(plan: &Plan) -> Current {
+    let replica = |precision| Replica { precision, ready: Some(precision) };
+    let each = plan.replicas.iter();
+    each.map(|(&expert, nodes)| (expert, nodes.iter().map(|(&node, &p)| (node, replica(p))).collect())).collect()
 }
 
 struct Planner<'a> {
@@ -126,19 +147,72 @@ impl<'a> Planner<'a> {
         self.experts.values().filter_map(|choices| choices.bytes(Precision::Q8)).max().unwrap_or(0)
     }
 
-    /// Everything at the least that is accepted, the hot ones twice, of what is held already as many as are `kept`; and what
-    /// nobody has room for.
-    fn mixed(&self, hot: &BTreeSet<ExpertId>, kept: impl Fn(ExpertId) -> usize) -> (Table<'a>, Vec<ExpertId>) {
+    /// Nobody holds anything, and each keeps room for an exchange.
+    fn empty(&self) -> Table<'a> {
         let exchange_bytes = self.exchange_bytes();
         let less = |c: &Candidate| c.expert_bytes_max.saturating_sub(exchange_bytes);
         let candidates = self.candidates.iter().map(|c| Candidate { expert_bytes_max: less(c), ..c.clone() });
-        let mut table = Table::new(self.experts, &candidates.collect::<Vec<_>>(), self.current);
+        Table::new(self.experts, &candidates.collect::<Vec<_>>(), self.current)
+    }
+
+    /// Everything at the least that is accepted, the hot ones twice, of what is held already as many as are `kept`; and what
+    /// nobody has room for.
+    fn mixed(&self, hot: &BTreeSet<ExpertId>, kept: impl Fn(ExpertId) -> usize) -> (Table<'a>, Vec<ExpertId>) {
+        let mut table = self.empty();
         self.keep(&mut table, kept);
         let missing = self.cover(&mut table);
         if missing.is_empty() {
             self.second(&mut table, |expert| hot.contains(&expert));
         }
         (table, missing)
+    }
+
+    /// The same with budgets used alike: an expert stays only where its node is not far behind in room. One after the other, so that
+    /// what stays and what goes are alike popular; and of a plan that was levelled everything stays. `None` if that leaves something
+    /// without a place.
+    fn levelled(&self, hot: &BTreeSet<ExpertId>, kept: impl Fn(ExpertId) -> usize) -> Option<Table<'a>> {
+        let mut table = self.empty();
+        for &expert in &self.by_weight() {
+            for _ in 0..kept(expert) {
+                let emptiest = table.emptiest(table.nodes().filter(|&node| table.may_hold_floor(expert, node)));
+                let Some(emptiest) = emptiest else { break };
+                let level = |node: &NodeId| table.room_share(emptiest) - table.room_share(*node) <= LAG_MAX;
+                let node = self.holder(&table, expert).filter(level).unwrap_or(emptiest);
+                table.put_floor(expert, node);
+            }
+            if table.count(expert) == 0 {
+                return None;
+            }
+        }
+        self.second(&mut table, |expert| hot.contains(&expert));
+        Some(table)
+    }
+
+    /// The table with its room spent on precision, first by moving what is held badly to where there is room.
+    fn refine(&self, mut table: Table<'_>) -> Plan {
+        for _ in 0..RELIEFS_MAX {
+            table.lower_all();
+            raise(&mut table, self.harm);
+            if !relieve(&mut table, self.harm) {
+                break;
+            }
+        }
+        table.lower_all();
+        raise(&mut table, self.harm);
+        if table.is_saturated() {
+            self.fill(&mut table);
+        }
+        table.into_plan()
+    }
+
+    /// The emptiest of those that hold the expert now and may go on, one that serves it rather than one that is to get it.
+    fn holder(&self, table: &Table<'_>, expert: ExpertId) -> Option<NodeId> {
+        let holders = self.current.get(&expert).into_iter().flatten();
+        let (ready, coming): (Vec<_>, Vec<_>) = holders
+            .filter(|&(&node, _)| table.may_hold_floor(expert, node))
+            .partition(|(_, replica)| replica.ready.is_some());
+        let nodes = if ready.is_empty() { coming } else { ready };
+        table.emptiest(nodes.into_iter().map(|(&node, _)| node))
     }
 
     /// What is held stays: what has one holder first, then the hot ones, in case a budget shrank.
@@ -151,12 +225,7 @@ impl<'a> Planner<'a> {
                 if table.count(expert) > round || round >= kept(expert) {
                     continue;
                 }
-                let holders = self.current.get(&expert).into_iter().flatten();
-                let (ready, coming): (Vec<_>, Vec<_>) = holders
-                    .filter(|&(&node, _)| table.may_hold_floor(expert, node))
-                    .partition(|(_, replica)| replica.ready.is_some());
-                let nodes = if ready.is_empty() { coming } else { ready };
-                if let Some(node) = table.emptiest(nodes.into_iter().map(|(&node, _)| node)) {
+                if let Some(node) = self.holder(table, expert) {
                     table.put_floor(expert, node);
                 }
             }
@@ -165,9 +234,17 @@ impl<'a> Planner<'a> {
 
     /// One replica of each, the heaviest first so that the last gaps are filled by the lightest.
     fn cover(&self, table: &mut Table<'_>) -> Vec<ExpertId> {
-        let mut by_weight: Vec<_> = self.ranked.iter().copied().filter(|&expert| table.count(expert) == 0).collect();
+        let mut missing = self.by_weight();
+        missing.retain(|&expert| {
+            table.count(expert) == 0 && !place(table, expert) && !evict_spare_for(table, expert, &self.ranked)
+        });
+        missing
+    }
+
+    /// The heaviest first, and of equals the most popular.
+    fn by_weight(&self) -> Vec<ExpertId> {
+        let mut by_weight = self.ranked.clone();
         by_weight.sort_by_key(|expert| Reverse(self.experts[expert].bytes(Precision::Bf16)));
-        by_weight.retain(|&expert| !place(table, expert) && !evict_spare_for(table, expert, &self.ranked));
         by_weight
     }
 

@@ -168,10 +168,13 @@ impl<'a> Table<'a> {
 
     /// Of `nodes`, the one with the most room by share of its budget; the first of equals.
     pub fn emptiest(&self, nodes: impl Iterator<Item = NodeId>) -> Option<NodeId> {
-        nodes.max_by_key(|&node| {
-            let budget = self.candidates[&node].expert_bytes_max.max(1);
-            (u128::from(self.room(node)) * 1_000_000 / u128::from(budget), Reverse(node))
-        })
+        nodes.max_by_key(|&node| (self.room_share(node), Reverse(node)))
+    }
+
+    /// The node's room in millionths of its budget.
+    pub fn room_share(&self, node: NodeId) -> u64 {
+        let budget = self.candidates.get(&node).map_or(1, |candidate| candidate.expert_bytes_max.max(1));
+        (u128::from(self.room(node)) * 1_000_000 / u128::from(budget)) as u64
     }
 
     /// Whether `node` is the only one that keeps the expert from before: everybody else would have to fetch it first.

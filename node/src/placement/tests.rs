@@ -275,6 +275,25 @@ fn a_node_with_room_takes_over_what_others_hold_badly() {
     assert_eq!(again, joined, "and then it stays so");
 }
 
+#[test]
+fn it_matters_little_in_which_order_nodes_come() {
+    let (experts, harm) = (experts(6, 24), rising(6, 24));
+    // Room for 0.55 of the experts as they are on the first, 0.5 on the second; then in other proportions, and a third.
+    for budgets in [&[80, 72][..], &[72, 80], &[60, 30], &[50, 90], &[60, 40, 30]] {
+        let nodes = mesh(budgets);
+        let at_once = harm.of_plan(&plan(&experts, &nodes, &Current::new(), &harm).unwrap());
+        let mut current = Current::new();
+        for count in 1..=nodes.len() {
+            let arrived = plan(&experts, &nodes[..count], &current, &harm).unwrap();
+            let again = plan(&experts, &nodes[..count], &replicas_of(&arrived, true), &harm).unwrap();
+            assert_eq!(again, arrived, "{budgets:?}: and there it stays");
+            current = replicas_of(&arrived, true);
+            let harm = harm.of_plan(&arrived);
+            assert!(count < nodes.len() || harm <= at_once * 1.1, "{budgets:?}: {harm} and not {at_once}");
+        }
+    }
+}
+
 /// Popularity falls steeply; what is popular is robust, as shared habits are, and a few rare experts are not.
 fn skewed() -> (Experts, Harm, Harm) {
     let experts = experts(1, 32);

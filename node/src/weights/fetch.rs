@@ -38,7 +38,7 @@ pub enum FetchError {
     #[error("{what} could not be fetched: {}", list_tried(.tried))]
     NoSource { what: String, tried: Vec<(String, Fault)> },
     /// It lay here, damaged, and nobody could give a good copy.
-    #[error("{what} on this node's disk is unusable ({fault}) and no peer could replace it: {}", list_tried(.tried))]
+    #[error("{what} on this node's disk cannot be used ({fault}), and no peer could replace it: {}", list_tried(.tried))]
     Lost { what: String, fault: String, tried: Vec<(String, Fault)> },
     /// It could not be kept, or not be read.
     #[error("{what} could not be stored: {source}")]
@@ -110,7 +110,7 @@ impl Fetcher {
     }
 
     /// What `read` makes of the blob as it lies here; `None` if it does not, or is damaged: then it is removed, to make room for a
-    /// good one.
+    /// good one. What lies in a checkpoint stays in the index: the checkpoint may come back.
     ///
     /// # Errors
     /// [`FetchError::Store`].
@@ -129,6 +129,11 @@ impl Fetcher {
         match run_blocking(move || read(&blobs, &owned)).await {
             Ok(found) => Ok(Some(found)),
             Err(fault) if !fault.is_damage() => Err(store(fault)),
+            Err(fault) if fault.is_astray() => {
+                warn!(what, %fault, "asking peers");
+                self.damaged().insert(entry.id, fault.to_string());
+                Ok(None)
+            }
             Err(fault) => {
                 warn!(what, %fault, "a stored blob is damaged; it is replaced");
                 self.damaged().insert(entry.id, fault.to_string());
@@ -151,6 +156,21 @@ impl Fetcher {
             }
             Err(FetchError::NoSource { tried, .. }) => Err(self.lost(what, entry, tried)),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the blob lies here, as far as is known of it. What lies in a checkpoint and was found changed is read again, to see
+    /// whether it is what it was by now. Reads files: not from async threads.
+    pub fn has(&self, entry: &BlobEntry) -> bool {
+        match self.blobs.lies_in(entry) {
+            Ok(_) if !self.damaged().contains_key(&entry.id) => true,
+            Ok(_) => self.blobs.verify(entry).is_ok() && self.mended(entry),
+            Err(fault) => {
+                if fault.is_astray() {
+                    self.damaged().insert(entry.id, fault.to_string());
+                }
+                false
+            }
         }
     }
 

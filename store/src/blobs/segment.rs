@@ -53,6 +53,28 @@ pub(super) enum Keep {
     Reference(Vec<Segment>),
 }
 
+impl Keep {
+    /// What a fault of the files means: of a checkpoint's, that the checkpoint has changed.
+    pub fn fault(&self) -> impl Fn(BlobError) -> BlobError + use<> {
+        let own = matches!(self, Self::File);
+        move |error| match error {
+            error if own => error,
+            BlobError::Truncated { id, path, found: 0, .. } if !path.exists() => {
+                BlobError::Astray { id, what: format!("{} is not there", path.display()) }
+            }
+            BlobError::Truncated { id, path, needed, found } => BlobError::Astray {
+                id,
+                what: format!("{} has {found} bytes where {needed} are needed", path.display()),
+            },
+            BlobError::Corrupt { id, place, .. } => {
+                let place = place.strip_prefix("the index and ").unwrap_or(&place);
+                BlobError::Astray { id, what: format!("{place} has other bytes than those that were imported") }
+            }
+            error => error,
+        }
+    }
+}
+
 /// What the index says about a blob.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Record {

@@ -192,11 +192,37 @@ fn a_checkpoint_is_referenced_in_place() {
     // The checkpoint changes under the reference.
     overwrite(&checkpoint, 2_000_000, &[file[2_000_000] ^ 0x80]);
     let error = blobs.read_verified(&entry).unwrap_err();
-    assert!(matches!(error, BlobError::Corrupt { chunk: 1, .. }), "{error}");
-    assert!(error.to_string().contains("model.safetensors"), "{error}");
+    assert!(error.is_astray() && error.is_damage(), "{error}");
+    assert!(error.to_string().contains("model.safetensors has other bytes"), "{error}");
+    // It is gone, and comes back.
     fs::remove_file(&checkpoint).unwrap();
     assert!(!blobs.has(&entry.id));
-    assert!(blobs.read_verified(&entry).unwrap_err().is_damage());
+    let error = blobs.read_verified(&entry).unwrap_err().to_string();
+    assert!(error.contains("model.safetensors is not there") && error.contains("coel model import"), "{error}");
+    fs::write(&checkpoint, &file).unwrap();
+    blobs.verify(&entry).unwrap();
+
+    // A good copy may be fetched while the checkpoint is no good, and then takes its place.
+    fs::write(&checkpoint, &file[..2_500_000]).unwrap();
+    let mut partial = blobs.receive(&entry).unwrap();
+    for chunk in partial.missing() {
+        partial.write(chunk, piece(&whole, chunk)).unwrap();
+    }
+    partial.finish().unwrap();
+    assert_eq!(blobs.read_verified(&entry).unwrap(), whole);
+}
+
+#[test]
+fn a_blob_is_read_into_the_memory_it_is_given() {
+    let (_dir, blobs) = fresh();
+    for whole in [content(2 * CHUNK_BYTES + 9), content(5), content(CHUNK_BYTES), Vec::new()] {
+        let entry = blobs.put(&whole).unwrap();
+        let read = blobs.read_verified_into(&entry, |bytes| Ok(vec![7; bytes + 3])).unwrap();
+        assert_eq!((&read[..whole.len()], &read[whole.len()..]), (&whole[..], &[7, 7, 7][..]));
+        blobs.verify(&entry).unwrap();
+        let refused = blobs.read_verified_into(&entry, |_| Err::<Vec<u8>, _>(std::io::ErrorKind::OutOfMemory.into()));
+        assert!(matches!(refused, Err(BlobError::Io { .. })));
+    }
 }
 
 #[test]
