@@ -34,7 +34,7 @@ pub struct Draft {
 struct Hashed {
     blobs: Blobs,
     file: File,
-    hasher: BlobHasher,
+    hasher: Box<BlobHasher>,
     /// It is given up: what is still buffered goes nowhere.
     closed: bool,
 }
@@ -129,7 +129,7 @@ impl Blobs {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let path = self.0.partial.join(format!("{PREFIX}{}", NEXT.fetch_add(1, Ordering::Relaxed)));
         let file = File::options().write(true).create(true).truncate(true).open(&path).map_err(io(&path))?;
-        let hashed = Hashed { blobs: self.clone(), file, hasher: BlobHasher::new(), closed: false };
+        let hashed = Hashed { blobs: self.clone(), file, hasher: Box::default(), closed: false };
         Ok(Draft { file: BufWriter::with_capacity(BUFFER_BYTES, hashed), path })
     }
 
