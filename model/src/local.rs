@@ -37,19 +37,20 @@ pub enum LocalError {
     Engine(#[from] EngineError),
     #[error(transparent)]
     Sequence(#[from] SequenceError),
-    #[error("{short}; give more (--memory){less}")]
-    TooSmall {
-        short: TooSmall,
-        /// What else would do, in words.
-        less: &'static str,
-    },
+    #[error(transparent)]
+    TooSmall(#[from] TooSmall),
     #[error("a KV cache of {tokens} tokens takes {bytes} bytes, and this machine has {machine}; ask for fewer tokens")]
     Pool { tokens: usize, bytes: u64, machine: u64 },
     #[error(
-        "{budget} bytes of memory do not hold the whole model while it is sliced, which takes {least}, and weights of a checkpoint \
-         can be read from disk by turns only as they are there; slice it first (coel model slice), or compute with --precision exact"
+        "not all experts fit into {budget} bytes of memory, and those of a checkpoint can be read from disk only as they \
+         are there; slice it first (coel model slice), or compute with --precision exact"
     )]
-    NotSliced { budget: u64, least: u64 },
+    NotSliced { budget: u64 },
+    #[error(
+        "{budget} bytes of memory are too few to slice this checkpoint on the way, which takes {least}, and what is made on the way cannot \
+         stay on disk; give more (--memory), slice it first (coel model slice), or compute with --precision exact"
+    )]
+    Slicing { budget: u64, least: u64 },
 }
 
 /// A whole model on this machine.
@@ -107,22 +108,20 @@ impl LocalModel {
         let config = folder.config().clone();
         let text = TextModel::from_paths(&config, folder.files())?;
         let process = resident_bytes();
-        let kv_tokens = options.kv_tokens.unwrap_or(config.max_position_embeddings);
-        check_pool(&config, kv_tokens)?;
         if let Some(budget) = options.memory {
-            check_slicing(&folder, process, options, kv_tokens, budget)?;
+            check_slicing(&folder, process, options, budget)?;
         }
         let trunk = folder.trunk(options.trunk)?;
-        let mut engine_options =
-            EngineOptions { kv_tokens, threads: options.threads, foresee: options.foresee, ..EngineOptions::default() };
+        let mut engine_options = EngineOptions {
+            kv_tokens: options.kv_tokens.unwrap_or(config.max_position_embeddings),
+            threads: options.threads,
+            foresee: options.foresee,
+            ..EngineOptions::default()
+        };
+        check_pool(&config, engine_options.kv_tokens)?;
         let fit = match options.memory {
             None => Fit::All,
-            Some(budget) => {
-                let table = trunk.get(layout::EMBED).filter(|table| table.bytes.is_mapped());
-                let embedding = table.filter(|_| !config.tie_word_embeddings).map_or(0, |table| table.data_bytes());
-                let needs = needs(&folder, process, trunk.data_bytes(), options.experts, kv_tokens);
-                Needs { embedding, ..needs }.fit(budget).map_err(|short| too_small(short, options))?
-            }
+            Some(budget) => needs(&folder, &trunk, process, options.experts, engine_options.kv_tokens).fit(budget)?,
         };
         if let Fit::Tiers { experts, .. } = fit {
             engine_options.tier_bytes = experts;
@@ -145,8 +144,9 @@ impl LocalModel {
                     false => block_on(engine.load_trunk_tensors(trunk))?,
                 }
                 for id in layout::experts(&config) {
+                    let budget = options.memory.unwrap_or_default();
                     let tensors = folder.expert_on_disk(id, options.experts)?;
-                    let tensors = tensors.expect("what is sliced on the way was seen to fit");
+                    let tensors = tensors.ok_or(LocalError::NotSliced { budget })?;
                     block_on(engine.shelve_expert_tensors(id, tensors))?;
                 }
             }
@@ -175,59 +175,39 @@ fn machine_bytes() -> u64 {
 }
 
 /// Refuses what would not fit when a checkpoint is sliced on the way, before anything of it is read. Slices that are made so are
-/// nowhere on disk, so they must all have room, and with them the matrix that is being sliced.
-fn check_slicing(
-    folder: &ModelFolder,
-    process: u64,
-    options: &LocalOptions,
-    kv_tokens: usize,
-    budget: u64,
-) -> Result<(), LocalError> {
-    let slices = |precision: Precision| precision != Precision::Exact;
-    if !matches!(folder, ModelFolder::Checkpoint(_)) || !(slices(options.trunk) || slices(options.experts)) {
-        return Ok(());
-    }
+/// nowhere on disk, so they must all have room, and with them the weights that are being sliced.
+fn check_slicing(folder: &ModelFolder, process: u64, options: &LocalOptions, budget: u64) -> Result<(), LocalError> {
+    let are_made = |precision: Precision| precision != Precision::Exact && matches!(folder, ModelFolder::Checkpoint(_));
     let (config, inventory) = (folder.config(), Inventory::of(folder));
-    let largest = |specs: Vec<layout::TensorSpec>| {
-        let elements = specs.iter().map(|spec| spec.shape.iter().map(|side| *side as u64).product::<u64>());
-        elements.max().unwrap_or(0) * config.dtype.size() as u64
-    };
+    let kv_tokens = options.kv_tokens.unwrap_or(config.max_position_embeddings);
+    check_pool(config, kv_tokens)?;
     // What cannot be sliced is refused, by its name, when it is.
     let trunk = inventory.trunk.at(options.trunk).unwrap_or_default();
-    let whole = needs(folder, process, trunk, options.experts, kv_tokens);
-    let least = if slices(options.trunk) { process + trunk + largest(layout::trunk(config)) } else { 0 };
-    if slices(options.experts) {
-        let reading = inventory.expert.exact;
-        let all = whole.process + whole.trunk + whole.kv + whole.buffers + whole.experts + reading;
-        if all.max(least) <= budget {
-            return Ok(());
-        }
-        whole.fit(budget).map_err(|short| too_small(short, options))?;
-        return Err(LocalError::NotSliced { budget, least: all.max(least) });
+    let mut least = 0;
+    if are_made(options.trunk) {
+        let elements = |spec: &layout::TensorSpec| spec.shape.iter().map(|side| *side as u64).product::<u64>();
+        let largest = layout::trunk(config).iter().map(elements).max().unwrap_or(0) * config.dtype.size() as u64;
+        least = process + trunk + largest;
     }
-    if least > budget {
-        return Err(LocalError::NotSliced { budget, least });
+    if are_made(options.experts) {
+        let whole = Needs { trunk, ..needs(folder, &Tensors::default(), process, options.experts, kv_tokens) };
+        whole.fit(budget)?;
+        least =
+            least.max(whole.process + whole.trunk + whole.kv + whole.buffers + whole.experts + inventory.expert.exact);
     }
-    Ok(())
+    if least > budget { Err(LocalError::Slicing { budget, least }) } else { Ok(()) }
 }
 
-fn too_small(short: TooSmall, options: &LocalOptions) -> LocalError {
-    let lowest = [options.trunk, options.experts] == [Precision::Q4; 2];
-    LocalError::TooSmall {
-        short,
-        less: if lowest { "" } else { ", or hold the weights less exactly (--precision q4)" },
-    }
-}
-
-/// What the model takes, its trunk so many bytes, none of which stay on disk.
-fn needs(folder: &ModelFolder, process: u64, trunk: u64, experts: Precision, kv_tokens: usize) -> Needs {
+/// What the model takes, where `trunk` is loaded.
+fn needs(folder: &ModelFolder, trunk: &Tensors, process: u64, experts: Precision, kv_tokens: usize) -> Needs {
     let (config, inventory): (&ModelConfig, _) = (folder.config(), Inventory::of(folder));
+    let table = trunk.get(layout::EMBED).filter(|table| table.bytes.is_mapped() && !config.tie_word_embeddings);
     // An expert is read in whole pages, and may lie in three places.
     let whole_pages = |bytes: u64| bytes + 3 * 2 * PAGE as u64;
     Needs {
         process,
-        trunk,
-        embedding: 0,
+        trunk: trunk.data_bytes(),
+        embedding: table.map_or(0, |table| table.data_bytes()),
         kv: inventory.kv_bytes_per_token * kv_tokens.next_multiple_of(PAGE_TOKENS) as u64,
         buffers: inventory.buffer_bytes,
         // What cannot be held like that is refused when it is loaded.
@@ -264,20 +244,18 @@ mod tests {
     #[test]
     fn what_is_sliced_on_the_way_is_refused_before_it_is_read() {
         let folder = ModelFolder::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixture")).unwrap();
-        let options = |trunk, experts| LocalOptions { trunk, experts, ..LocalOptions::default() };
-        let check = |options: &LocalOptions, budget| check_slicing(&folder, 1000, options, 512, budget);
+        let options = |trunk, experts| LocalOptions { trunk, experts, kv_tokens: Some(512), ..LocalOptions::default() };
+        let check = |options: &LocalOptions, budget| check_slicing(&folder, 1000, options, budget);
         let q4 = options(Precision::Q4, Precision::Q4);
         let short = check(&q4, 1).unwrap_err();
-        let LocalError::TooSmall { short: TooSmall { least, .. }, .. } = short else { panic!("{short}") };
+        let LocalError::TooSmall(TooSmall { least, .. }) = short else { panic!("{short}") };
         let message = short.to_string();
-        assert!(message.contains("--memory") && !message.contains("precision") && !message.contains("context"));
-        let q8 = options(Precision::Q8, Precision::Q8);
-        assert!(check(&q8, 1).unwrap_err().to_string().contains("--precision q4"));
+        assert!(message.contains("--memory") && !message.contains("q4") && !message.contains("context"), "{message}");
 
         // By turns they would fit, but what is made on the way is nowhere to be read from.
         let refused = check(&q4, least).unwrap_err();
         assert!(refused.to_string().contains("coel model slice"), "{refused}");
-        let LocalError::NotSliced { least: whole, .. } = refused else { panic!("{refused}") };
+        let LocalError::Slicing { least: whole, .. } = refused else { panic!("{refused}") };
         assert!(check(&q4, whole - 1).is_err() && check(&q4, whole).is_ok());
         let inventory = Inventory::of(&folder);
         let held = [inventory.trunk, inventory.experts].map(|bytes| bytes.at(Precision::Q4).unwrap());
