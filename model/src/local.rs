@@ -38,12 +38,8 @@ pub enum LocalError {
     Engine(#[from] EngineError),
     #[error(transparent)]
     Sequence(#[from] SequenceError),
-    #[error("{short}; give more (--memory){less}")]
-    TooSmall {
-        short: TooSmall,
-        /// What else would do, in words.
-        less: &'static str,
-    },
+    #[error(transparent)]
+    TooSmall(#[from] TooSmall),
     #[error(transparent)]
     DeviceTooSmall(#[from] DeviceTooSmall),
     #[error(
@@ -53,10 +49,15 @@ pub enum LocalError {
     #[error("a KV cache of {tokens} tokens takes {bytes} bytes, and this machine has {machine}; ask for fewer tokens")]
     Pool { tokens: usize, bytes: u64, machine: u64 },
     #[error(
-        "{budget} bytes of memory do not hold the whole model while it is sliced, which takes {least}, and weights of a checkpoint \
-         can be read from disk by turns only as they are there; slice it first (coel model slice), or compute with --precision exact"
+        "not all experts fit into {budget} bytes of memory, and those of a checkpoint can be read from disk only as they \
+         are there; slice it first (coel model slice), or compute with --precision exact"
     )]
-    NotSliced { budget: u64, least: u64 },
+    NotSliced { budget: u64 },
+    #[error(
+        "{budget} bytes of memory are too few to slice this checkpoint on the way, which takes {least}, and what is made on the way cannot \
+         stay on disk; give more (--memory), slice it first (coel model slice), or compute with --precision exact"
+    )]
+    Slicing { budget: u64, least: u64 },
 }
 
 /// A whole model on this machine.
@@ -117,25 +118,27 @@ impl LocalModel {
         let config = folder.config().clone();
         let text = TextModel::from_paths(&config, folder.files())?;
         let process = resident_bytes();
-        let kv_tokens = options.kv_tokens.unwrap_or(config.max_position_embeddings);
-        check_pool(&config, kv_tokens)?;
         if let (Some(budget), None) = (options.memory, options.vram) {
-            check_slicing(&folder, process, options, kv_tokens, budget)?;
+            check_slicing(&folder, process, options, budget)?;
         }
         let trunk = folder.trunk(options.trunk)?;
-        let mut engine_options =
-            EngineOptions { kv_tokens, threads: options.threads, foresee: options.foresee, ..EngineOptions::default() };
+        let mut engine_options = EngineOptions {
+            kv_tokens: options.kv_tokens.unwrap_or(config.max_position_embeddings),
+            threads: options.threads,
+            foresee: options.foresee,
+            ..EngineOptions::default()
+        };
+        check_pool(&config, engine_options.kv_tokens)?;
         if options.readers > 0 {
             engine_options.readers = options.readers;
         }
-        let needs =
-            || with_table(needs(&folder, process, trunk.data_bytes(), options.experts, kv_tokens), &config, &trunk);
+        let needs = || needs(&folder, &trunk, process, options.experts, engine_options.kv_tokens);
         if let Some(vram) = options.vram {
             return Self::open_above(&folder, text, options, vram, &trunk, needs(), engine_options);
         }
         let fit = match options.memory {
             None => Fit::All,
-            Some(budget) => needs().fit(budget).map_err(|short| too_small(short, options))?,
+            Some(budget) => needs().fit(budget)?,
         };
         if let Fit::Tiers { experts, .. } = fit {
             engine_options.tier_bytes = experts;
@@ -180,7 +183,7 @@ impl LocalModel {
         let needs = Needs { process: resident_bytes(), ..needs };
         let Beneath { shelf, embedding_on_disk } = match options.memory {
             None => Beneath { shelf: None, embedding_on_disk: false },
-            Some(budget) => needs.beneath(budget, above).map_err(|short| too_small(short, options))?,
+            Some(budget) => needs.beneath(budget, above)?,
         };
         load_trunk(&engine, trunk.clone(), embedding_on_disk)?;
         let rest = trunk.iter().filter(|(name, _)| *name != layout::EMBED || embedding_on_disk);
@@ -218,9 +221,8 @@ fn load_trunk(engine: &Engine, trunk: Tensors, embedding_on_disk: bool) -> Resul
 
 fn shelve_all(engine: &Engine, folder: &ModelFolder, options: &LocalOptions) -> Result<(), LocalError> {
     let budget = options.memory.unwrap_or_default();
-    let least = resident_bytes() + Inventory::of(folder).experts.at(options.experts).unwrap_or_default();
     for id in layout::experts(folder.config()) {
-        let tensors = folder.expert_on_disk(id, options.experts)?.ok_or(LocalError::NotSliced { budget, least })?;
+        let tensors = folder.expert_on_disk(id, options.experts)?.ok_or(LocalError::NotSliced { budget })?;
         block_on(engine.shelve_expert_tensors(id, tensors))?;
     }
     Ok(())
@@ -241,70 +243,44 @@ fn machine_bytes() -> u64 {
 }
 
 /// Refuses what would not fit when a checkpoint is sliced on the way, before anything of it is read. Slices that are made so are
-/// nowhere on disk, so they must all have room, and with them the matrix that is being sliced.
-fn check_slicing(
-    folder: &ModelFolder,
-    process: u64,
-    options: &LocalOptions,
-    kv_tokens: usize,
-    budget: u64,
-) -> Result<(), LocalError> {
-    let slices = |precision: Precision| precision != Precision::Exact;
-    if !matches!(folder, ModelFolder::Checkpoint(_)) || !(slices(options.trunk) || slices(options.experts)) {
-        return Ok(());
-    }
+/// nowhere on disk, so they must all have room, and with them the weights that are being sliced.
+fn check_slicing(folder: &ModelFolder, process: u64, options: &LocalOptions, budget: u64) -> Result<(), LocalError> {
+    let are_made = |precision: Precision| precision != Precision::Exact && matches!(folder, ModelFolder::Checkpoint(_));
     let (config, inventory) = (folder.config(), Inventory::of(folder));
-    let largest = |specs: Vec<layout::TensorSpec>| {
-        let elements = specs.iter().map(|spec| spec.shape.iter().map(|side| *side as u64).product::<u64>());
-        elements.max().unwrap_or(0) * config.dtype.size() as u64
-    };
+    let kv_tokens = options.kv_tokens.unwrap_or(config.max_position_embeddings);
+    check_pool(config, kv_tokens)?;
     // What cannot be sliced is refused, by its name, when it is.
     let trunk = inventory.trunk.at(options.trunk).unwrap_or_default();
-    let whole = needs(folder, process, trunk, options.experts, kv_tokens);
-    let least = if slices(options.trunk) { process + trunk + largest(layout::trunk(config)) } else { 0 };
-    if slices(options.experts) {
-        let reading = inventory.expert.exact;
-        let all = whole.process + whole.trunk + whole.kv + whole.buffers + whole.experts + reading;
-        if all.max(least) <= budget {
-            return Ok(());
-        }
-        whole.fit(budget).map_err(|short| too_small(short, options))?;
-        return Err(LocalError::NotSliced { budget, least: all.max(least) });
+    let mut least = 0;
+    if are_made(options.trunk) {
+        let elements = |spec: &layout::TensorSpec| spec.shape.iter().map(|side| *side as u64).product::<u64>();
+        let largest = layout::trunk(config).iter().map(elements).max().unwrap_or(0) * config.dtype.size() as u64;
+        least = process + trunk + largest;
     }
-    if least > budget {
-        return Err(LocalError::NotSliced { budget, least });
+    if are_made(options.experts) {
+        let whole = Needs { trunk, ..needs(folder, &Tensors::default(), process, options.experts, kv_tokens) };
+        whole.fit(budget)?;
+        least =
+            least.max(whole.process + whole.trunk + whole.kv + whole.buffers + whole.experts + inventory.expert.exact);
     }
-    Ok(())
+    if least > budget { Err(LocalError::Slicing { budget, least }) } else { Ok(()) }
 }
 
-/// What of `trunk` may lie elsewhere than the rest: its embedding table.
-fn with_table(needs: Needs, config: &ModelConfig, trunk: &Tensors) -> Needs {
-    let (table, tied) = (trunk.get(layout::EMBED), config.tie_word_embeddings);
+/// What the model takes, where `trunk` is loaded.
+fn needs(folder: &ModelFolder, trunk: &Tensors, process: u64, experts: Precision, kv_tokens: usize) -> Needs {
+    let (config, inventory): (&ModelConfig, _) = (folder.config(), Inventory::of(folder));
+    let table = trunk.get(layout::EMBED);
+    let tied = config.tie_word_embeddings;
     let on_disk = table.filter(|table| table.bytes.is_mapped() && !tied).map_or(0, |table| table.data_bytes());
     let table = table.map_or(0, |table| table.data_bytes());
-    let device_trunk = needs.trunk - if tied { 0 } else { table };
-    Needs { embedding: on_disk, table, device_trunk, ..needs }
-}
-
-fn too_small(short: TooSmall, options: &LocalOptions) -> LocalError {
-    let lowest = [options.trunk, options.experts] == [Precision::Q4; 2];
-    LocalError::TooSmall {
-        short,
-        less: if lowest { "" } else { ", or hold the weights less exactly (--precision q4)" },
-    }
-}
-
-/// What the model takes, its trunk so many bytes, none of which stay on disk.
-fn needs(folder: &ModelFolder, process: u64, trunk: u64, experts: Precision, kv_tokens: usize) -> Needs {
-    let (config, inventory): (&ModelConfig, _) = (folder.config(), Inventory::of(folder));
     // An expert is read in whole pages, and may lie in three places.
     let whole_pages = |bytes: u64| bytes + 3 * 2 * PAGE as u64;
     Needs {
         process,
-        trunk,
-        embedding: 0,
-        table: 0,
-        device_trunk: trunk,
+        trunk: trunk.data_bytes(),
+        embedding: on_disk,
+        table,
+        device_trunk: trunk.data_bytes() - if tied { 0 } else { table },
         kv: inventory.kv_bytes_per_token * kv_tokens.next_multiple_of(PAGE_TOKENS) as u64,
         buffers: inventory.buffer_bytes,
         // What cannot be held like that is refused when it is loaded.
@@ -341,20 +317,18 @@ mod tests {
     #[test]
     fn what_is_sliced_on_the_way_is_refused_before_it_is_read() {
         let folder = ModelFolder::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixture")).unwrap();
-        let options = |trunk, experts| LocalOptions { trunk, experts, ..LocalOptions::default() };
-        let check = |options: &LocalOptions, budget| check_slicing(&folder, 1000, options, 512, budget);
+        let options = |trunk, experts| LocalOptions { trunk, experts, kv_tokens: Some(512), ..LocalOptions::default() };
+        let check = |options: &LocalOptions, budget| check_slicing(&folder, 1000, options, budget);
         let q4 = options(Precision::Q4, Precision::Q4);
         let short = check(&q4, 1).unwrap_err();
-        let LocalError::TooSmall { short: TooSmall { least, .. }, .. } = short else { panic!("{short}") };
+        let LocalError::TooSmall(TooSmall { least, .. }) = short else { panic!("{short}") };
         let message = short.to_string();
-        assert!(message.contains("--memory") && !message.contains("precision") && !message.contains("context"));
-        let q8 = options(Precision::Q8, Precision::Q8);
-        assert!(check(&q8, 1).unwrap_err().to_string().contains("--precision q4"));
+        assert!(message.contains("--memory") && !message.contains("q4") && !message.contains("context"), "{message}");
 
         // By turns they would fit, but what is made on the way is nowhere to be read from.
         let refused = check(&q4, least).unwrap_err();
         assert!(refused.to_string().contains("coel model slice"), "{refused}");
-        let LocalError::NotSliced { least: whole, .. } = refused else { panic!("{refused}") };
+        let LocalError::Slicing { least: whole, .. } = refused else { panic!("{refused}") };
         assert!(check(&q4, whole - 1).is_err() && check(&q4, whole).is_ok());
         let inventory = Inventory::of(&folder);
         let held = [inventory.trunk, inventory.experts].map(|bytes| bytes.at(Precision::Q4).unwrap());

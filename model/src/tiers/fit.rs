@@ -63,7 +63,8 @@ pub struct DeviceTooSmall {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{budget} bytes of memory are too few: at least {least} are needed (trunk {trunk}, KV cache {kv}, room for \
-     {experts} experts of {expert}, {rest} for everything else)"
+     {experts} experts of {expert}, {rest} for everything else); give more (--memory), or hold the \
+     weights less exactly where that can be (--precision)"
 )]
 pub struct TooSmall {
     pub budget: u64,

@@ -229,7 +229,7 @@ fn a_local_model_keeps_to_both_budgets() {
     };
     let Err(LocalError::DeviceTooSmall(short)) = open(1, None) else { panic!("a byte is not enough") };
     assert_eq!(short.least, short.trunk + short.kv + short.buffers);
-    let Err(LocalError::TooSmall { short: short_of_memory, .. }) = open(short.least, Some(1)) else { panic!("nor is it here") };
+    let Err(LocalError::TooSmall(short_of_memory)) = open(short.least, Some(1)) else { panic!("nor is it here") };
     assert!(short_of_memory.least > short_of_memory.expert * 8, "{short_of_memory}");
 
     let third = open(short.least + EXPERTS / 3 * EXPERT, None).unwrap();

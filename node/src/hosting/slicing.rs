@@ -126,7 +126,7 @@ mod tests {
         let path = dir.path().join("blobs").join(&exact[..2]).join(&exact);
         let whole = std::fs::read(&path).unwrap();
         // In the header, and in the exponent of a weight.
-        for at in [20, whole.len() / 2 | 1] {
+        for at in [20, (whole.len() / 2) | 1] {
             let mut spoilt = whole.clone();
             spoilt[at] ^= 0x40;
             std::fs::write(&path, spoilt).unwrap();
