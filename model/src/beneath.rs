@@ -95,6 +95,11 @@ impl Beneath {
         self.hosts.get(&id).map(|host| host.precision)
     }
 
+    /// Whether an expert is here and not on the device.
+    pub(crate) fn holds_any(&self) -> bool {
+        self.hosts.len() > self.room.up_count()
+    }
+
     /// Its weights, if they are in host memory.
     pub(crate) fn weights(&self, id: ExpertId) -> Option<&Gated<Weight>> {
         self.hosts.get(&id)?.weights.as_ref()

@@ -124,6 +124,11 @@ impl Duty {
     /// Whether all is computed.
     fn go_on<K: Kernels>(&mut self, machine: &mut Machine<K>) -> Result<bool, EngineError> {
         let Call { layer, rows, calls, .. } = &self.call;
+        // Also what was on a device when the call came, and has gone from there since.
+        let missing = calls.iter().zip(&self.outputs).filter(|(_, output)| output.is_none());
+        let missing = missing.map(|((index, _), _)| ExpertId { layer: *layer, index: *index });
+        let missing: Vec<_> = missing.filter(|id| machine.is_shelved(*id)).collect();
+        machine.need(self.claim, &missing);
         let ready = machine.ready(self.claim)?;
         let whole = (rows.len() / machine.shared.config.hidden_size).max(1);
         let open =

@@ -118,7 +118,7 @@ impl LocalModel {
         let config = folder.config().clone();
         let text = TextModel::from_paths(&config, folder.files())?;
         let process = resident_bytes();
-        if let (Some(budget), None) = (options.memory, options.vram) {
+        if let Some(budget) = options.memory {
             check_slicing(&folder, process, options, budget)?;
         }
         let trunk = folder.trunk(options.trunk)?;
@@ -257,7 +257,8 @@ fn check_slicing(folder: &ModelFolder, process: u64, options: &LocalOptions, bud
         let largest = layout::trunk(config).iter().map(elements).max().unwrap_or(0) * config.dtype.size() as u64;
         least = process + trunk + largest;
     }
-    if are_made(options.experts) {
+    // Beneath a device only what does not fit it has to have room.
+    if are_made(options.experts) && options.vram.is_none() {
         let whole = Needs { trunk, ..needs(folder, &Tensors::default(), process, options.experts, kv_tokens) };
         whole.fit(budget)?;
         least =

@@ -201,6 +201,11 @@ impl<K: Kernels> Machine<K> {
         beneath.as_mut().map(|beneath| (beneath, (&*kernels, experts)))
     }
 
+    /// Whether some do.
+    fn lie_beneath(&self) -> bool {
+        self.beneath.as_ref().is_some_and(Beneath::holds_any)
+    }
+
     /// Brings up what is worth it of these, which a layer needs by so many of its `rows` each; those that are in memory, and
     /// will be computed by the host now.
     pub(crate) fn bring_up(&mut self, needs: &[(ExpertId, usize)], rows: usize) -> Vec<ExpertId> {
@@ -225,7 +230,7 @@ impl<K: Kernels> Machine<K> {
 
     /// Whether the experts of the next layer are predicted.
     pub(crate) fn looks_ahead(&self) -> bool {
-        self.has_shelf() || self.has_beneath() || self.shared.options.foresee
+        self.has_shelf() || self.lie_beneath() || self.shared.options.foresee
     }
 
     /// A flight begins.

@@ -11,6 +11,7 @@ use tracing::warn;
 use crate::admission::invite::token_hash;
 use crate::control::{Conversation, Reply, Request};
 use crate::import::import;
+use crate::mesh::leader::Unplaceable;
 use crate::mesh::{PROPOSE_DEADLINE, admit, leader, now_ms};
 use crate::report;
 use crate::shared::Shared;
@@ -21,6 +22,8 @@ const HANDOVER_DEADLINE: Duration = Duration::from_secs(600);
 const ANSWERS_DEADLINE: Duration = Duration::from_secs(60);
 /// How often it is looked whether this node still votes.
 const VOTE_PERIOD: Duration = Duration::from_millis(250);
+/// How often it is asked again what was not known yet.
+const LOOK_PERIOD: Duration = Duration::from_millis(100);
 
 /// Answers one conversation.
 pub async fn converse(mut conversation: Conversation, shared: Arc<Shared>, api_url: String) {
@@ -82,9 +85,24 @@ async fn invite(shared: &Shared, uses: u32, ttl_s: u64) -> Result<String, String
     Ok(invite.to_string())
 }
 
+/// What is asked, as soon as it is known.
+async fn once_known(ask: impl Fn() -> Result<(), Unplaceable>) -> Result<(), String> {
+    let deadline = tokio::time::Instant::now() + PROPOSE_DEADLINE;
+    loop {
+        match ask() {
+            Ok(()) => return Ok(()),
+            Err(Unplaceable::Short(why)) => return Err(why),
+            Err(Unplaceable::NotYet(what)) if tokio::time::Instant::now() >= deadline => {
+                return Err(format!("{what}; `coel status` says who is silent; try again in a moment"));
+            }
+            Err(Unplaceable::NotYet(_)) => tokio::time::sleep(LOOK_PERIOD).await,
+        }
+    }
+}
+
 /// Says at which precisions the mesh is to hold experts. Refused where not every expert would fit.
 async fn precision(shared: &Shared, bounds: Bounds) -> Result<(), String> {
-    leader::can_hold(shared, bounds)?;
+    once_known(|| leader::can_hold(shared, bounds)).await?;
     propose(shared, Command::Precisions { bounds }).await
 }
 
@@ -95,7 +113,7 @@ async fn leave(shared: &Shared) -> Result<(), String> {
         let data = shared.config.data.display();
         return Err(format!("this is the last node of the mesh; stop it, and delete {data} to end the mesh for good"));
     }
-    leader::can_spare(shared, node)?;
+    once_known(|| leader::can_spare(shared, node)).await?;
     propose(shared, Command::Leaving { node, leaving: true }).await?;
     let mut state = shared.log.state();
     let handed_over = state.wait_for(|state| {

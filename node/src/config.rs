@@ -224,8 +224,8 @@ impl NodeArgs {
 impl Config {
     /// Where trunk, KV cache and buffers must fit: the flag, and its bytes.
     pub fn fixed_budget(&self) -> (&'static str, u64) {
-        match (self.vram_bytes, self.beneath_bytes) {
-            (Some(vram), Some(_)) => ("--vram", vram),
+        match self.vram_bytes {
+            Some(vram) if self.beneath_bytes.is_some() || vram == self.memory_bytes => ("--vram", vram),
             _ => ("--memory", self.memory_bytes),
         }
     }
@@ -339,7 +339,7 @@ mod tests {
     fn a_gpus_memory_is_all_there_is_unless_the_machines_is_given_too() {
         let config = resolve("vram = '1MiB'", NodeArgs::default()).unwrap();
         assert_eq!((config.memory_bytes, config.beneath_bytes), (1 << 20, None));
-        assert_eq!(config.fixed_budget(), ("--memory", 1 << 20));
+        assert_eq!(config.fixed_budget(), ("--vram", 1 << 20));
         let config = resolve("vram = '1MiB'\nmemory = '3MiB'", NodeArgs::default()).unwrap();
         assert_eq!((config.memory_bytes, config.beneath_bytes), (4 << 20, Some(3 << 20)));
         assert_eq!(config.fixed_budget(), ("--vram", 1 << 20));

@@ -39,7 +39,7 @@ use crate::size::Size;
 use crate::weights::fetch::FetchError;
 
 /// Experts fetched and loaded at once: enough to keep a link busy. Each takes memory only once that is free ([`loading`]).
-const FETCHES: usize = 4;
+pub const FETCHES: usize = 4;
 /// Experts reported in one log entry at most, so that others can use the first while the last are on their way.
 const REPORT_BATCH: usize = 32;
 /// Pause before what failed is tried again.
@@ -227,9 +227,11 @@ impl Hosting {
         let decide = || known.trunk_precision(accepted, memory, disk_bytes, kv_tokens, nodes);
         let precision = shared.trunk.borrow().unwrap_or_else(decide);
         let name = &registered.name;
-        let fits = check_budget(&known, name, &shared.config).and_then(|()| {
-            disk_bytes.map_or(Ok(()), |disk_bytes| room::check_disk(&known, name, disk_bytes, precision))
-        });
+        let fits = check_budget(&known, name, &shared.config)
+            .and_then(|()| room::check_beneath(&known, &shared.config, precision))
+            .and_then(|()| {
+                disk_bytes.map_or(Ok(()), |disk_bytes| room::check_disk(&known, name, disk_bytes, precision))
+            });
         if let Err(short) = fits {
             let node = shared.log.node_id();
             if shared.newcomer && !shared.log.voters().contains(&node) {
@@ -264,6 +266,13 @@ impl Hosting {
         let (device, config) = (shared.config.device, known.config.clone());
         let engine =
             run_blocking(move || Engine::start(device, config, options)).await.map_err(|e| load(e.to_string()))?;
+        if let (Some(vram), coel_model::device::Device::Cpu) = (shared.config.vram_bytes, engine.device()) {
+            let vram = Size(vram);
+            shared.fail(format!(
+                "--vram {vram}: the GPU does not start, see the log; mend that, or start without --vram"
+            ));
+            return Ok(None);
+        }
         engine.load_trunk(trunk).await.map_err(|error| load(error.to_string()))?;
         drop(taken);
         engine.set_source(Arc::new(Caller::new(Arc::downgrade(shared), tokio::runtime::Handle::current())));

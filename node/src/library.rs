@@ -15,10 +15,15 @@ use coel_model::tiers::buffer::PAGE;
 use coel_store::manifest::MANIFEST_BYTES_MAX;
 use coel_store::{BlobEntry, BlobId, Blobs, Bounds, CHUNK_BYTES, ExpertId, Manifest, Model, ModelId, Precision};
 
+use crate::config::Config;
 use crate::experts::wire;
 use crate::generation::RUNNING_MAX;
+use crate::hosting::FETCHES;
 use crate::mesh::facts::Facts;
 use crate::weights::fetch::{FetchError, Fetcher, Source};
+
+/// Name of the trunk part that is the embedding table (`coel_model::parts`).
+const EMBEDDINGS: &str = "embeddings";
 
 /// A model without its tensors.
 pub struct Known {
@@ -129,6 +134,19 @@ impl Known {
         }
         let fixed = facts.trunk.map_or(0, |trunk| self.disk_fixed_bytes(trunk));
         Some(budget.saturating_sub(fixed + self.largest_expert_bytes()))
+    }
+
+    /// What host memory beneath a GPU holds besides experts that lie there: the embedding table, experts on their way, and two of an exchange.
+    pub fn host_bytes(&self, trunk: Precision) -> u64 {
+        let table = self.manifest.trunk.iter().find(|part| part.name == EMBEDDINGS);
+        let table = table.map_or(0, |part| part.slices.nearest(trunk).1);
+        table + (FETCHES as u64 + 2) * self.largest_expert_bytes()
+    }
+
+    /// What a node's ledger may reach.
+    pub fn memory_bytes(&self, config: &Config, trunk: Precision) -> u64 {
+        let beneath = config.beneath_bytes.map_or(0, |beneath| beneath.min(self.host_bytes(trunk)));
+        config.memory_bytes - beneath
     }
 
     /// Bytes of the largest expert as in the checkpoint.

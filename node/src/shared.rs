@@ -206,8 +206,12 @@ impl Shared {
 
     /// This node's facts.
     pub fn facts(&self) -> Facts {
+        let memory_bytes = match &*self.serving.borrow() {
+            Some(serving) => serving.known.memory_bytes(&self.config, serving.trunk),
+            None => self.config.memory_bytes,
+        };
         Facts {
-            memory_bytes: self.config.memory_bytes,
+            memory_bytes,
             disk_bytes: self.config.disk_bytes,
             kv_tokens: self.config.kv_tokens as u64,
             accepts: self.config.precision,

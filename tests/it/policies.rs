@@ -40,7 +40,7 @@ async fn policies_are_compared_at_equal_bytes() {
     let mixed = ["uniform", "random", "popularity", "harm"];
     for policy in mixed {
         assert_eq!(rows[policy]["expert_bytes"], rows["uniform"]["expert_bytes"], "{policy}");
-        assert_eq!(rows[policy]["raised"], 36, "{policy}");
+        assert_eq!(rows[policy]["raised"], 54, "{policy}");
         assert!(kl("q8") < kl(policy) && kl(policy) < kl("q4"), "{report:#}");
     }
     assert_eq!((kl("exact"), &rows["exact"]["accuracy"]), (0.0, &Value::from(1.0)));
@@ -65,5 +65,5 @@ async fn fewer_bits_are_measured_and_not_failed() {
     let both = ["eval", "--model", "x", "--text", "x", "--qa", "x"];
     coel(both).await.refused(2, &["--policies"]);
     let outside = ["eval", "--model", "x", "--text", "x", "--policies", "--bits", "9.5"];
-    coel(outside).await.refused(2, &["from 5 to 9"]);
+    coel(outside).await.refused(2, &["from 4.5 to 8.5"]);
 }

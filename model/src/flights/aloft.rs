@@ -257,8 +257,7 @@ impl<K: Kernels> Aloft<K> {
     /// where nothing is missing: the next layer itself tells as soon.
     fn look_ahead(&mut self, machine: &mut Machine<K>, next: usize, waiting: &Waiting) -> Result<(), EngineError> {
         let measured = machine.shared.options.foresee;
-        let tiers = machine.has_shelf() || machine.has_beneath();
-        let (waits, nearly_all) = (waiting.waits() && tiers, self.needs_nearly_all(machine));
+        let (waits, nearly_all) = (waiting.waits() && machine.looks_ahead(), self.needs_nearly_all(machine));
         self.foresight.layer = next;
         if measured {
             self.foresight.early = machine.predict(&self.flight, &waiting.outputs.shared_alone())?;

@@ -71,7 +71,7 @@ pub enum SliceError {
     NotFinite { tensor: String, row: usize, column: usize },
     #[error(
         "tensor {tensor}, row {row}, columns {column} to {last}: weights from {min:e} to {max:e} are beyond what a \
-         slice's f16 scale and offset can express; hold it exactly: a mesh does so by itself (coel model import), and \
+         slice's scale can express; hold it exactly: a mesh does so by itself (coel model import), and \
          `--precision exact` says so elsewhere"
     )]
     Range { tensor: String, row: usize, column: usize, last: usize, min: f32, max: f32 },

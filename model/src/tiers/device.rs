@@ -64,6 +64,8 @@ struct Entry {
 pub struct DeviceRoom {
     budget: u64,
     used: u64,
+    /// Experts that are up.
+    count: usize,
     entries: BTreeMap<ExpertId, Entry>,
     tick: u64,
     moves: u64,
@@ -73,7 +75,7 @@ pub struct DeviceRoom {
 impl DeviceRoom {
     /// With `budget` bytes on the device.
     pub fn new(budget: u64) -> Self {
-        Self { budget, used: 0, entries: BTreeMap::new(), tick: 0, moves: 0, uses: Uses::default() }
+        Self { budget, used: 0, count: 0, entries: BTreeMap::new(), tick: 0, moves: 0, uses: Uses::default() }
     }
 
     pub fn budget(&self) -> u64 {
@@ -83,6 +85,11 @@ impl DeviceRoom {
     /// Bytes of the experts that are up.
     pub fn used(&self) -> u64 {
         self.used
+    }
+
+    /// How many experts are up.
+    pub fn up_count(&self) -> usize {
+        self.count
     }
 
     pub fn uses(&self) -> Uses {
@@ -112,7 +119,10 @@ impl DeviceRoom {
 
     fn remove(&mut self, id: ExpertId) -> Option<Entry> {
         let entry = self.entries.remove(&id)?;
-        self.used -= if entry.up { entry.bytes } else { 0 };
+        if entry.up {
+            self.used -= entry.bytes;
+            self.count -= 1;
+        }
         Some(entry)
     }
 
@@ -193,6 +203,7 @@ impl DeviceRoom {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.up = true;
         self.used += entry.bytes;
+        self.count += 1;
         moves.push(Move::Up(id));
     }
 
@@ -234,6 +245,7 @@ impl DeviceRoom {
             let entry = self.entries.get_mut(&id).expect("it was found just now");
             entry.up = false;
             self.used -= entry.bytes;
+            self.count -= 1;
             moves.push(Move::Down(id));
         }
         true

@@ -290,12 +290,12 @@ fn what_cannot_be_sliced_is_named() {
     let infinite = change("a.gate.weight", 2 * 32 + 9, &bf16::INFINITY.to_le_bytes());
     check(&part, &infinite, &["a.gate.weight", "row 2", "column 9", "not a finite"]);
     let huge = change("a.down_proj.weight", 96 + 40, &1e30f32.to_le_bytes());
-    check(&part, &huge, &["a.down_proj.weight", "row 1", "columns 32 to 63", "1e30", "exact weights only"]);
+    check(&part, &huge, &["a.down_proj.weight", "row 1", "columns 32 to 63", "1e30", "--precision exact"]);
     check(&part, &file[..file.len() - 1], &["a.down_proj.weight", "cannot be read"]);
 
     let mut odd = part.clone();
     odd.tensors.iter_mut().find(|tensor| tensor.name == "a.up_proj.weight").unwrap().shape = vec![32, 33];
-    check(&odd, &file, &["a.up_proj.weight", "33 columns", "multiple of 32", "exact weights only"]);
+    check(&odd, &file, &["a.up_proj.weight", "33 columns", "multiple of 32", "--precision exact"]);
     assert!(part_bytes(&odd).unwrap_err().to_string().contains("a.up_proj.weight"));
 }
 

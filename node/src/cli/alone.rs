@@ -281,9 +281,10 @@ impl Eval {
         if !texts.is_empty() && self.measure.qa.is_some() {
             return Err(Failure::usage("name either --text or --qa, or compare policies on both with --policies"));
         }
-        if self.against.is_some() && self.local.memory.is_some() {
+        if self.against.is_some() && (self.local.memory.is_some() || self.local.vram.is_some()) {
             return Err(Failure::usage(
-                "--against holds a second model, whole and exact, which --memory (COEL_MEMORY) does not bound; leave one of them out",
+                "--against holds a second model, whole and exact, which --memory (COEL_MEMORY) and --vram (COEL_VRAM) do not \
+                 bound; leave one of them out",
             ));
         }
         let model = self.local.open_with(None, self.recall)?;

@@ -44,7 +44,7 @@ impl Hosting {
         } else if now.is_some() {
             self.make_room(serving, expert, bytes).await?;
         }
-        let (loading, budget) = (&self.shared.loading, self.shared.config.memory_bytes);
+        let (loading, budget) = (&self.shared.loading, known.memory_bytes(&self.shared.config, serving.trunk));
         let total = || serving.engine.memory().total() + bytes;
         let taken = match loading.take(bytes, |others| total() + others <= budget).await {
             Some(taken) => taken,
@@ -72,7 +72,7 @@ impl Hosting {
     /// one goes first. An only copy stays: then the budget is exceeded by one expert for as long as the exchange takes.
     async fn make_room(&self, serving: &Serving, expert: ExpertId, bytes: u64) -> Result<(), Setback> {
         let shared = &self.shared;
-        if serving.engine.memory().total() + bytes <= shared.config.memory_bytes {
+        if serving.engine.memory().total() + bytes <= serving.known.memory_bytes(&shared.config, serving.trunk) {
             return Ok(());
         }
         if self.another_stays(expert) {

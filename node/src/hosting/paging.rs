@@ -31,7 +31,8 @@ impl Hosting {
     /// Bytes of memory for experts.
     fn room(&self, serving: &Serving) -> u64 {
         let config = &self.shared.config;
-        config.memory_bytes.saturating_sub(serving.known.fixed_bytes(config.kv_tokens, serving.trunk))
+        let memory = serving.known.memory_bytes(config, serving.trunk);
+        memory.saturating_sub(serving.known.fixed_bytes(config.kv_tokens, serving.trunk))
     }
 
     /// Bytes of memory for experts on disk, beside those that are loaded and `more` of them. Where host memory lies beneath a GPU's,
@@ -41,7 +42,10 @@ impl Hosting {
         let rest = self.room(serving).saturating_sub(ledger.expert_bytes + more);
         let loaded_beneath = ledger.beneath_bytes.saturating_sub(ledger.tier_bytes_reserved);
         match self.shared.config.beneath_bytes {
-            Some(beneath) => rest.min(beneath.saturating_sub(loaded_beneath + more)),
+            Some(beneath) => {
+                let host = serving.known.host_bytes(serving.trunk);
+                rest.min(beneath.saturating_sub(host + loaded_beneath + more))
+            }
             None => rest,
         }
     }

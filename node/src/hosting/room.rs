@@ -7,6 +7,7 @@ use tracing::{info, warn};
 
 use super::disk::{View, to_discard};
 use super::{FETCHES, Hosting};
+use crate::config::Config;
 use crate::library::{Known, run_blocking};
 use crate::size::Size;
 
@@ -58,6 +59,24 @@ impl Hosting {
             Err(error) => warn!(%error, "no room could be made on the disk"),
         }
     }
+}
+
+/// Whether host memory beneath a GPU has room for the experts that a disk budget would have it read.
+///
+/// # Errors
+/// Both numbers and the remedy, in words.
+pub fn check_beneath(known: &Known, config: &Config, trunk: coel_store::Precision) -> Result<(), String> {
+    let (Some(beneath), Some(_)) = (config.beneath_bytes, config.disk_bytes) else { return Ok(()) };
+    let needed = known.host_bytes(trunk) + known.least_to_page(config.precision.lowest());
+    if beneath >= needed {
+        return Ok(());
+    }
+    Err(format!(
+        "--memory {} ({beneath} bytes) beneath a GPU is too small to read experts from disk into, which --disk asks for: that needs \
+         {} ({needed} bytes); raise --memory or leave --disk out",
+        Size(beneath),
+        Size(needed),
+    ))
 }
 
 /// Whether the disk budget holds what every node keeps of the model called `name`, its trunk at this precision among it.

@@ -28,7 +28,7 @@ use tracing::{info, instrument, warn};
 
 use crate::hosting::{check_budget, trim_heap};
 use crate::ids;
-use crate::library::{Known, run_blocking};
+use crate::library::{Known, LibraryError, run_blocking};
 use crate::mesh::PROPOSE_DEADLINE;
 use crate::placement::Popularity;
 use crate::policies::Measured;
@@ -56,7 +56,7 @@ pub async fn import(
     let called = name.clone().or(folder).filter(|name| !name.is_empty()).ok_or("give the model a --name")?;
     let _importing = turn(shared, &dir, &mut progress).await?;
     let _told = Told::begin(shared, &dir);
-    let served = served(shared).await;
+    let served = served(shared).await?;
     let importing = shared.clone();
     let mut progress = move |what: &str, done, total| {
         importing.import.send_if_modified(|import| {
@@ -149,15 +149,20 @@ struct Served {
 }
 
 /// `None` where it serves nothing, or nobody can say any more what that consists of: then an import may bring it back.
-async fn served(shared: &Shared) -> Option<Served> {
+async fn served(shared: &Shared) -> Result<Option<Served>, String> {
     let state = shared.state();
-    let (id, model) = shared.model_to_place(&state)?;
+    let Some((id, model)) = shared.model_to_place(&state) else { return Ok(None) };
     let sources = shared.sources(&state, id, None);
     match shared.library.get(id, model, &shared.fetcher, &shared.blobs, &sources).await {
-        Ok(known) => Some(Served { known, name: model.name.clone() }),
+        Ok(known) => Ok(Some(Served { known, name: model.name.clone() })),
+        Err(LibraryError::Unusable(why)) => Err(format!(
+            "this mesh serves the model '{}', which this coel cannot run: {why}; use the version that imported it, or start another mesh \
+             with `coel up --new --data DIR`",
+            model.name
+        )),
         Err(error) => {
             warn!(%error, "it cannot be said beforehand whether this is the model that the mesh serves");
-            None
+            Ok(None)
         }
     }
 }

@@ -216,35 +216,48 @@ fn harm(registered: &Model) -> Harm {
     Harm::new(Popularity::new(registered.popularity.clone()), registered.sensitivity.clone())
 }
 
+/// Why every expert could not be held, or why that is not known.
+#[derive(Debug)]
+pub enum Unplaceable {
+    /// This will be known in a moment.
+    NotYet(&'static str),
+    /// The missing bytes and the remedy, in words.
+    Short(String),
+}
+
+impl Unplaceable {
+    fn prefixed(self, prefix: &str) -> Self {
+        match self {
+            Self::NotYet(what) => Self::NotYet(what),
+            Self::Short(why) => Self::Short(format!("{prefix}, {why}")),
+        }
+    }
+}
+
 /// Whether the others could hold every expert without `node`.
-///
-/// # Errors
-/// The missing bytes and the remedy, in words.
-pub fn can_spare(shared: &Shared, node: NodeId) -> Result<(), String> {
+pub fn can_spare(shared: &Shared, node: NodeId) -> Result<(), Unplaceable> {
     let precisions = shared.state().precisions;
     let gone = shared.down().into_iter().chain([node]).collect();
-    could_place(shared, &gone, precisions).map_err(|shortfall| format!("without this node, {shortfall}"))
+    could_place(shared, &gone, precisions).map_err(|why| why.prefixed("without this node"))
 }
 
 /// Whether every expert could be held at these precisions.
-///
-/// # Errors
-/// The missing bytes and the remedy, in words.
-pub fn can_hold(shared: &Shared, precisions: Bounds) -> Result<(), String> {
-    could_place(shared, &shared.down(), precisions).map_err(|shortfall| format!("at {precisions}, {shortfall}"))
+pub fn can_hold(shared: &Shared, precisions: Bounds) -> Result<(), Unplaceable> {
+    could_place(shared, &shared.down(), precisions).map_err(|why| why.prefixed(&format!("at {precisions}")))
 }
 
-fn could_place(shared: &Shared, gone: &BTreeSet<NodeId>, precisions: Bounds) -> Result<(), String> {
+fn could_place(shared: &Shared, gone: &BTreeSet<NodeId>, precisions: Bounds) -> Result<(), Unplaceable> {
     let state = shared.state();
     let Some((model, registered)) = shared.model_to_place(&state) else { return Ok(()) };
-    let known = shared.library.cached(model).ok_or("this node does not know the model yet; try again in a moment")?;
+    let known = shared.library.cached(model).ok_or(Unplaceable::NotYet("this node does not know the model yet"))?;
     let candidates = candidates(shared, &state, &known, gone, precisions)
-        .ok_or("not every member has said yet what it can hold; try again in a moment")?;
+        .ok_or(Unplaceable::NotYet("not every member has said yet what it can hold"))?;
     let experts = experts(shared, &state, &known, gone);
     let planned = plan(&experts, &candidates, &Current::new(), &harm(registered));
-    planned
-        .map(drop)
-        .map_err(|shortfall| out_of_reach(&known, &experts, &candidates).unwrap_or_else(|| shortfall.to_string()))
+    planned.map(drop).map_err(|shortfall| {
+        let why = out_of_reach(&known, &experts, &candidates);
+        Unplaceable::Short(why.unwrap_or_else(|| shortfall.to_string()))
+    })
 }
 
 /// Nodes that may hold experts now, with the room their budgets leave. `None` while a member that is up has not said what it

@@ -101,6 +101,17 @@ impl<R: Runtime> Arena<R> {
         self.client.read_one(handle).expect("a device that computes can be read").to_vec()
     }
 
+    /// What a matrix of `bytes` takes of the slabs, with its part of what is left at the end of one where several such lie.
+    pub(super) fn share(&self, bytes: u64) -> u64 {
+        let slab = self.place_most() as u64;
+        match slab / bytes.max(1) {
+            0 => bytes.next_multiple_of(slab),
+            // So many that the rest is next to nothing.
+            each @ 1..64 => slab / each,
+            _ => bytes,
+        }
+    }
+
     /// Takes slabs until `bytes` are free.
     pub(super) fn reserve(&mut self, bytes: u64) {
         self.bounded = true;

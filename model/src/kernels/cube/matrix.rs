@@ -14,6 +14,7 @@ use super::{
 use crate::{
     bytes::{DType, Matrix},
     slices::{BASE_CELL, BLOCK_ROWS, GROUP, REFINE_CELL, Sliced, Weight},
+    tiers::buffer::Buffer,
 };
 
 /// What a matrix's words mean.
@@ -69,15 +70,20 @@ impl CubeMatrix {
         let Self { rows, cols, form, parts } = self;
         match form {
             Form::Sliced { refined } => {
-                let (mut base, mut refine) = (Vec::new(), Vec::new());
+                let cells = |rows: usize| rows.div_ceil(BLOCK_ROWS) * cols / GROUP;
+                let mut base = buffer(cells(*rows) * BASE_CELL);
+                let mut refine = refined.then(|| buffer(cells(*rows) * REFINE_CELL));
                 for part in parts {
-                    let cells = part.rows.div_ceil(BLOCK_ROWS) * cols / GROUP;
-                    let bytes = [cells * BASE_CELL, if *refined { cells * REFINE_CELL } else { 0 }];
+                    let bytes = [BASE_CELL, if *refined { REFINE_CELL } else { 0 }].map(|cell| cells(part.rows) * cell);
                     let found = arena.get(&part.place, bytes.iter().sum());
-                    base.extend_from_slice(&found[..bytes[0]]);
-                    refine.extend_from_slice(&found[bytes[0]..]);
+                    let (first, second) = found.split_at(bytes[0]);
+                    let at = cells(part.first);
+                    base.as_mut_slice()[at * BASE_CELL..][..bytes[0]].copy_from_slice(first);
+                    if let Some(refine) = &mut refine {
+                        refine.as_mut_slice()[at * REFINE_CELL..][..bytes[1]].copy_from_slice(second);
+                    }
                 }
-                let sliced = Sliced::new(*rows, *cols, base.into(), refined.then(|| refine.into()));
+                let sliced = Sliced::new(*rows, *cols, base.into(), refine.map(Into::into));
                 Weight::Sliced(sliced.expect("the shape is the one that was put there"))
             }
             Form::Exact(kind) => {
@@ -87,10 +93,11 @@ impl CubeMatrix {
                     _ => DType::F32,
                 };
                 let (row, padded) = (cols * dtype.size(), padded(*cols, dtype));
-                let mut bytes = Vec::with_capacity(rows * row);
+                let mut bytes = buffer(rows * row);
                 for part in parts {
                     let found = arena.get(&part.place, part.rows * padded);
-                    found.chunks_exact(padded).for_each(|wide| bytes.extend_from_slice(&wide[..row]));
+                    let into = bytes.as_mut_slice()[part.first * row..].chunks_exact_mut(row);
+                    into.zip(found.chunks_exact(padded)).for_each(|(to, wide)| to.copy_from_slice(&wide[..row]));
                 }
                 let matrix = Matrix::new(bytes.into(), dtype, *rows, *cols);
                 Weight::Exact(matrix.expect("the shape is the one that was put there"))
@@ -155,6 +162,11 @@ pub(super) fn bytes(weight: &Weight) -> u64 {
         Weight::Sliced(_) => weight.bytes(),
     };
     bytes.next_multiple_of(4 * ALIGNED as usize) as u64
+}
+
+/// Memory to read back into, which goes back to the system when it is dropped.
+fn buffer(bytes: usize) -> Buffer {
+    Buffer::new(bytes).expect("this much was given up when it went to the device")
 }
 
 /// Cuts `rows` rows, in blocks of `block` rows which take `bytes` bytes, into parts of at most `most` bytes.

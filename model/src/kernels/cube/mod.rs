@@ -224,7 +224,7 @@ impl<R: CubeRuntime> Kernels for Cube<R> {
     }
 
     fn bytes(&self, weight: &Weight) -> u64 {
-        matrix::bytes(weight)
+        self.arena.borrow().share(matrix::bytes(weight))
     }
 
     fn reserve(&self, bytes: u64) {
