@@ -108,7 +108,8 @@ async fn a_short_absence_makes_nothing_less_exact() {
     mesh.node(2).kill();
     // Whoever leads has looked at what is to be done without it, and left all as it is.
     let logs = [0, 1].map(|index| mesh.nodes()[index].log().to_owned());
-    let waits = |log: &std::path::PathBuf| std::fs::read_to_string(log).unwrap().contains("waited for before experts");
+    let said = |line: &str| line.contains("waited for before experts") && line.contains(&away);
+    let waits = |log: &std::path::PathBuf| std::fs::read_to_string(log).unwrap().lines().any(said);
     until(&mut mesh, 0, "its being waited for", |_| logs.iter().any(waits)).await;
     mesh.node(2).start(&Start::Again).await.unwrap();
     if let Err(error) = settle(&mut mesh, wanted, &mut Progress::new()).await {
