@@ -77,14 +77,21 @@ pub fn status(shared: &Shared, api: &str) -> Status {
         });
         (expert_key(expert), replicas.collect())
     });
+    // Before the whole is put together: what is looked at stays locked until a statement ends, and who looks a second time then
+    // waits behind a writer that waits for it.
+    let nodes: Vec<_> = nodes.collect();
+    let device = shared.serving.borrow().as_ref().map(|serving| serving.engine.class().to_string());
+    let leader = *shared.log.leader().borrow();
+    let importing = shared.import.borrow().clone();
+    let own_status = own_status(shared);
     Status {
         mesh: shared.log.mesh_id().to_string(),
         node_id: own,
         name: shared.config.name.clone(),
         peer_id: shared.gossip.local_peer_id().to_string(),
         api: api.to_owned(),
-        device: shared.serving.borrow().as_ref().map(|serving| serving.engine.class().to_string()),
-        leader: *shared.log.leader().borrow(),
+        device,
+        leader,
         term: shared.log.term(),
         applied: shared.log.applied(),
         state_hash: state_hash(&state),
@@ -95,10 +102,10 @@ pub fn status(shared: &Shared, api: &str) -> Status {
         coverage: readiness.coverage,
         replicas_min: placement.and_then(|placement| shared.live_replicas(placement).into_values().min()).unwrap_or(0),
         planner: shared.planner(),
-        importing: shared.import.borrow().clone(),
+        importing,
         readiness,
-        nodes: nodes.collect(),
-        own: own_status(shared),
+        nodes,
+        own: own_status,
         placement: table.collect::<BTreeMap<_, _>>(),
     }
 }
@@ -115,10 +122,12 @@ fn state_hash(state: &coel_store::State) -> String {
 
 fn own_status(shared: &Shared) -> OwnStatus {
     let metrics = &shared.metrics;
+    let held = shared.held.borrow().clone();
+    let paged = shared.shelved.borrow().len();
     OwnStatus {
-        experts: shared.held.borrow().len(),
-        precisions: Counts::of(shared.held.borrow().values().copied()),
-        paged: shared.shelved.borrow().len(),
+        experts: held.len(),
+        precisions: Counts::of(held.values().copied()),
+        paged,
         disk_bytes: shared.blobs.usage().used_bytes,
         bytes_fetched: metrics.bytes_fetched.get(),
         memory_bytes: ledger_bytes(shared),

@@ -210,14 +210,17 @@ impl Shared {
             Some(serving) => serving.known.memory_bytes(&self.config, serving.trunk),
             None => self.config.memory_bytes,
         };
+        let trunk = *self.trunk.borrow();
+        let complete_models = self.complete.borrow().clone();
+        let holds = self.holds.borrow().clone();
         Facts {
             memory_bytes,
             disk_bytes: self.config.disk_bytes,
             kv_tokens: self.config.kv_tokens as u64,
             accepts: self.config.precision,
-            trunk: *self.trunk.borrow(),
-            complete_models: self.complete.borrow().clone(),
-            holds: self.holds.borrow().clone(),
+            trunk,
+            complete_models,
+            holds,
         }
     }
 
