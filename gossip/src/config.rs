@@ -1,12 +1,12 @@
-//! What a node is told before it starts.
+//! What is configured before a node starts.
 
 use std::time::Duration;
 
 use libp2p::Multiaddr;
 
 use crate::identity::Identity;
-use crate::liveness::Thresholds;
-use crate::status::Policy;
+use crate::membership::liveness::Thresholds;
+use crate::membership::status::Policy;
 
 /// Everything about gossip that is decided before [`start`](crate::start); who is a member comes later, through
 /// [`Handle::set_members`](crate::Handle::set_members).
@@ -29,7 +29,7 @@ pub struct Config {
     /// How long a connection without streams is kept. Members always have a stream, so this ends connections of
     /// others. Default 60 s.
     pub idle_timeout: Duration,
-    /// Most connections with peers that are no members, being made or made. Default 64.
+    /// Most connections with strangers, established or being established. Default 64.
     pub strangers_max: u32,
 }
 

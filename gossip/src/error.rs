@@ -1,4 +1,4 @@
-//! What can go wrong, and whether trying again can help.
+//! The errors of the crate, and whether trying again can help.
 //!
 //! Owns: the errors of the driver half. Invariant: each names the peer, protocol or address it is about, and
 //! `is_retryable` tells callers what they may do without reading text.
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use libp2p::{Multiaddr, PeerId};
 
-use crate::message::FACTS_BYTES_MAX;
+use crate::membership::message::FACTS_BYTES_MAX;
 
 /// Why a node could not start.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +27,7 @@ pub enum StartError {
     Transport { cause: String },
 }
 
-/// Why none of the given addresses led to a peer.
+/// Why no address led to a peer.
 #[derive(Debug, thiserror::Error)]
 pub enum DialError {
     #[error("no address to dial was given")]
@@ -57,7 +57,7 @@ pub enum OpenError {
     #[error("cannot open a stream for {protocol} to {peer}: {cause}")]
     Io { peer: PeerId, protocol: &'static str, cause: io::Error },
     /// It closed every stream before accepting it: this node is no member there.
-    #[error("{peer} refuses {protocol} to this node: it does not count it among the members")]
+    #[error("{peer} refuses {protocol} to this node, which is not among its members")]
     Refused { peer: PeerId, protocol: &'static str },
     /// Neither a member nor connected, so there is nobody to open a stream to.
     #[error("{peer} is neither a member nor connected")]

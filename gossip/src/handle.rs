@@ -1,43 +1,43 @@
 //! How the rest of the node talks to gossip.
 //!
-//! Owns: [`Handle`] and [`start`]. Invariant: wishes (members, status, facts) are values of which only the latest
-//! counts, so setting them never waits; commands wait in a bounded queue.
+//! Owns: [`Handle`] and [`start`]. Invariant: members, status and facts are desired values of which only the latest counts,
+//! so setting them never waits; commands wait in a bounded queue.
 //! The node stops when [`Handle::shutdown`] is called or the last handle is dropped.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
-use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::driver::{Command, Driver, Wishes};
+use crate::driver::neighbours::{self, GOSSIP};
+use crate::driver::{Command, DesiredState, Driver};
 use crate::error::{DialError, FactsTooLarge, OpenError, RequestError, ServeError, StartError};
-use crate::frame::{Frame, Protocol};
-use crate::link::Shared;
-use crate::message::FACTS_BYTES_MAX;
-use crate::neighbour::{self, GOSSIP};
-use crate::pool::{self, Pool};
-use crate::status::Status;
-use crate::stream::{self, Access, FrameStream, Incoming};
-use crate::swarm;
-use crate::view::Peers;
+use crate::membership::message::FACTS_BYTES_MAX;
+use crate::membership::status::Status;
+use crate::membership::view::Peers;
+use crate::transport::endpoint::Endpoint;
+use crate::transport::frame::{Frame, Protocol};
+use crate::transport::pool::StreamPool;
+use crate::transport::stream::{self, Access, FrameStream, Incoming};
+use crate::transport::swarm;
 
 /// Commands that wait for the driver.
 const COMMANDS: usize = 64;
 /// Gossip messages that wait for the driver.
 const EVENTS: usize = 256;
-/// Knocks of strangers that nobody has looked at yet.
-const KNOCKS: usize = 16;
+/// Unauthorized attempts that nobody has looked at yet; a stranger that is a member tries again.
+const UNAUTHORIZED: usize = 16;
 
 /// One running node. Cloning is cheap; all clones are the same node.
 #[derive(Clone)]
 pub struct Handle {
-    shared: Arc<Shared>,
-    wishes: Arc<watch::Sender<Wishes>>,
+    endpoint: Arc<Endpoint>,
+    pool: Arc<StreamPool>,
+    desired: Arc<watch::Sender<DesiredState>>,
     commands: mpsc::Sender<Command>,
 }
 
@@ -48,52 +48,43 @@ pub struct Handle {
 pub async fn start(config: Config) -> Result<Handle, StartError> {
     let mut swarm = swarm::build(&config)?;
     let listening = swarm::listen(&mut swarm, &config).await?;
-    let shared = Arc::new(Shared {
-        me: *swarm.local_peer_id(),
-        control: swarm.behaviour().streams.new_control(),
-        members: RwLock::default(),
-        links: Default::default(),
-        listening: RwLock::new(listening.addresses),
-        peers: watch::Sender::default(),
-        pool: Pool::default(),
-        knocks: broadcast::Sender::new(KNOCKS),
-        stopped: CancellationToken::new(),
-        runtime: tokio::runtime::Handle::current(),
-    });
-    let incoming = stream::serve(&shared, GOSSIP, Access::Members).expect("a fresh swarm serves nothing yet");
+    let (me, control) = (*swarm.local_peer_id(), swarm.behaviour().streams.new_control());
+    let endpoint = Arc::new(Endpoint::new(me, control, listening.addresses, UNAUTHORIZED));
+    let pool = Arc::new(StreamPool::default());
+    let incoming = stream::serve(&endpoint, GOSSIP, Access::Members).expect("a fresh swarm serves nothing yet");
     let (events, from_neighbours) = mpsc::channel(EVENTS);
-    tokio::spawn(neighbour::listen(incoming, events.clone()));
-    let (wishes, wished) = watch::channel(Wishes::default());
+    tokio::spawn(neighbours::listen(incoming, events.clone()));
+    let (desired, to_apply) = watch::channel(DesiredState::default());
     let (commands, commanded) = mpsc::channel(COMMANDS);
-    let driver = Driver::new(config, swarm, shared.clone(), events);
-    tokio::spawn(driver.run(listening.early, commanded, wished, from_neighbours));
-    Ok(Handle { shared, wishes: Arc::new(wishes), commands })
+    let driver = Driver::new(config, swarm, endpoint.clone(), pool.clone(), events);
+    tokio::spawn(driver.run(listening.early, commanded, to_apply, from_neighbours));
+    Ok(Handle { endpoint, pool, desired: Arc::new(desired), commands })
 }
 
 impl Handle {
     pub fn local_peer_id(&self) -> PeerId {
-        self.shared.me
+        self.endpoint.me
     }
 
     /// Concrete addresses this node listens on (port 0 resolved, interfaces enumerated), without `/p2p`.
     /// Never empty; more may appear as interfaces come up.
     pub fn listen_addresses(&self) -> Vec<Multiaddr> {
-        self.shared.listening.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.endpoint.listening.borrow().clone()
     }
 
-    /// Replaces the members: who is admitted, and where each was last seen. A connection to each is kept from now
-    /// on. This node's own id may be among them. Whoever is no longer a member is refused at once on protocols for
-    /// members, and disconnected a few seconds later, so that a farewell can still be answered.
+    /// Replaces the members: the admitted nodes, and where each was last seen. A connection to each is kept from now
+    /// on. This node's own id may be among them. A former member is refused at once on protocols for members, and
+    /// disconnected a few seconds later, so that a farewell can still be answered.
     pub fn set_members(&self, members: BTreeMap<PeerId, Vec<Multiaddr>>) {
-        let admitted: BTreeSet<PeerId> = members.keys().copied().filter(|peer| *peer != self.shared.me).collect();
+        let admitted: BTreeSet<PeerId> = members.keys().copied().filter(|peer| *peer != self.endpoint.me).collect();
         // Here and not in the driver, so that a stream opened right after this call meets the new members.
-        *self.shared.members.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(admitted);
-        self.wishes.send_modify(|wishes| wishes.members = Arc::new(members));
+        self.endpoint.members.send_replace(Arc::new(admitted));
+        self.desired.send_modify(|desired| desired.members = Arc::new(members));
     }
 
     /// Sets this node's load; it is published when the policy finds it worth a message.
     pub fn set_status(&self, status: Status) {
-        self.wishes.send_modify(|wishes| wishes.status = Some(status));
+        self.desired.send_modify(|desired| desired.status = Some(status));
     }
 
     /// Sets what else this node says about itself, at most [`FACTS_BYTES_MAX`] bytes; published when it differs
@@ -102,19 +93,19 @@ impl Handle {
         if facts.len() > FACTS_BYTES_MAX {
             return Err(FactsTooLarge { bytes: facts.len() });
         }
-        self.wishes.send_modify(|wishes| wishes.facts = Some(facts));
+        self.desired.send_modify(|desired| desired.facts = Some(facts));
         Ok(())
     }
 
     /// All members but this node. The value changes at once with liveness and connections, and a few times a
     /// second with everything else.
     pub fn peers(&self) -> watch::Receiver<Peers> {
-        self.shared.peers.subscribe()
+        self.endpoint.peers.subscribe()
     }
 
-    /// Connects to whoever answers first at `addresses`. With `peer`, or an address that ends in `/p2p/ID`, nobody
-    /// else will do. For the handshake with a mesh this node is not yet a member of; members are connected to
-    /// without being asked.
+    /// Connects to the peer that answers first at `addresses`. With `peer`, or an address that ends in `/p2p/ID`, only that
+    /// peer counts. For the handshake with a mesh that this node is not a member of yet; members are connected to
+    /// without a call.
     ///
     /// # Errors
     /// [`DialError`], with one cause per address.
@@ -142,7 +133,7 @@ impl Handle {
     /// # Errors
     /// [`OpenError`]; `is_retryable` tells whether it can help to try again.
     pub async fn open(&self, peer: PeerId, protocol: Protocol) -> Result<FrameStream, OpenError> {
-        stream::open(&self.shared, peer, protocol).await
+        stream::open(&self.endpoint, peer, protocol).await
     }
 
     /// Sends one frame and returns the reply, over a stream that is kept for the next request. When an idle stream
@@ -158,24 +149,24 @@ impl Handle {
         frame: Frame,
         deadline: Duration,
     ) -> Result<Frame, RequestError> {
-        let exchange = pool::exchange(&self.shared, peer, protocol, &frame);
+        let exchange = self.pool.exchange(&self.endpoint, peer, protocol, &frame);
         let late = RequestError::TimedOut { peer, protocol: protocol.name, after: deadline };
         tokio::time::timeout(deadline, exchange).await.unwrap_or(Err(late))
     }
 
-    /// Accepts streams of `protocol` from now on. Whoever serves strangers bounds what it keeps for them: an open
-    /// stream keeps their connection open.
+    /// Accepts streams of `protocol` from now on. A peer holds a bounded number of them at once, so each may have a task of
+    /// its own. A server of strangers bounds what it keeps for them too: an open stream keeps their connection open.
     ///
     /// # Errors
     /// [`ServeError`] if the protocol is served already.
     pub fn serve(&self, protocol: Protocol, access: Access) -> Result<Incoming, ServeError> {
-        stream::serve(&self.shared, protocol, access)
+        stream::serve(&self.endpoint, protocol, access)
     }
 
-    /// Strangers that were refused on a protocol for members, as it happens: one of them may be a member of whom this
-    /// node has not heard yet. Whoever listens too slowly misses some; they will knock again.
-    pub fn knocks(&self) -> broadcast::Receiver<PeerId> {
-        self.shared.knocks.subscribe()
+    /// Attempts of strangers to use a protocol for members, as they are refused. One of them may come from a member of whom
+    /// this node has not heard yet. A slow receiver misses some; a member tries again.
+    pub fn unauthorized_attempts(&self) -> broadcast::Receiver<PeerId> {
+        self.endpoint.unauthorized.subscribe()
     }
 
     /// Says goodbye, closes every connection so that others see it at once, and stops this node for all handles.

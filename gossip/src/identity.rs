@@ -1,4 +1,4 @@
-//! Who this node is: an ed25519 key pair, kept in one file.
+//! This node's identity: an ed25519 key pair, kept in one file.
 //!
 //! Owns: the key and its file. Invariant: the file is either absent or whole, and readable by its owner alone.
 //! Deliberately does not know: what the peer id is used for.
@@ -43,8 +43,8 @@ impl Identity {
         Identity { keypair: Keypair::generate_ed25519() }
     }
 
-    /// Reads the identity in `path`, or makes a new one and writes it there (mode 0600: temporary file, fsync,
-    /// rename). The folder must exist.
+    /// Reads the identity in `path`, or generates one and writes it there (mode 0600: temporary file, fsync, rename). The
+    /// folder must exist.
     ///
     /// # Errors
     /// [`IdentityError`], each naming the path. A damaged file is never replaced: its owner may have a backup.

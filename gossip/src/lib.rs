@@ -1,60 +1,50 @@
 //! Who is here and how loaded; carries bytes between nodes.
 //!
-//! A mesh is the set of peers that one log has admitted; this crate is told who they are and does the rest. It
-//! keeps a connection to each (QUIC, or TCP with Noise and Yamux), finds them again when they move (identify,
-//! mDNS, given addresses), tells them how loaded this node is, hears the same of them, notices who died, and
-//! carries frames of bytes whose meaning other crates know.
+//! A mesh is the set of peers that one log has admitted. This crate is told which they are and does the rest: it keeps a
+//! connection to each (QUIC, or TCP with Noise and Yamux), finds them again when they move (identify, mDNS, configured
+//! addresses), exchanges load with them, notices their death, and carries frames of bytes whose meaning other crates know.
 //!
-//! It has two halves.
+//! | room | what it does | it imports |
+//! |---|---|---|
+//! | [`Handle`] (`handle`) | how the rest of the node talks to gossip: cloneable, with bounded queues | driver, transport, membership |
+//! | `driver` | the one task that owns the libp2p swarm, and the tasks that carry gossip | transport, membership |
+//! | `transport` | swarm, frames, links, streams and their pool | membership (values only) |
+//! | `membership` | the pure half: adverts, liveness, addresses, status, messages, measures | |
+//! | `config`, `identity`, `error`, `sync` | what a node is started with; faults; locks | membership |
 //!
-//! **The pure half decides.** [`status`] says when 16 bits of load are worth a message. `state` merges what nodes
-//! advertise and repairs what was missed. [`liveness`] turns silence and refusals into verdicts. `addresses` knows
-//! where members may be found and which addresses lead back to ourselves. `measure` smooths round-trip times and
-//! throughput. `message` and `frame` are bytes. These take the time and a random generator as arguments, return
-//! what is to be done as values, and are tested without a network or a clock.
+//! **The pure half decides.** It takes the time and a random generator as arguments, returns what is to be done as values,
+//! and is tested without a network or a clock. **The driver acts**: it feeds the pure half with what happens, and carries
+//! out what it returns.
 //!
-//! **The driver half acts.** One task (`driver`) owns the libp2p swarm, feeds the pure half with what happens and
-//! does what it returns. [`Handle`] is how the rest of the node talks to it: cloneable, with bounded queues.
-//! `stream` opens and accepts streams, `pool` keeps idle ones for the next request, `neighbour` carries gossip,
-//! and `link` holds what makes everything that waits on a dead peer fail at once.
-//!
-//! Invariants across both halves:
-//! - A stranger may connect, identify itself, ping, and use protocols that were opened to anyone; on a protocol for
-//!   members its streams close without a byte, and its connections are few and end when idle.
-//! - A peer's bytes never panic this node, and sizes are checked before memory is set aside.
-//! - Nothing waits on a peer that is down: its connections are closed with the verdict, and whatever was pending
-//!   fails with an error that says it may be retried.
+//! Invariants across all rooms:
+//! - A stranger may connect, identify itself, ping, and use protocols that were opened to anyone. On a protocol for members
+//!   its streams close without a byte; its connections are few and end when idle.
+//! - A peer's bytes never panic this node, sizes are checked before memory is set aside, and what a peer may hold here
+//!   (connections, streams, queued messages, facts, addresses) is bounded.
+//! - Nothing waits on a peer that is down: its connections are closed with the verdict, and whatever was pending fails with
+//!   an error that says it may be retried.
 //!
 //! Deliberately absent: models, weights, the log, and any idea of what a payload says.
 
-mod addresses;
 mod config;
 mod driver;
 mod error;
-mod frame;
 mod handle;
 mod identity;
-mod link;
-pub mod liveness;
-mod measure;
-mod message;
-mod neighbour;
-mod pool;
-mod state;
-pub mod status;
-mod stream;
-mod swarm;
-mod view;
+mod membership;
+mod sync;
+mod transport;
 
 pub use config::Config;
 pub use error::{DialError, FactsTooLarge, OpenError, RequestError, ServeError, StartError, StreamError};
-pub use frame::{Frame, Protocol};
 pub use handle::{Handle, start};
 pub use identity::{Identity, IdentityError};
 pub use libp2p::{Multiaddr, PeerId};
-pub use liveness::Liveness;
-pub use measure::Rtt;
-pub use message::FACTS_BYTES_MAX;
-pub use status::Status;
-pub use stream::{Access, FrameStream, Incoming};
-pub use view::{PeerView, Peers};
+pub use membership::liveness::Liveness;
+pub use membership::measure::Rtt;
+pub use membership::message::FACTS_BYTES_MAX;
+pub use membership::status::Status;
+pub use membership::view::{PeerView, Peers};
+pub use membership::{liveness, status};
+pub use transport::frame::{Frame, Protocol};
+pub use transport::stream::{Access, FrameStream, Incoming};

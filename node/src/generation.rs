@@ -211,13 +211,13 @@ impl Generation {
         self.usage.rows_remote += advanced.pairs_elsewhere;
         self.shared.metrics.rows_local.inc_by(advanced.pairs_here);
         self.shared.metrics.rows_remote.inc_by(advanced.pairs_elsewhere);
-        let own = self.serving.class(&[Precision::Bf16].into());
+        let own = self.serving.class(&[Precision::Exact].into());
         let precisions: BTreeSet<_> = advanced.precisions.iter().map(|&p| ids::to_store_precision(p)).collect();
         let mut classes = advanced.classes.clone();
         if advanced.pairs_here > 0 && !precisions.is_empty() {
             classes.push(self.serving.class(&precisions));
         }
-        if self.serving.trunk != Precision::Bf16 {
+        if self.serving.trunk != Precision::Exact {
             classes.push(self.serving.class(&[self.serving.trunk].into()));
         }
         for class in classes {

@@ -23,7 +23,7 @@ pub fn to_store_precision(precision: coel_model::slices::Precision) -> coel_stor
     match precision {
         coel_model::slices::Precision::Q4 => coel_store::Precision::Q4,
         coel_model::slices::Precision::Q8 => coel_store::Precision::Q8,
-        coel_model::slices::Precision::Exact => coel_store::Precision::Bf16,
+        coel_model::slices::Precision::Exact => coel_store::Precision::Exact,
     }
 }
 
@@ -37,6 +37,6 @@ pub fn to_model_precision(precision: coel_store::Precision) -> coel_model::slice
     match precision {
         coel_store::Precision::Q4 => coel_model::slices::Precision::Q4,
         coel_store::Precision::Q8 => coel_model::slices::Precision::Q8,
-        coel_store::Precision::Bf16 => coel_model::slices::Precision::Exact,
+        coel_store::Precision::Exact => coel_model::slices::Precision::Exact,
     }
 }

@@ -116,7 +116,7 @@ impl Known {
         });
         let chosen = chosen.unwrap_or(accepted.lowest());
         let sliced = self.manifest.trunk.iter().any(|part| part.slices.at(chosen).is_some());
-        if sliced { chosen } else { Precision::Bf16 }
+        if sliced { chosen } else { Precision::Exact }
     }
 
     /// Bytes of experts that a node with these facts may hold; `None` until it has said how it holds the trunk.
@@ -128,7 +128,7 @@ impl Known {
     /// bound, which never pages. One that has every blob already needs no more room; another keeps some for an exchange, during
     /// which an expert is there twice.
     pub fn disk_for_experts(&self, facts: &Facts) -> Option<u64> {
-        let (budget, all) = (facts.disk_bytes?, self.manifest.experts_bytes(Precision::Bf16));
+        let (budget, all) = (facts.disk_bytes?, self.manifest.experts_bytes(Precision::Exact));
         if facts.complete_models.contains(&self.id) {
             return Some(all);
         }
@@ -286,8 +286,8 @@ mod tests {
         let known = known();
         assert_eq!(known.disk_for_experts(&facts(None, Precision::Q4)), None, "no bound, and no paging");
         assert_eq!(known.disk_for_experts(&facts(Some(1000), Precision::Q4)), Some(1000 - 10 - 300 - 160));
-        assert_eq!(known.disk_for_experts(&facts(Some(1000), Precision::Bf16)), Some(0));
-        let complete = Facts { complete_models: vec![known.id], ..facts(Some(1000), Precision::Bf16) };
+        assert_eq!(known.disk_for_experts(&facts(Some(1000), Precision::Exact)), Some(0));
+        let complete = Facts { complete_models: vec![known.id], ..facts(Some(1000), Precision::Exact) };
         assert_eq!(known.disk_for_experts(&complete), Some(4 * 160), "it has them already");
     }
 
@@ -297,7 +297,7 @@ mod tests {
         let chosen = |disk: Option<u64>| known.trunk_precision(Bounds::AUTO, (u64::MAX, u64::MAX), disk, 16, 1);
         // Beside the manifest, the experts at Q4 and an exchange.
         let beside = 10 + 4 * 50 + 160;
-        let least = [(None, Precision::Bf16), (Some(1000), Precision::Bf16), (Some(999), Precision::Q8)];
+        let least = [(None, Precision::Exact), (Some(1000), Precision::Exact), (Some(999), Precision::Q8)];
         for (trunk, precision) in least.into_iter().chain([(Some(500), Precision::Q8), (Some(499), Precision::Q4)]) {
             assert_eq!(chosen(trunk.map(|trunk: u64| trunk + beside)), precision, "{trunk:?}");
         }

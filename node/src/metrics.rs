@@ -359,7 +359,7 @@ mod tests {
         let activity = Activity { flights: 3, parts: 8, rows: 70, waiting: 2, pages_used: 5, pages: 64 };
         metrics.note_engine(activity);
         metrics.note_engine(Activity { flights: 4, ..activity });
-        metrics.note_experts([(Precision::Q4, 10), (Precision::Bf16, 32), (Precision::Q4, 11)].into_iter());
+        metrics.note_experts([(Precision::Q4, 10), (Precision::Exact, 32), (Precision::Q4, 11)].into_iter());
         const EXPERTS: &str = "coel_experts{precision=\"q4\"} 2";
         const BYTES: &str = "coel_expert_weights_bytes{precision=\"q4\"} 21";
         let text = metrics.text();

@@ -132,7 +132,7 @@ pub struct Counts {
 /// `12 q4, 30 exact`, or `-` for none.
 impl std::fmt::Display for Counts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let each = [(self.q4, Precision::Q4), (self.q8, Precision::Q8), (self.exact, Precision::Bf16)];
+        let each = [(self.q4, Precision::Q4), (self.q8, Precision::Q8), (self.exact, Precision::Exact)];
         let each = each.iter().filter(|(count, _)| *count > 0).map(|(count, precision)| format!("{count} {precision}"));
         let text = each.collect::<Vec<_>>().join(", ");
         f.write_str(if text.is_empty() { "-" } else { &text })
@@ -146,7 +146,7 @@ impl Counts {
             *match precision {
                 Precision::Q4 => &mut counts.q4,
                 Precision::Q8 => &mut counts.q8,
-                Precision::Bf16 => &mut counts.exact,
+                Precision::Exact => &mut counts.exact,
             } += 1;
             counts
         })

@@ -1,12 +1,11 @@
 //! CBOR in and out: the only module of this crate that knows the encoder.
 //!
-//! serde_cbor is no longer maintained, so it stays behind these two functions. The invariant they
-//! keep: a stranger's bytes never panic, never allocate more than their own length allows, and
-//! never pass with something left over. The length is compared with the caller's limit before
-//! anything is decoded; nesting is bounded by the decoder itself (128 deep).
+//! serde_cbor is no longer maintained, so it stays behind two functions. Invariant: a stranger's bytes never panic, never
+//! allocate more than their own length justifies, and never pass with something left over. The length is compared with the
+//! caller's limit before anything is decoded; the decoder itself bounds nesting (128 deep).
 //!
-//! Encoding is deterministic for the types of this project: structs in field order, maps of
-//! `BTreeMap` in key order, every length definite. Hashes of encoded values rely on that.
+//! Encoding is deterministic for the types of this project: structs in field order, maps of `BTreeMap` in key order, every
+//! length definite. Hashes of encoded values rely on that.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;

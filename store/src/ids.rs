@@ -1,12 +1,10 @@
-//! Names of things, as plain values: who (`NodeId`, `Peer`, `MeshId`), what (`ModelId`, `BlobId`,
-//! `ExpertId`), and at which version (`Epoch`).
+//! Ids, as plain values: of nodes (`NodeId`, `Peer`, `MeshId`), of content (`ModelId`, `BlobId`, `ExpertId`), of versions
+//! (`Epoch`).
 //!
-//! Every byte-array id has one spelling for people (lower-case hex) and one for the disk and the
-//! wire (a CBOR byte string); a serialiser that says it is for people gets the first. Integers are
-//! wrapped because a node, an epoch and a layer swap silently.
+//! Every byte-array id has one spelling for people (lower-case hex) and one for the disk and the wire (a CBOR byte string);
+//! a human-readable serializer gets the first. Integers are wrapped because a node, an epoch and a layer swap silently.
 //!
-//! This module does not know what a peer's bytes mean: the node crate turns them into a network
-//! identity.
+//! The module does not know what a peer's bytes mean: the node crate turns them into a network identity.
 
 use serde::de::{Error as _, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};

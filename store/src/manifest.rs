@@ -1,15 +1,15 @@
 //! What a model consists of, by content: the document whose hash is the model's id.
 //!
-//! A manifest lists every blob (the files that describe the model, and the slices of every part of the
-//! trunk and of every expert) with its length and one BLAKE3 per 1 MiB chunk, so that a chunk from any peer,
-//! or from this disk, can be checked by itself. Whoever has the id can check the manifest, and
-//! whoever has the manifest can check every byte.
+//! A manifest lists every blob (the files that describe the model, and the slices of every part of the trunk and of every
+//! expert) with its length and one BLAKE3 per 1 MiB chunk, so that a chunk from any peer, or from this disk, can be checked
+//! by itself. The id is enough to check the manifest, and the manifest to check every byte.
 //!
-//! Invariant: a decoded manifest is sound. Its sizes add up, every blob has the hashes that its
-//! length calls for, names are names and not paths, no expert is listed twice, a refine slice comes
-//! with its base, and encoding it again gives the same bytes. What the bytes of a blob mean is not
-//! known here. Nor is anything that was measured on the model, nor what people call it: neither is part of its
-//! content, and two machines that import the same checkpoint must come to the same id.
+//! Invariant: a decoded manifest is sound. Its sizes add up, every blob has the hashes that its length calls for, names are
+//! names and not paths, no expert is listed twice, a refine slice comes with its base, and encoding it again gives the same
+//! bytes.
+//!
+//! The module does not know what the bytes of a blob mean. A model's name and what was measured on it are not part of a
+//! manifest: two machines that import the same checkpoint must come to the same id.
 
 use crate::cbor::{self, CborError};
 use crate::ids::{BlobId, ExpertId, ModelId};
@@ -76,8 +76,8 @@ impl Slice {
     /// Whether whoever holds this precision has this slice.
     pub fn is_part_of(self, precision: Precision) -> bool {
         match self {
-            Self::Exact => precision == Precision::Bf16,
-            Self::Base => precision != Precision::Bf16,
+            Self::Exact => precision == Precision::Exact,
+            Self::Base => precision != Precision::Exact,
             Self::Refine => precision == Precision::Q8,
         }
     }
@@ -105,7 +105,7 @@ impl Slices {
         match precision {
             Precision::Q4 => Some(vec![(Slice::Base, self.base.as_ref()?)]),
             Precision::Q8 => Some(vec![(Slice::Base, self.base.as_ref()?), (Slice::Refine, self.refine.as_ref()?)]),
-            Precision::Bf16 => Some(vec![(Slice::Exact, &self.exact)]),
+            Precision::Exact => Some(vec![(Slice::Exact, &self.exact)]),
         }
     }
 
@@ -118,7 +118,7 @@ impl Slices {
     pub fn nearest(&self, precision: Precision) -> (Precision, u64) {
         match self.bytes(precision) {
             Some(bytes) => (precision, bytes),
-            None => (Precision::Bf16, self.exact.bytes),
+            None => (Precision::Exact, self.exact.bytes),
         }
     }
 

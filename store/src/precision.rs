@@ -1,14 +1,14 @@
-//! How exactly weights are held, and which ways of holding them are accepted.
+//! How exactly weights are held, and which precisions are accepted.
 //!
-//! Owns [`Precision`] and [`Bounds`]. The invariant: bounds are never empty, the lowest is at most the highest. Which
-//! bytes a precision takes is the manifest's business; who wants which, the planner's.
+//! Owns [`Precision`] and [`Bounds`]. Invariant: bounds are never empty; the lowest is at most the highest. The module
+//! does not know which bytes a precision takes (the manifest does) or which one a node should hold (the planner does).
 
 use crate::ids::ParseIdError;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// At which precision weights are held.
+/// The precision at which weights are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -16,21 +16,20 @@ pub enum Precision {
     Q4,
     /// Base and refine: 8.5 bits a weight.
     Q8,
-    /// As in the checkpoint, which is BF16 as a rule.
-    #[serde(rename = "exact")]
-    Bf16,
+    /// As in the checkpoint: BF16, F16 or F32.
+    Exact,
 }
 
 impl Precision {
     /// From the least exact to the most.
-    pub const ALL: [Self; 3] = [Self::Q4, Self::Q8, Self::Bf16];
+    pub const ALL: [Self; 3] = [Self::Q4, Self::Q8, Self::Exact];
 
-    /// As commands and reports spell it.
+    /// The precision as commands, reports and the log spell it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Q4 => "q4",
             Self::Q8 => "q8",
-            Self::Bf16 => "exact",
+            Self::Exact => "exact",
         }
     }
 }
@@ -52,7 +51,7 @@ impl FromStr for Precision {
 
 /// The precisions that are accepted: from the lowest to the highest, both included.
 ///
-/// Written `auto` (all of them), `q8` (that one), `q8..` (it and better) or `..q8` (it and worse).
+/// Written `auto` (all), `q8` (that one), `q8..` (that one and better) or `..q8` (that one and worse).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Bounds {
@@ -62,9 +61,9 @@ pub struct Bounds {
 
 impl Bounds {
     /// Every precision.
-    pub const AUTO: Self = Self { lowest: Precision::Q4, highest: Precision::Bf16 };
+    pub const AUTO: Self = Self { lowest: Precision::Q4, highest: Precision::Exact };
 
-    /// From `lowest` to `highest`; `None` if that is nothing.
+    /// From `lowest` to `highest`; `None` if that is empty.
     pub fn new(lowest: Precision, highest: Precision) -> Option<Self> {
         (lowest <= highest).then_some(Self { lowest, highest })
     }
@@ -84,12 +83,12 @@ impl Bounds {
         self.highest
     }
 
-    /// Whether this one is accepted.
+    /// Whether `precision` is accepted.
     pub fn has(self, precision: Precision) -> bool {
         (self.lowest..=self.highest).contains(&precision)
     }
 
-    /// What both accept, if anything.
+    /// The precisions that both accept, if there are any.
     pub fn and(self, other: Self) -> Option<Self> {
         Self::new(self.lowest.max(other.lowest), self.highest.min(other.highest))
     }
@@ -105,9 +104,9 @@ impl fmt::Display for Bounds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { lowest, highest } = self;
         match (*lowest, *highest) {
-            (Precision::Q4, Precision::Bf16) => f.write_str("auto"),
+            (Precision::Q4, Precision::Exact) => f.write_str("auto"),
             (lowest, highest) if lowest == highest => write!(f, "{lowest}"),
-            (lowest, Precision::Bf16) => write!(f, "{lowest}.."),
+            (lowest, Precision::Exact) => write!(f, "{lowest}.."),
             (_, highest) => write!(f, "..{highest}"),
         }
     }
@@ -158,16 +157,19 @@ mod tests {
             assert_eq!(encoded[1..], *precision.name().as_bytes());
         }
         assert!(Precision::ALL.is_sorted());
+        // Pinned: this is on disks and on the wire.
+        let pinned: [&[u8]; 3] = [b"\x62q4", b"\x62q8", b"\x65exact"];
+        assert_eq!(Precision::ALL.map(|precision| cbor::to_vec(&precision).unwrap()), pinned.map(<[u8]>::to_vec));
         assert!("q5".parse::<Precision>().unwrap_err().to_string().contains("q4, q8 or exact"));
     }
 
     #[test]
     fn bounds_read_back_what_they_print() {
         for (text, lowest, highest) in [
-            ("auto", Precision::Q4, Precision::Bf16),
+            ("auto", Precision::Q4, Precision::Exact),
             ("q4", Precision::Q4, Precision::Q4),
-            ("exact", Precision::Bf16, Precision::Bf16),
-            ("q8..", Precision::Q8, Precision::Bf16),
+            ("exact", Precision::Exact, Precision::Exact),
+            ("q8..", Precision::Q8, Precision::Exact),
             ("..q8", Precision::Q4, Precision::Q8),
         ] {
             let bounds: Bounds = text.parse().unwrap();
@@ -188,6 +190,6 @@ mod tests {
         assert_eq!(bounds("..q8").and(bounds("q8..")), Some(bounds("q8")));
         assert_eq!(bounds("auto").and(bounds("q4")), Some(bounds("q4")));
         assert_eq!(bounds("q4").and(bounds("q8..")), None);
-        assert!(bounds("..q8").has(Precision::Q4) && !bounds("..q8").has(Precision::Bf16));
+        assert!(bounds("..q8").has(Precision::Q4) && !bounds("..q8").has(Precision::Exact));
     }
 }

@@ -38,7 +38,7 @@ impl Assigned {
         let experts = held.filter_map(|(expert, at)| self.manifest.experts.get(&expert)?.bytes(at));
         let files = self.manifest.files.iter().map(|file| file.blob.bytes);
         let trunk = status.nodes.iter().find(|status| status.node_id == node).and_then(|status| status.trunk);
-        let trunk = self.manifest.trunk_bytes(trunk.unwrap_or(Precision::Bf16));
+        let trunk = self.manifest.trunk_bytes(trunk.unwrap_or(Precision::Exact));
         self.manifest_bytes + trunk + files.chain(experts).sum::<u64>()
     }
 }
@@ -80,7 +80,7 @@ mod tests {
 
         let on = |node: u64, at: Precision| json!([{"node": node, "precision": at, "serves": at, "ready": true}]);
         let mut status = status("node-1", &json!({}));
-        let placement = json!({"0.0": on(1, Precision::Bf16), "0.1": on(2, Precision::Q8)});
+        let placement = json!({"0.0": on(1, Precision::Exact), "0.1": on(2, Precision::Q8)});
         status.placement = serde_json::from_value(placement).unwrap();
         let fixed = encoded.len() as u64 + 100;
         let found: Vec<_> = [1, 2, 3].map(|node| assigned.bytes(&status, NodeId(node))).into();

@@ -3,6 +3,7 @@
 //!
 //! It reads files only, so it is as fast as it is strict.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use toml::Table;
@@ -74,6 +75,68 @@ fn everything_else_points_downwards() {
         assert!(!dependencies(name).contains(&"tests".to_owned()), "{name} imports the tests");
         let upward = name != "tests" && name != "testnet" && dependencies(name).contains(&"testnet".to_owned());
         assert!(!upward, "{name} imports the testnet");
+    }
+}
+
+/// The rooms of a crate: its top-level modules, each with those it names by `crate::` outside its tests.
+fn rooms(name: &str) -> BTreeMap<String, BTreeSet<String>> {
+    let root = root().join(name).join("src");
+    let mut rooms = BTreeMap::<String, BTreeSet<String>>::new();
+    for (path, text) in sources(name) {
+        let Ok(inner) = path.strip_prefix(&root) else { continue };
+        let room = inner.components().next().unwrap().as_os_str().to_str().unwrap().trim_end_matches(".rs").to_owned();
+        let is_test = inner.components().any(|part| part.as_os_str().to_string_lossy().contains("tests"));
+        if is_test || room == "lib" {
+            continue;
+        }
+        let text = text.split("#[cfg(test)]").next().unwrap_or_default();
+        let code: String = text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect();
+        let named = rooms.entry(room.clone()).or_default();
+        for path in code.split("crate::").skip(1) {
+            named.extend(heads(path).into_iter().filter(|other| *other != room));
+        }
+    }
+    rooms
+}
+
+/// The first names of the paths after a `crate::`: one, or several in braces.
+fn heads(path: &str) -> Vec<String> {
+    let word = |text: &str| text.trim().split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap().to_owned();
+    let Some(list) = path.strip_prefix('{') else { return vec![word(path)] };
+    let (mut heads, mut depth, mut head) = (Vec::new(), 0, String::new());
+    for c in list.chars() {
+        match c {
+            '}' if depth == 0 => break,
+            ',' if depth == 0 => heads.push(word(&std::mem::take(&mut head))),
+            _ => {
+                depth += i32::from(c == '{') - i32::from(c == '}');
+                head.push(c);
+            }
+        }
+    }
+    heads.push(word(&head));
+    heads
+}
+
+/// Crates whose rooms import one another in one direction.
+const ONE_WAY: [&str; 2] = ["gossip", "store"];
+
+#[test]
+fn rooms_import_one_another_one_way() {
+    assert_eq!(heads("a::{b, c}, d"), ["a"]);
+    assert_eq!(heads("{a, b::{c, d}, e::f};"), ["a", "b", "e"]);
+    for name in ONE_WAY {
+        let mut rooms = rooms(name);
+        assert!(rooms.len() > 3 && rooms.values().any(|named| !named.is_empty()), "{rooms:?}");
+        // A room that imports none of those that are left is no part of a circle.
+        while let Some(leaf) = rooms
+            .iter()
+            .find(|(_, named)| named.iter().all(|other| !rooms.contains_key(other)))
+            .map(|(room, _)| room.clone())
+        {
+            rooms.remove(&leaf);
+        }
+        assert!(rooms.is_empty(), "{name} has a circle among {rooms:#?}");
     }
 }
 

@@ -1,7 +1,8 @@
-//! What the swarm reports about connections, and when they are given up.
+//! What the swarm reports about connections, and when connections are given up.
+//!
+//! Invariant: the connections kept with one peer are bounded, also with a member.
 
 use std::collections::BTreeMap;
-use std::sync::PoisonError;
 use std::time::Instant;
 
 use libp2p::core::ConnectedPoint;
@@ -9,11 +10,14 @@ use libp2p::swarm::{ConnectionId, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, identify, mdns, ping};
 
 use super::Driver;
-use super::dials::Purpose;
-use crate::liveness;
-use crate::measure::Rtt;
-use crate::state;
-use crate::swarm::BehaviourEvent;
+use super::dials::DialPurpose;
+use crate::membership::measure::Rtt;
+use crate::membership::{liveness, state};
+use crate::transport::swarm::BehaviourEvent;
+
+/// Connections kept with one peer: one dialled by each side, each being replaced, twice. Members pass the limits of the
+/// swarm, so this bounds theirs.
+const CONNECTIONS_PER_PEER_MAX: usize = 8;
 
 /// One established connection.
 pub(super) struct Connection {
@@ -38,11 +42,10 @@ impl Driver {
             }
             SwarmEvent::NewListenAddr { address, .. } => {
                 self.book.add_own(&address);
-                self.shared.listening.write().unwrap_or_else(PoisonError::into_inner).push(address);
+                self.endpoint.listening.send_modify(|listening| listening.push(address));
             }
             SwarmEvent::ExpiredListenAddr { address, .. } => {
-                let mut listening = self.shared.listening.write().unwrap_or_else(PoisonError::into_inner);
-                listening.retain(|known| *known != address);
+                self.endpoint.listening.send_modify(|listening| listening.retain(|known| *known != address));
             }
             SwarmEvent::ListenerClosed { addresses, reason, .. } => {
                 tracing::warn!(?addresses, ?reason, "a listener closed");
@@ -71,12 +74,19 @@ impl Driver {
         if endpoint.is_dialer() {
             self.book.confirm(peer, &remote);
         }
-        self.connections.entry(peer).or_default().push(Connection { id, remote, alive: Instant::now() });
-        self.shared.ensure_link(peer);
-        if let Some(Purpose::Asked(asked)) = self.dials.remove(&id)
-            && let Some(asked) = self.asked.remove(&asked)
+        let connections = self.connections.entry(peer).or_default();
+        connections.push(Connection { id, remote, alive: Instant::now() });
+        // The one that has been silent for longest goes: what a restarted process left behind, if there is such.
+        if connections.len() > CONNECTIONS_PER_PEER_MAX
+            && let Some(oldest) = connections.iter().min_by_key(|connection| connection.alive)
         {
-            let _ = asked.reply.send(Ok(peer)); // whoever asked may have gone
+            self.swarm.close_connection(oldest.id);
+        }
+        self.endpoint.ensure_link(peer);
+        if let Some(DialPurpose::Requested(request)) = self.dials.remove(&id)
+            && let Some(dial) = self.requested.remove(&request)
+        {
+            let _ = dial.reply.send(Ok(peer)); // the caller may have gone
         }
         if self.members.contains(&peer) {
             self.heard.insert(peer, Instant::now());
@@ -94,7 +104,7 @@ impl Driver {
             return;
         }
         self.connections.remove(&peer);
-        self.shared.cut_link(&peer);
+        self.cut_link(&peer);
         self.unlink(peer);
         self.feed_detector(liveness::Input::ConnectionLost(peer));
         self.urgent = true;
@@ -130,9 +140,15 @@ impl Driver {
         }
     }
 
+    /// Ends everything that waits on a stream of `peer`, and drops its idle streams.
+    pub(super) fn cut_link(&self, peer: &PeerId) {
+        self.endpoint.cut_link(peer);
+        self.pool.forget(peer);
+    }
+
     /// Gives up every connection to `peer`; what waits on it fails now, not when the transport notices.
     pub(super) fn cut(&mut self, peer: PeerId) {
-        self.shared.cut_link(&peer);
+        self.cut_link(&peer);
         self.unlink(peer);
         // An error means that there is no connection to close.
         let _ = self.swarm.disconnect_peer_id(peer);

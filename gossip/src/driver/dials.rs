@@ -1,4 +1,4 @@
-//! Dialling: members the detector wants back, peers somebody asked for, and given addresses.
+//! Dialling: members that the detector wants back, peers that a handle requested, and configured addresses.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -9,23 +9,25 @@ use libp2p::{Multiaddr, PeerId};
 use tokio::sync::oneshot;
 
 use super::Driver;
-use crate::addresses::split_peer;
 use crate::error::DialError;
-use crate::liveness;
-use crate::swarm::is_refusal;
+use crate::membership::addresses::split_peer;
+use crate::membership::liveness;
+use crate::transport::swarm::is_refusal;
 
-/// Pause between dials of given addresses while a member is missing.
+/// Pause between dials of configured addresses while a member is missing.
 const SEED_PERIOD: Duration = Duration::from_secs(10);
 
-/// On whose behalf a dial is under way.
-pub(super) enum Purpose {
+/// Why a dial is under way.
+pub(super) enum DialPurpose {
     Member(PeerId),
-    Asked(u64),
+    /// A handle waits for it, under this number.
+    Requested(u64),
+    /// A configured address.
     Seed,
 }
 
-/// A dial somebody waits for, which may take several attempts at once.
-pub(super) struct Asked {
+/// A dial that a handle waits for; it may make several attempts at once.
+pub(super) struct RequestedDial {
     pub(super) reply: oneshot::Sender<Result<PeerId, DialError>>,
     pub(super) under_way: usize,
     pub(super) causes: Vec<String>,
@@ -43,7 +45,7 @@ impl Driver {
         let connection = options.connection_id();
         match self.swarm.dial(options) {
             Ok(()) => {
-                self.dials.insert(connection, Purpose::Member(peer));
+                self.dials.insert(connection, DialPurpose::Member(peer));
                 None
             }
             Err(error) => {
@@ -53,7 +55,7 @@ impl Driver {
         }
     }
 
-    pub(super) fn dial_asked(
+    pub(super) fn dial_requested(
         &mut self,
         addresses: Vec<Multiaddr>,
         peer: Option<PeerId>,
@@ -71,42 +73,43 @@ impl Driver {
             }
         }
         if let Some(connected) = by_peer.keys().find(|peer| self.connections.contains_key(peer)) {
-            let _ = reply.send(Ok(*connected)); // whoever asked may have gone
+            let _ = reply.send(Ok(*connected)); // the caller may have gone
             return;
         }
         for (peer, addresses) in by_peer {
             let always = DialOpts::peer_id(peer).condition(PeerCondition::Always);
             options.push(always.addresses(addresses).allocate_new_port().build());
         }
-        let id = self.asked_made;
-        self.asked_made += 1;
-        let mut asked = Asked { reply, under_way: 0, causes: Vec::new() };
+        let id = self.requests_made;
+        self.requests_made += 1;
+        let mut dial = RequestedDial { reply, under_way: 0, causes: Vec::new() };
         for options in options {
             let connection = options.connection_id();
             match self.swarm.dial(options) {
                 Ok(()) => {
-                    asked.under_way += 1;
-                    self.dials.insert(connection, Purpose::Asked(id));
+                    dial.under_way += 1;
+                    self.dials.insert(connection, DialPurpose::Requested(id));
                 }
-                Err(error) => asked.causes.push(error.to_string()),
+                Err(error) => dial.causes.push(error.to_string()),
             }
         }
-        self.asked.insert(id, asked);
-        self.settle_asked(id);
+        self.requested.insert(id, dial);
+        self.settle_requested(id);
     }
 
     /// Answers a dial that has no attempt left.
-    pub(super) fn settle_asked(&mut self, id: u64) {
-        if self.asked.get(&id).is_some_and(|asked| asked.under_way == 0)
-            && let Some(asked) = self.asked.remove(&id)
+    pub(super) fn settle_requested(&mut self, id: u64) {
+        if self.requested.get(&id).is_some_and(|dial| dial.under_way == 0)
+            && let Some(dial) = self.requested.remove(&id)
         {
-            let _ = asked.reply.send(Err(DialError::Failed { causes: asked.causes }));
+            // The caller may have gone.
+            let _ = dial.reply.send(Err(DialError::Failed { causes: dial.causes }));
         }
     }
 
     pub(super) fn on_dial_failed(&mut self, connection: ConnectionId, error: &swarm::DialError) {
         match self.dials.remove(&connection) {
-            Some(Purpose::Member(peer)) => {
+            Some(DialPurpose::Member(peer)) => {
                 let mut refused = is_refusal(error);
                 tracing::debug!(%peer, %error, refused, "cannot reach a member");
                 if let swarm::DialError::WrongPeerId { address, .. } | swarm::DialError::LocalPeerId { address } = error
@@ -117,19 +120,19 @@ impl Driver {
                 }
                 self.feed_detector(liveness::Input::DialFailed { peer, refused });
             }
-            Some(Purpose::Asked(id)) => {
-                if let Some(asked) = self.asked.get_mut(&id) {
-                    asked.under_way -= 1;
-                    asked.causes.push(error.to_string());
-                    self.settle_asked(id);
+            Some(DialPurpose::Requested(id)) => {
+                if let Some(dial) = self.requested.get_mut(&id) {
+                    dial.under_way -= 1;
+                    dial.causes.push(error.to_string());
+                    self.settle_requested(id);
                 }
             }
-            Some(Purpose::Seed) => tracing::debug!(%error, "nobody at a given address"),
+            Some(DialPurpose::Seed) => tracing::debug!(%error, "no peer at a configured address"),
             None => {}
         }
     }
 
-    /// Looks at given addresses that name no peer, while a member has no connection.
+    /// Dials configured addresses that name no peer, while a member has no connection.
     pub(super) fn dial_seeds(&mut self, now: Instant) {
         let missing = self.members.iter().any(|peer| !self.connections.contains_key(peer));
         if now < self.seeds_at || !missing {
@@ -144,8 +147,8 @@ impl Driver {
             let options = DialOpts::unknown_peer_id().address(seed.clone()).allocate_new_port().build();
             let connection = options.connection_id();
             match self.swarm.dial(options) {
-                Ok(()) => drop(self.dials.insert(connection, Purpose::Seed)),
-                Err(error) => tracing::debug!(%seed, %error, "cannot dial a given address"),
+                Ok(()) => drop(self.dials.insert(connection, DialPurpose::Seed)),
+                Err(error) => tracing::debug!(%seed, %error, "cannot dial a configured address"),
             }
         }
     }

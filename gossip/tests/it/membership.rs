@@ -105,13 +105,13 @@ async fn load_and_facts_reach_every_member() {
 async fn facts_arrive_also_from_whom_we_admit_later_than_it_admits_us() {
     let (early, late) = (node(TCP).await, node(TCP).await);
     early.set_facts(Bytes::from_static(b"48 GiB")).expect("small");
-    let mut knocks = late.knocks();
+    let mut attempts = late.unauthorized_attempts();
     early.set_members(members(&[&early, &late]));
     // After six refusals in a row its stream waits before it is tried again, longer each time. It waits now, and meanwhile ours to
     // it comes up and asks for what we lack.
     for _ in 0..12 {
-        let knocked = guarded("a knock", knocks.recv()).await.expect("the node runs");
-        assert_eq!(knocked, early.local_peer_id());
+        let attempted = guarded("an attempt", attempts.recv()).await.expect("the node runs");
+        assert_eq!(attempted, early.local_peer_id());
     }
     late.set_members(members(&[&early, &late]));
     let me = early.local_peer_id();

@@ -172,7 +172,7 @@ mod tests {
     /// is to get 0.2 at Q4; nobody else has that. 0.3 was given to nobody that is there.
     fn placement() -> Placement {
         let replica = |precision, ready| Replica { precision, ready };
-        let (q4, q8, exact) = (Precision::Q4, Precision::Q8, Precision::Bf16);
+        let (q4, q8, exact) = (Precision::Q4, Precision::Q8, Precision::Exact);
         let replicas = [
             ("0.0", vec![(1, replica(q8, Some(q4)))]),
             ("0.1", vec![(2, replica(q8, Some(q8)))]),
@@ -191,7 +191,7 @@ mod tests {
 
     fn check(change: impl FnOnce(&mut View<'_>), wanted_bytes: u64) -> Vec<String> {
         let (manifest, placement) = (manifest(), placement());
-        let held = Held::from([("0.0".parse().unwrap(), Precision::Q4), ("0.1".parse().unwrap(), Precision::Bf16)]);
+        let held = Held::from([("0.0".parse().unwrap(), Precision::Q4), ("0.1".parse().unwrap(), Precision::Exact)]);
         let mut view = View {
             model: ModelId([9; 32]),
             manifest: &manifest,

@@ -66,7 +66,7 @@ impl Hosting {
     pub(super) async fn begin_shelf(&self, state: &State, serving: &Serving, assigned: &Held) -> Result<(), Setback> {
         let loaded = |expert: &ExpertId| !self.is_shelved(*expert);
         let held = self.shared.held.borrow().clone();
-        let least = serving.known.least_to_page(assigned.values().copied().max().unwrap_or(Precision::Bf16));
+        let least = serving.known.least_to_page(assigned.values().copied().max().unwrap_or(Precision::Exact));
         let mut free = self.room_for_shelf(serving, 0);
         let popularity = state.models.get(&serving.known.id).map(|model| model.popularity.clone()).unwrap_or_default();
         let mut coldest = Popularity::new(popularity).ranked(held.keys().copied().filter(loaded));

@@ -17,7 +17,7 @@ impl Hosting {
         // The manifest is here, or nothing of this would be known.
         let (mut all, mut here) = (known.manifest_bytes, known.manifest_bytes);
         let serves = shared.serving.borrow().is_some();
-        for blob in known.fixed_blobs(shared.trunk.borrow().unwrap_or(Precision::Bf16)) {
+        for blob in known.fixed_blobs(shared.trunk.borrow().unwrap_or(Precision::Exact)) {
             all += blob.bytes;
             here += if serves || shared.blobs.has(&blob.id) { blob.bytes } else { 0 };
         }

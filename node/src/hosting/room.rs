@@ -38,7 +38,7 @@ impl Hosting {
                 manifest: &manifest,
                 placement: state.placement.as_ref().filter(|placement| placement.model == model),
                 node,
-                trunk: shared.trunk.borrow().unwrap_or(coel_store::Precision::Bf16),
+                trunk: shared.trunk.borrow().unwrap_or(coel_store::Precision::Exact),
                 held: &shared.held.borrow().clone(),
                 there: there.map(|(other, _)| *other).collect::<BTreeSet<_>>(),
                 complete,

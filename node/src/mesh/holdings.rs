@@ -150,7 +150,7 @@ mod tests {
 
     const Q4: Precision = Precision::Q4;
     const Q8: Precision = Precision::Q8;
-    const EXACT: Precision = Precision::Bf16;
+    const EXACT: Precision = Precision::Exact;
 
     #[test]
     fn whoever_holds_an_expert_exactly_is_a_source_of_its_slices() {

@@ -1,4 +1,4 @@
-//! Who is admitted: the log says it, gossip enforces it. This keeps the two equal.
+//! The admitted members: the log lists them, gossip enforces the list. This module keeps the two equal.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -19,13 +19,13 @@ pub fn parse(addresses: &[String]) -> Vec<Multiaddr> {
 
 /// Follows the log until it stops.
 ///
-/// A newcomer's log is empty at first and then catches up; until it has come to this node's own admission, the members that
-/// were named in the welcome stay, or nobody could send it the log. A node that left stays until its vote has passed on, or it
-/// could not pass it on. And a node that was away may be called by a leader it has never heard of: when a stranger knocks, the
-/// members it does know are asked to vouch.
+/// A newcomer's log is empty at first and then catches up. Until it contains this node's own admission, the members that the
+/// welcome named stay, or nobody could send it the log. A node that left stays until its vote has passed on, which it could
+/// not do otherwise. And a node that was away may be called by a leader it has never heard of: after an unauthorized attempt
+/// the members that this node knows are asked to vouch for the stranger.
 pub async fn follow(gossip: Handle, log: Log) {
     let mut state = log.state();
-    let mut knocks = gossip.knocks();
+    let mut attempts = gossip.unauthorized_attempts();
     let mut told = BTreeMap::new();
     let mut vouched = BTreeSet::new();
     let mut peers = BTreeMap::<NodeId, (PeerId, Vec<Multiaddr>)>::new();
@@ -48,7 +48,7 @@ pub async fn follow(gossip: Handle, log: Log) {
         }
         tokio::select! {
             changed = state.changed() => if changed.is_err() { return },
-            knock = knocks.recv() => match knock {
+            attempt = attempts.recv() => match attempt {
                 // Before its own admission this node knows nobody who could vouch.
                 Ok(peer) if caught_up && log.admits(&ids::peer_key(peer)).await => {
                     vouched.insert(peer);

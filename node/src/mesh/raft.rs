@@ -35,6 +35,9 @@ impl Transport for OverGossip {
 }
 
 /// Answers the log's calls of other members until the swarm stops.
+///
+/// Each stream has a task of its own; gossip bounds the streams that a member holds open. The identity that the stream has
+/// authenticated goes to the log with every call: it becomes the author of what the member proposes.
 pub async fn serve(mut incoming: Incoming, log: Log) {
     while let Some((peer, mut stream)) = incoming.next().await {
         let log = log.clone();

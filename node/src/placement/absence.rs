@@ -108,7 +108,7 @@ impl Room {
         let used: u64 = given.sum();
         let pages = used > candidate.expert_bytes_max;
         // Where not everything is exact, replicas may be in exchange, which takes one expert twice.
-        let mixed = placed.replicas.values().flat_map(BTreeMap::values).any(|r| r.precision != Precision::Bf16);
+        let mixed = placed.replicas.values().flat_map(BTreeMap::values).any(|r| r.precision != Precision::Exact);
         let exchange =
             if mixed { experts.keys().map(|&expert| size(expert, Precision::Q8)).max().unwrap_or(0) } else { 0 };
         let of_bytes = if pages { candidate.page_bytes_max } else { candidate.expert_bytes_max };
@@ -208,7 +208,7 @@ mod tests {
         let candidates = [candidate(A, 40), candidate(B, 40), candidate(C, 40)];
         let placement = placed(&candidates);
         let before: Assignment = step(&Since::default(), &placement, &candidates, Instant::now());
-        assert_eq!(precisions(&before), BTreeSet::from([Precision::Bf16]));
+        assert_eq!(precisions(&before), BTreeSet::from([Precision::Exact]));
         let (mut down, start) = (Since::default(), Instant::now());
         down.update(&set(&[C]), start);
         for seconds in 2..30 {
@@ -225,7 +225,7 @@ mod tests {
     fn what_nobody_serves_is_covered_as_it_was_where_there_is_room() {
         // C holds the two least popular experts alone; A has room for one more, and B for none.
         let exact = |nodes: &[NodeId]| -> BTreeMap<_, _> {
-            let replica = Replica { precision: Precision::Bf16, ready: Some(Precision::Bf16) };
+            let replica = Replica { precision: Precision::Exact, ready: Some(Precision::Exact) };
             nodes.iter().map(|&node| (node, replica)).collect()
         };
         let on = [&[A, C][..], &[B], &[A], &[B], &[C], &[C]];

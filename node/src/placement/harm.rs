@@ -40,7 +40,7 @@ impl Harm {
         let loss = match precision {
             Precision::Q4 => loss.q4,
             Precision::Q8 => loss.q8.min(loss.q4),
-            Precision::Bf16 => 0.0,
+            Precision::Exact => 0.0,
         };
         // One more, since on some text even an expert that nothing was routed to is chosen.
         (f64::from(self.popularity.of(expert)) + 1.0) * f64::from(loss)

@@ -121,9 +121,9 @@ impl<'a> Planner<'a> {
     /// Everything as in the checkpoint, with second replicas as there is room; `None` if not every expert fits so.
     fn exact(&self) -> Option<Table<'a>> {
         let (exact, others): (Vec<_>, Vec<_>) =
-            self.candidates.iter().cloned().partition(|candidate| candidate.accepts.has(Precision::Bf16));
+            self.candidates.iter().cloned().partition(|candidate| candidate.accepts.has(Precision::Exact));
         let exact: Vec<_> =
-            exact.into_iter().map(|c| Candidate { accepts: Bounds::only(Precision::Bf16), ..c }).collect();
+            exact.into_iter().map(|c| Candidate { accepts: Bounds::only(Precision::Exact), ..c }).collect();
         let mut table = Table::new(self.experts, &exact, self.current);
         self.keep(&mut table, |_| REPLICAS_WANTED);
         if !self.cover(&mut table).is_empty() {
@@ -244,7 +244,7 @@ impl<'a> Planner<'a> {
     /// The heaviest first, and of equals the most popular.
     fn by_weight(&self) -> Vec<ExpertId> {
         let mut by_weight = self.ranked.clone();
-        by_weight.sort_by_key(|expert| Reverse(self.experts[expert].bytes(Precision::Bf16)));
+        by_weight.sort_by_key(|expert| Reverse(self.experts[expert].bytes(Precision::Exact)));
         by_weight
     }
 
@@ -284,7 +284,7 @@ impl<'a> Planner<'a> {
         let lowest = self.candidates.iter().map(|candidate| candidate.accepts.lowest()).min().unwrap_or(Precision::Q4);
         let bytes = |expert: &ExpertId| {
             let mut choices = self.experts[expert].sensible().filter(|precision| *precision >= lowest);
-            let least = choices.next().unwrap_or(Precision::Bf16);
+            let least = choices.next().unwrap_or(Precision::Exact);
             self.experts[expert].bytes(least).unwrap_or(0)
         };
         let needed_bytes: u64 = self.experts.keys().map(bytes).sum();

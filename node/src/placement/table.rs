@@ -86,7 +86,7 @@ impl<'a> Table<'a> {
 
     /// Bytes of the expert as the checkpoint has it.
     pub fn heaviest_bytes(&self, expert: ExpertId) -> u64 {
-        self.experts[&expert].bytes(Precision::Bf16).unwrap_or(0)
+        self.experts[&expert].bytes(Precision::Exact).unwrap_or(0)
     }
 
     /// Bytes of the expert at this precision, which it must have.

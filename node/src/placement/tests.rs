@@ -143,7 +143,7 @@ fn a_shortfall_is_named_in_bytes() {
     // Each node keeps room for an exchange (9), and the rest (151) holds 30 experts at Q4.
     assert_eq!((error.needed_bytes, error.missing_bytes), (144 * 5, (144 - 90) * 5));
     assert!(error.to_string().contains(&error.missing_bytes.to_string()), "{error}");
-    let exact = mesh_of(&[(40 * EXACT, Bounds::only(Precision::Bf16)); 3]);
+    let exact = mesh_of(&[(40 * EXACT, Bounds::only(Precision::Exact)); 3]);
     let error = plan(&experts(6, 24), &exact, &Current::new(), &rising(6, 24)).unwrap_err();
     assert_eq!(error.needed_bytes, 144 * EXACT, "of nodes that accept nothing else");
 }
@@ -223,7 +223,7 @@ fn a_death_is_mended_from_disk_without_moving_what_is_left() {
 fn spare_replicas_give_way_to_experts_nobody_holds() {
     let experts = experts(1, 4);
     let both = |precision| [1, 2].map(|node| (NodeId(node), Replica { precision, ready: Some(precision) }));
-    let current = experts.keys().take(2).map(|&expert| (expert, both(Precision::Bf16).into())).collect();
+    let current = experts.keys().take(2).map(|&expert| (expert, both(Precision::Exact).into())).collect();
     let plan = plan(&experts, &mesh(&[2, 2]), &current, &rising(1, 4)).unwrap();
     assert!(plan.replicas.values().all(|nodes| nodes.len() == 1));
     assert_eq!(counts(&plan), [0, 0, 4]);
@@ -237,7 +237,7 @@ fn nodes_hold_only_what_they_accept() {
     let nodes = mesh_of(&[(4 * EXACT, Bounds::AUTO), (4 * EXACT, only(Precision::Q8))]);
     let both = plan(&experts, &nodes, &Current::new(), &harm).unwrap();
     assert_eq!(counts(&both), [0, 4, 4]);
-    assert!(both.replicas.values().all(|nodes| nodes[&NodeId(1)] == Precision::Bf16));
+    assert!(both.replicas.values().all(|nodes| nodes[&NodeId(1)] == Precision::Exact));
     // A mesh that wants no more than Q8 has it twice, and not exactly although there is room.
     let nodes = mesh_of(&[(8 * EXACT, "..q8".parse().unwrap()), (8 * EXACT, "..q8".parse().unwrap())]);
     assert_eq!(counts(&plan(&experts, &nodes, &Current::new(), &harm).unwrap()), [0, 8, 0]);
@@ -464,7 +464,7 @@ proptest! {
         let least = |c: &Candidate| world.bytes(ExpertId::new(0, 0), c.accepts.lowest());
         let mixed: u64 = world.nodes.iter().map(|c| room(c, 9) / least(c)).sum();
         let paged: u64 = world.nodes.iter().map(|c| room(c, 9).max(c.page_bytes_max) / least(c)).sum();
-        let exact: u64 = world.nodes.iter().filter(|c| c.accepts.has(Precision::Bf16)).map(|c| c.expert_bytes_max / EXACT).sum();
+        let exact: u64 = world.nodes.iter().filter(|c| c.accepts.has(Precision::Exact)).map(|c| c.expert_bytes_max / EXACT).sum();
         let plan = world.plan();
         let count = world.experts.len() as u64;
         prop_assert_eq!(plan.is_ok(), paged >= count || exact >= count, "{:?}", plan);
@@ -473,7 +473,7 @@ proptest! {
             let once = plan.replicas.values().all(|nodes| nodes.len() == 1);
             prop_assert!(mixed >= count || exact >= count || once || paged > mixed);
             let lossless = counts(&plan)[2] as u64 >= count && world.harm.of_plan(&plan) == 0.0;
-            prop_assert!(lossless || exact < count || world.nodes.iter().any(|c| !c.accepts.has(Precision::Bf16)));
+            prop_assert!(lossless || exact < count || world.nodes.iter().any(|c| !c.accepts.has(Precision::Exact)));
         }
     }
 
@@ -591,14 +591,14 @@ proptest! {
 fn check_reach(held: &[(u64, Option<Precision>)], planned: &[u64], expected: &[u64]) {
     let expert = ExpertId::new(0, 0);
     let replica =
-        |&(node, ready): &(u64, Option<Precision>)| (NodeId(node), Replica { precision: Precision::Bf16, ready });
+        |&(node, ready): &(u64, Option<Precision>)| (NodeId(node), Replica { precision: Precision::Exact, ready });
     let placed = Placement {
         epoch: Epoch(1),
         model: ModelId([0; 32]),
         replicas: BTreeMap::from([(expert, held.iter().map(replica).collect())]),
         trunk_ready: BTreeSet::new(),
     };
-    let nodes = planned.iter().map(|&node| (NodeId(node), Precision::Bf16)).collect();
+    let nodes = planned.iter().map(|&node| (NodeId(node), Precision::Exact)).collect();
     let plan = Plan { replicas: BTreeMap::from([(expert, nodes)]), ..Plan::default() };
     let leaving = BTreeSet::from([NodeId(9)]);
     let plan = within_reach(plan, &placed, &mesh(&[1, 1, 1]), &leaving, &experts(1, 1));
@@ -608,7 +608,7 @@ fn check_reach(held: &[(u64, Option<Precision>)], planned: &[u64], expected: &[u
 
 #[test]
 fn the_last_ready_replica_stays_until_another_is_ready() {
-    let (ready, q4) = (Some(Precision::Bf16), Some(Precision::Q4));
+    let (ready, q4) = (Some(Precision::Exact), Some(Precision::Q4));
     check_reach(&[(9, ready)], &[1], &[1, 9]);
     check_reach(&[(9, ready), (1, None)], &[1], &[1, 9]);
     check_reach(&[(9, ready), (1, q4)], &[1], &[1]);

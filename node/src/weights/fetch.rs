@@ -129,7 +129,7 @@ impl Fetcher {
         match run_blocking(move || read(&blobs, &owned)).await {
             Ok(found) => Ok(Some(found)),
             Err(fault) if !fault.is_damage() => Err(store(fault)),
-            Err(fault) if fault.is_astray() => {
+            Err(fault) if fault.is_source_changed() => {
                 warn!(what, %fault, "asking peers");
                 self.damaged().insert(entry.id, fault.to_string());
                 Ok(None)
@@ -166,7 +166,7 @@ impl Fetcher {
             Ok(_) if !self.damaged().contains_key(&entry.id) => true,
             Ok(_) => self.blobs.verify(entry).is_ok() && self.mended(entry),
             Err(fault) => {
-                if fault.is_astray() {
+                if fault.is_source_changed() {
                     self.damaged().insert(entry.id, fault.to_string());
                 }
                 false

@@ -1,24 +1,23 @@
 //! Blobs that are made here, and the parts of a model that they belong to.
 //!
 //! Owns [`Draft`], a file that gets its name once its content is complete and hashed, and the notes of an import: which
-//! part of which checkpoint became which blobs, so that an import that was interrupted does not begin anew. The
-//! invariant: a note is written only after every blob it names is on the disk and in the index, with the same write.
-//! What a part is, and what its key is made of, is the importer's business.
+//! part of which checkpoint became which blobs, so that an interrupted import does not start over. Invariant: a note is
+//! written only after every blob it names is on the disk, in the same write as their index records. The module does not
+//! know what a part is, or what its key is made of.
 
-use super::segment::{self, Keep, Record};
-use super::{BlobError, Blobs, RECORD_BYTES_MAX, Segment, index_key, io, make_folder, put_record};
+use super::error::{BlobError, io};
+use super::segment::{self, Keep, Record, Segment};
+use super::store::{Blobs, DRAFT_PREFIX, RECORD_BYTES_MAX, index_key, put_record};
 use crate::cbor;
-use crate::disk::{Batch, sync_folder};
+use crate::disk::{Renames, WriteBatch};
 use crate::ids::BlobId;
 use crate::manifest::{BlobEntry, BlobHasher, Slices};
-use std::collections::BTreeSet;
-use std::fs::{self, File};
+use crate::sync::lock;
+use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// How drafts are called in the folder of unfinished blobs.
-const PREFIX: &str = "draft-";
 /// Bytes gathered before they are hashed and written.
 const BUFFER_BYTES: usize = 1 << 18;
 /// Longest note: a part of 256 GB has 8 MB of hashes in each of its slices.
@@ -35,7 +34,7 @@ struct Hashed {
     blobs: Blobs,
     file: File,
     hasher: Box<BlobHasher>,
-    /// It is given up: what is still buffered goes nowhere.
+    /// The draft is given up: what is still buffered is not written.
     closed: bool,
 }
 
@@ -80,7 +79,7 @@ impl Draft {
 impl Drop for Draft {
     fn drop(&mut self) {
         self.file.get_mut().closed = true;
-        // Gone already if it was kept; what a crash leaves behind goes when the store is opened.
+        // The file is gone already if the draft was kept. What a crash leaves behind goes when the store is opened.
         let _ = self.file.get_ref().blobs.delete(&self.path);
     }
 }
@@ -112,22 +111,11 @@ fn note_key(key: &PartKey) -> Vec<u8> {
     [b"N".as_slice(), key].concat()
 }
 
-/// Deletes drafts that a crash left behind.
-pub(super) fn sweep(partial: &Path) -> Result<(), BlobError> {
-    for entry in fs::read_dir(partial).map_err(io(partial))? {
-        let entry = entry.map_err(io(partial))?;
-        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
-            fs::remove_file(entry.path()).map_err(io(&entry.path()))?;
-        }
-    }
-    Ok(())
-}
-
 impl Blobs {
     /// A new blob with nothing in it yet.
     pub fn draft(&self) -> Result<Draft, BlobError> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let path = self.0.partial.join(format!("{PREFIX}{}", NEXT.fetch_add(1, Ordering::Relaxed)));
+        let path = self.0.partial.join(format!("{DRAFT_PREFIX}{}", NEXT.fetch_add(1, Ordering::Relaxed)));
         let file = File::options().write(true).create(true).truncate(true).open(&path).map_err(io(&path))?;
         let hashed = Hashed { blobs: self.clone(), file, hasher: Box::default(), closed: false };
         Ok(Draft { file: BufWriter::with_capacity(BUFFER_BYTES, hashed), path })
@@ -135,15 +123,15 @@ impl Blobs {
 
     /// Keeps parts, all with one write to the index; returns the entries of their blobs in the same order.
     pub fn keep(&self, parts: Vec<NewPart>) -> Result<Vec<Slices>, BlobError> {
-        let mut batch = Batch::default();
-        let mut folders = BTreeSet::new();
+        let mut batch = WriteBatch::default();
+        let mut renames = Renames::default();
         let (mut kept, mut replaced) = (Vec::with_capacity(parts.len()), Vec::new());
         for part in parts {
             let (exact, segments) = part.exact;
             let segments = segments.into_iter().map(Segment::absolute).collect::<Result<Vec<_>, _>>()?;
             exact.check()?;
             segment::check(&exact.id, exact.bytes, &segments)?;
-            // What was fetched before stays as it is, if it is good: who has it open knows it by that name.
+            // A good copy that was fetched before stays, because readers that have it open know it by that name.
             if !self.has_file(&exact) {
                 index(&mut batch, &exact, Keep::Reference(segments))?;
                 replaced.push(exact.id);
@@ -154,7 +142,7 @@ impl Blobs {
                 NewSlices::Made(mut drafts) => {
                     let [base, refine] = [drafts[0].finish()?, drafts[1].finish()?];
                     for (draft, entry) in drafts.iter().zip([&base, &refine]) {
-                        self.name(draft, entry, &mut batch, &mut folders)?;
+                        self.name(draft, entry, &mut batch, &mut renames)?;
                     }
                     (slices.base, slices.refine) = (Some(base), Some(refine));
                 }
@@ -167,12 +155,10 @@ impl Blobs {
             put_record(&mut batch, &note_key(&part.key), &slices, NOTE_BYTES_MAX)?;
             kept.push(slices);
         }
-        for folder in folders {
-            sync_folder(&folder).map_err(io(&folder))?;
-        }
+        self.sync(renames)?;
         self.0.index.write_blocking(batch)?;
         for id in replaced {
-            // A file that was no good, or had not come whole: neither is read any more, and both take room.
+            // A damaged file, or an incomplete one: neither is read any more, and both take room.
             self.delete(&self.path(&id))?;
             self.delete_partial(&id)?;
         }
@@ -189,7 +175,7 @@ impl Blobs {
 
     /// Deletes what has arrived of a blob, unless it is being received.
     fn delete_partial(&self, id: &BlobId) -> Result<(), BlobError> {
-        let receiving = self.0.receiving.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let receiving = lock(&self.0.receiving);
         if receiving.contains(id) { Ok(()) } else { self.delete(&self.partial_path(id)).map(drop) }
     }
 
@@ -198,15 +184,13 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::MadeOther`] where it has become another one.
     pub fn keep_as(&self, mut draft: Draft, wanted: &BlobEntry) -> Result<(), BlobError> {
-        let (mut batch, mut folders) = (Batch::default(), BTreeSet::new());
+        let (mut batch, mut renames) = (WriteBatch::default(), Renames::default());
         let made = draft.finish()?;
         if made != *wanted {
             return Err(BlobError::MadeOther { id: wanted.id, got: made.id });
         }
-        self.name(&draft, &made, &mut batch, &mut folders)?;
-        for folder in folders {
-            sync_folder(&folder).map_err(io(&folder))?;
-        }
+        self.name(&draft, &made, &mut batch, &mut renames)?;
+        self.sync(renames)?;
         self.0.index.write_blocking(batch)?;
         self.delete_partial(&made.id)
     }
@@ -216,15 +200,10 @@ impl Blobs {
         &self,
         draft: &Draft,
         entry: &BlobEntry,
-        batch: &mut Batch,
-        folders: &mut BTreeSet<PathBuf>,
+        batch: &mut WriteBatch,
+        renames: &mut Renames,
     ) -> Result<(), BlobError> {
-        let path = self.path(&entry.id);
-        if let Some(folder) = path.parent() {
-            make_folder(folder)?;
-            folders.insert(folder.to_owned());
-        }
-        self.rename(&draft.path, &path)?;
+        self.rename(renames, &draft.path, &self.path(&entry.id))?;
         index(batch, entry, Keep::File)
     }
 
@@ -241,6 +220,6 @@ impl Blobs {
     }
 }
 
-fn index(batch: &mut Batch, entry: &BlobEntry, keep: Keep) -> Result<(), BlobError> {
+fn index(batch: &mut WriteBatch, entry: &BlobEntry, keep: Keep) -> Result<(), BlobError> {
     put_record(batch, &index_key(&entry.id), &Record { bytes: entry.bytes, keep }, RECORD_BYTES_MAX)
 }

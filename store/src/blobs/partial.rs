@@ -1,13 +1,16 @@
-//! A blob on its way in: chunks in any order, each checked before it counts, resumable.
+//! A blob that is being received: chunks in any order, each checked before it counts, resumable.
 //!
-//! Which chunks are there is not written down anywhere: it is what hashes right. So a crash at any
-//! point loses at most the chunk that was being written.
+//! No record says which chunks are there: a chunk is there if it hashes right. So a crash at any point loses at most the
+//! chunk that was being written. Invariant: a blob has one receiver at a time in this process.
 
+use super::error::{BlobError, io};
+use super::quota;
 use super::segment::{Keep, Record};
-use super::{BlobError, Blobs, io, make_folder, quota};
-use crate::disk::sync_folder;
+use super::store::Blobs;
+use crate::disk::Renames;
 use crate::ids::BlobId;
 use crate::manifest::{BlobEntry, BlobHasher, CHUNK_BYTES};
+use crate::sync::lock;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -19,7 +22,7 @@ pub struct Partial {
     path: PathBuf,
     file: File,
     have: Vec<bool>,
-    /// It is not where it was received any more.
+    /// The file has left the folder of unfinished blobs.
     moved: bool,
 }
 
@@ -29,17 +32,17 @@ impl std::fmt::Debug for Partial {
     }
 }
 
-/// Takes the blob for one receiver; `false` if another one has it.
+/// Reserves the blob for one receiver; `false` if another one has it.
 fn claim(blobs: &Blobs, id: BlobId) -> bool {
-    blobs.0.receiving.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).insert(id)
+    lock(&blobs.0.receiving).insert(id)
 }
 
 fn release(blobs: &Blobs, id: &BlobId) {
-    blobs.0.receiving.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).remove(id);
+    lock(&blobs.0.receiving).remove(id);
 }
 
 impl Partial {
-    pub(super) fn open(blobs: &Blobs, entry: &BlobEntry) -> Result<Self, BlobError> {
+    fn open(blobs: &Blobs, entry: &BlobEntry) -> Result<Self, BlobError> {
         entry.check()?;
         if !claim(blobs, entry.id) {
             return Err(BlobError::Busy { id: entry.id });
@@ -52,17 +55,17 @@ impl Partial {
     }
 
     fn open_claimed(blobs: &Blobs, entry: &BlobEntry) -> Result<Self, BlobError> {
-        // What lies in a checkpoint may be received: who asks for it has seen that it is not what it was.
+        // A blob that lies in a checkpoint may be received: the caller has seen that the checkpoint changed.
         if blobs.has_own(&entry.id) {
             return Err(BlobError::Held { id: entry.id });
         }
         let path = blobs.partial_path(&entry.id);
         let complete = blobs.path(&entry.id);
         if !path.exists() && complete.exists() {
-            // It got its name but not its place in the index, or it was cut short: look again.
+            // The file got its name but no index record, or it was cut short: its chunks are checked again.
             fs::rename(&complete, &path).map_err(io(&complete))?;
         }
-        // Taken whole: a blob that is begun can be ended.
+        // Its whole length is reserved: a blob that is begun can be completed.
         let there = quota::length(&path);
         blobs.0.quota.resize(there, entry.bytes)?;
         let opened = Self::open_file(&path, entry);
@@ -146,13 +149,10 @@ impl Partial {
                 None => BlobError::OtherContent { id, got: found.id },
             });
         }
-        let path = self.blobs.path(&id);
-        if let Some(folder) = path.parent() {
-            make_folder(folder)?;
-            self.blobs.rename(&self.path, &path)?;
-            self.moved = true;
-            sync_folder(folder).map_err(io(folder))?;
-        }
+        let mut renames = Renames::default();
+        self.blobs.rename(&mut renames, &self.path, &self.blobs.path(&id))?;
+        self.moved = true;
+        self.blobs.sync(renames)?;
         self.blobs.remember(&id, &Record { bytes: self.entry.bytes, keep: Keep::File })
     }
 }
@@ -160,10 +160,33 @@ impl Partial {
 impl Drop for Partial {
     fn drop(&mut self) {
         if !self.moved {
-            // What has not come takes no room while nobody receives it.
+            // What has not arrived takes no room while nobody receives it.
             self.blobs.0.quota.give_back(self.entry.bytes.saturating_sub(quota::length(&self.path)));
         }
         release(&self.blobs, &self.entry.id);
+    }
+}
+
+impl Blobs {
+    /// Keeps `content` as a file; returns its entry. Content that is held already is not written
+    /// again.
+    pub fn put(&self, content: &[u8]) -> Result<BlobEntry, BlobError> {
+        let entry = BlobEntry::of(content);
+        if self.has(&entry.id) {
+            return Ok(entry);
+        }
+        let mut partial = self.receive(&entry)?;
+        for chunk in partial.missing() {
+            let start = chunk as usize * CHUNK_BYTES;
+            partial.write(chunk, &content[start..content.len().min(start + CHUNK_BYTES)])?;
+        }
+        partial.finish()?;
+        Ok(entry)
+    }
+
+    /// Begins to receive a blob, or goes on where an earlier attempt ended.
+    pub fn receive(&self, entry: &BlobEntry) -> Result<Partial, BlobError> {
+        Partial::open(self, entry)
     }
 }
 

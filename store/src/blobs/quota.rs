@@ -1,20 +1,21 @@
 //! How many bytes of files the store may have.
 //!
-//! Owns [`Quota`]. Whoever makes a file longer takes the bytes first and gives back what did not come of it. The invariant:
-//! what was taken never passes the budget. A folder that is over its budget when it is opened keeps what it has and gets
-//! nothing more. Files only: what is referenced in place is not the store's, and the index is small.
+//! Owns [`Quota`]. A writer takes bytes before a file grows, and gives back what it did not use. Invariant: the bytes taken
+//! never pass the budget. A folder that is over its budget when it is opened keeps what it has and gets nothing more. Only
+//! files count: what is referenced in place is not the store's, and the index is small.
 
-use super::{BlobError, io};
+use super::error::{BlobError, io};
+use crate::sync::lock;
 use std::fs;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
-/// Bytes kept, and how many may be.
+/// Bytes kept, and how many may be kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Of whole blobs and of blobs on their way in, which count whole from their first chunk on.
     pub used_bytes: u64,
-    /// What that may reach; `None` is no bound.
+    /// The most they may be; `None` is no bound.
     pub budget_bytes: Option<u64>,
 }
 
@@ -33,17 +34,13 @@ impl Quota {
         Self(Mutex::new(usage))
     }
 
-    fn usage(&self) -> MutexGuard<'_, Usage> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub fn read(&self) -> Usage {
-        *self.usage()
+        *lock(&self.0)
     }
 
-    /// Before a file of `from` bytes gets `to` bytes.
+    /// Takes the bytes for a file that is about to go from `from` to `to` bytes.
     pub fn resize(&self, from: u64, to: u64) -> Result<(), BlobError> {
-        let mut usage = self.usage();
+        let mut usage = lock(&self.0);
         let used_bytes = usage.used_bytes.saturating_sub(from).saturating_add(to);
         if let Some(budget_bytes) = usage.budget_bytes.filter(|&budget| to > from && used_bytes > budget) {
             let (wanted_bytes, used_bytes) = (to - from, usage.used_bytes);
@@ -53,9 +50,9 @@ impl Quota {
         Ok(())
     }
 
-    /// A file has become so many bytes shorter, or is gone.
+    /// Gives bytes back: a file became that much shorter, or is gone.
     pub fn give_back(&self, bytes: u64) {
-        let mut usage = self.usage();
+        let mut usage = lock(&self.0);
         usage.used_bytes = usage.used_bytes.saturating_sub(bytes);
     }
 }
@@ -75,7 +72,7 @@ pub(super) fn files(folder: &Path) -> Result<Vec<(String, u64)>, BlobError> {
     for entry in entries {
         let entry = entry.map_err(io(folder))?;
         let metadata = match entry.metadata() {
-            // It went while we looked.
+            // It was deleted meanwhile.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
             metadata => metadata.map_err(io(&entry.path()))?,
         };

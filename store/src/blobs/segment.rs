@@ -1,6 +1,8 @@
-//! Where a blob's bytes are: its own file, or pieces of files that are on this disk anyway.
+//! Where a blob's bytes are: in its own file, or in pieces of files that are on this disk already.
+//!
+//! Invariant: a read covers exactly the range it was asked for, or fails. Content is not checked here.
 
-use super::{BlobError, io};
+use super::error::{BlobError, io};
 use crate::ids::BlobId;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -54,21 +56,21 @@ pub(super) enum Keep {
 }
 
 impl Keep {
-    /// What a fault of the files means: of a checkpoint's, that the checkpoint has changed.
+    /// What a fault of the files means: in a checkpoint's file, that the checkpoint has changed.
     pub fn fault(&self) -> impl Fn(BlobError) -> BlobError + use<> {
         let own = matches!(self, Self::File);
         move |error| match error {
             error if own => error,
             BlobError::Truncated { id, path, found: 0, .. } if !path.exists() => {
-                BlobError::Astray { id, what: format!("{} is not there", path.display()) }
+                BlobError::SourceChanged { id, what: format!("{} is not there", path.display()) }
             }
-            BlobError::Truncated { id, path, needed, found } => BlobError::Astray {
+            BlobError::Truncated { id, path, needed, found } => BlobError::SourceChanged {
                 id,
                 what: format!("{} has {found} bytes where {needed} are needed", path.display()),
             },
             BlobError::Corrupt { id, place, .. } => {
                 let place = place.strip_prefix("the index and ").unwrap_or(&place);
-                BlobError::Astray { id, what: format!("{place} has other bytes than those that were imported") }
+                BlobError::SourceChanged { id, what: format!("{place} has other bytes than those that were imported") }
             }
             error => error,
         }

@@ -1,8 +1,13 @@
 //! Blobs on a real disk: kept, referenced, resumed, damaged.
 
+use super::error::io;
 use super::*;
-use crate::manifest::{BlobEntry, Slices};
+use crate::disk::OpenError;
+use crate::ids::BlobId;
+use crate::manifest::{BlobEntry, CHUNK_BYTES, Slices};
+use std::fs;
 use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
 
 /// Content that differs from chunk to chunk.
 fn content(bytes: usize) -> Vec<u8> {
@@ -192,7 +197,7 @@ fn a_checkpoint_is_referenced_in_place() {
     // The checkpoint changes under the reference.
     overwrite(&checkpoint, 2_000_000, &[file[2_000_000] ^ 0x80]);
     let error = blobs.read_verified(&entry).unwrap_err();
-    assert!(error.is_astray() && error.is_damage(), "{error}");
+    assert!(error.is_source_changed() && error.is_damage(), "{error}");
     assert!(error.to_string().contains("model.safetensors has other bytes"), "{error}");
     // It is gone, and comes back.
     fs::remove_file(&checkpoint).unwrap();

@@ -1,22 +1,26 @@
-//! A command's way into the log: here if this node leads, else over to the leader, again and again
-//! until the deadline.
+//! A command's way into the log: directly where this node leads, else through the leader, again and again until the
+//! deadline.
+//!
+//! Invariant: the leader stamps the author of an entry. Its own commands are its own; a forwarded one is the word of the
+//! member whose authenticated connection brought it, by the members that the log itself lists.
 
-use super::Inner;
-use super::courier::ask;
-use super::rpc::{Ask, Reply};
+use super::local::LocalMember;
+use super::network::call;
+use super::rpc::{RpcRefusal, RpcReply, RpcRequest};
 use super::sled_log::ENTRY_BYTES_MAX;
+use super::types::Proposal;
 use crate::cbor;
-use crate::command::{Command, Outcome, Refusal};
 use crate::ids::{NodeId, Peer};
+use crate::state::command::{Command, Outcome, Refusal};
 use openraft::error::RaftError;
 use std::time::Duration;
 use tokio::time::{Instant, timeout, timeout_at};
 
-/// Pause before asking again, so that an election is not disturbed by a hail of questions.
+/// Pause before another attempt, so that an election is not disturbed by a hail of proposals.
 const PAUSE: Duration = Duration::from_millis(50);
-/// Longest that a forwarded command may occupy the leader.
+/// Longest time for which a forwarded command may occupy the leader.
 const WAIT_MAX: Duration = Duration::from_secs(30);
-/// Room for the envelope around a command in the log.
+/// Room for what an entry holds beside its command: the log id and the author.
 const ENTRY_OVERHEAD: usize = 256;
 
 /// Why a command has no outcome. Only [`ProposeError::Fatal`] is final; the others may be retried.
@@ -47,11 +51,11 @@ pub enum ProposeError {
     Fatal(String),
 }
 
-/// What one attempt came to.
+/// The result of one attempt.
 enum Attempt {
     Done(Outcome),
     Failed(ProposeError),
-    /// The asked node says that this one leads.
+    /// The node that was asked names another leader, or none.
     Elsewhere(Option<(NodeId, Peer)>),
 }
 
@@ -63,21 +67,25 @@ fn too_long(command: &Command) -> Option<Outcome> {
     (bytes > limit).then_some(Outcome::Refused(refusal))
 }
 
-pub(super) async fn propose(inner: &Inner, command: Command, deadline: Duration) -> Result<Outcome, ProposeError> {
+pub(super) async fn propose(
+    local: &LocalMember,
+    command: Command,
+    deadline: Duration,
+) -> Result<Outcome, ProposeError> {
     if let Some(refused) = too_long(&command) {
         return Ok(refused);
     }
     let started = Instant::now();
     let until = started + deadline;
-    let mut leader = inner.leader.clone();
+    let mut leader = local.leader.clone();
     let mut hint: Option<(NodeId, Peer)> = None;
     loop {
         let known = *leader.borrow_and_update();
         let attempt = match (hint.take(), known) {
-            (Some((node, peer)), _) => forward(inner, node, peer, &command, until).await,
-            (None, Some(node)) if node == inner.identity.node => write_here(inner, &command, until, started).await,
-            (None, Some(node)) => match peer_of(inner, node) {
-                Some(peer) => forward(inner, node, peer, &command, until).await,
+            (Some((node, peer)), _) => forward(local, node, peer, &command, until).await,
+            (None, Some(node)) if node == local.identity.node => write_here(local, &command, until, started).await,
+            (None, Some(node)) => match local.peer_of(node) {
+                Some(peer) => forward(local, node, peer, &command, until).await,
                 None => Attempt::Failed(ProposeError::NoLeader),
             },
             (None, None) => Attempt::Failed(ProposeError::NoLeader),
@@ -87,7 +95,7 @@ pub(super) async fn propose(inner: &Inner, command: Command, deadline: Duration)
             Attempt::Failed(ProposeError::Fatal(why)) => return Err(ProposeError::Fatal(why)),
             Attempt::Failed(error) => error,
             Attempt::Elsewhere(elsewhere) => {
-                hint = elsewhere.filter(|(node, _)| *node != inner.identity.node && Some(*node) != known);
+                hint = elsewhere.filter(|(node, _)| *node != local.identity.node && Some(*node) != known);
                 ProposeError::NoLeader
             }
         };
@@ -102,8 +110,9 @@ pub(super) async fn propose(inner: &Inner, command: Command, deadline: Duration)
     }
 }
 
-async fn write_here(inner: &Inner, command: &Command, until: Instant, started: Instant) -> Attempt {
-    match timeout_at(until, inner.raft.client_write(command.clone())).await {
+async fn write_here(local: &LocalMember, command: &Command, until: Instant, started: Instant) -> Attempt {
+    let proposal = Proposal { author: local.identity.node, command: command.clone() };
+    match timeout_at(until, local.raft.client_write(proposal)).await {
         Ok(Ok(written)) => Attempt::Done(written.data),
         Ok(Err(RaftError::Fatal(error))) => Attempt::Failed(ProposeError::Fatal(error.to_string())),
         Ok(Err(RaftError::APIError(_))) => Attempt::Elsewhere(None),
@@ -111,46 +120,41 @@ async fn write_here(inner: &Inner, command: &Command, until: Instant, started: I
     }
 }
 
-async fn forward(inner: &Inner, leader: NodeId, peer: Peer, command: &Command, until: Instant) -> Attempt {
-    // A leader that died holds nobody longer than it takes to elect another.
-    let patience = until.saturating_duration_since(Instant::now()).min(inner.timing.election_max() * 2);
-    let question = Ask::Propose { command: command.clone(), wait_ms: patience.as_millis() as u64 };
+async fn forward(local: &LocalMember, leader: NodeId, peer: Peer, command: &Command, until: Instant) -> Attempt {
+    // A leader that died delays a proposer no longer than the election of another takes.
+    let patience = until.saturating_duration_since(Instant::now()).min(local.timing.election_max() * 2);
+    let request = RpcRequest::Propose { command: command.clone(), wait_ms: patience.as_millis() as u64 };
     let unreachable = |why: String| Attempt::Failed(ProposeError::Unreachable { leader, why });
-    match timeout(patience, ask(&*inner.transport, inner.identity.mesh, leader, peer, question)).await {
-        Ok(Ok(Reply::Outcome(outcome))) => Attempt::Done(outcome),
-        Ok(Ok(Reply::NotLeader(elsewhere))) => Attempt::Elsewhere(elsewhere),
-        Ok(Ok(Reply::NotAgreed)) => Attempt::Failed(ProposeError::TimedOut { waited: patience }),
-        Ok(Ok(Reply::Failed(why))) => unreachable(why),
-        Ok(Ok(Reply::Refused(refusal))) => unreachable(refusal.to_string()),
-        Ok(Ok(_)) => unreachable("it answered another question".into()),
+    match timeout(patience, call(&*local.transport, local.identity.mesh, leader, peer, request)).await {
+        Ok(Ok(RpcReply::Outcome(outcome))) => Attempt::Done(outcome),
+        Ok(Ok(RpcReply::NotLeader(elsewhere))) => Attempt::Elsewhere(elsewhere),
+        Ok(Ok(RpcReply::NotAgreed)) => Attempt::Failed(ProposeError::TimedOut { waited: patience }),
+        Ok(Ok(RpcReply::Failed(why))) => unreachable(why),
+        Ok(Ok(RpcReply::Refused(refusal))) => unreachable(refusal.to_string()),
+        Ok(Ok(_)) => unreachable("it answered another request".into()),
         Ok(Err(error)) => unreachable(error.to_string()),
         Err(_) => unreachable(format!("no answer within {} ms", patience.as_millis())),
     }
 }
 
-/// The network identity of a member, by the consensus group or by the state.
-pub(super) fn peer_of(inner: &Inner, node: NodeId) -> Option<Peer> {
-    let metrics = inner.raft.metrics();
-    let metrics = metrics.borrow();
-    let grouped = metrics.membership_config.membership().get_node(&node).map(|node| node.peer.clone());
-    grouped.or_else(|| inner.state.borrow().members.get(&node).map(|member| member.peer.clone()))
-}
-
-/// Serves a command that another member forwarded to us as its leader.
-pub(super) async fn accept(inner: &Inner, command: Command, wait_ms: u64) -> Reply {
-    let me = inner.identity.node;
-    let leader = *inner.leader.borrow();
-    if leader != Some(me) {
-        return Reply::NotLeader(leader.and_then(|node| Some((node, peer_of(inner, node)?))));
+/// Serves a command that the member `from` forwarded to this node as its leader.
+pub(super) async fn accept(local: &LocalMember, from: &Peer, command: Command, wait_ms: u64) -> RpcReply {
+    let leader = *local.leader.borrow();
+    if leader != Some(local.identity.node) {
+        return RpcReply::NotLeader(leader.and_then(|node| Some((node, local.peer_of(node)?))));
     }
+    // Another member's word admits a stranger to the conversation, but gives it no voice: that is the log's alone.
+    let Some(author) = local.state.borrow().node_of(from) else {
+        return RpcReply::Refused(RpcRefusal::NotAMember(local.identity.mesh));
+    };
     if let Some(refused) = too_long(&command) {
-        return Reply::Outcome(refused);
+        return RpcReply::Outcome(refused);
     }
     let wait = Duration::from_millis(wait_ms).min(WAIT_MAX);
-    match timeout(wait, inner.raft.client_write(command)).await {
-        Ok(Ok(written)) => Reply::Outcome(written.data),
-        Ok(Err(RaftError::Fatal(error))) => Reply::Failed(error.to_string()),
-        Ok(Err(RaftError::APIError(_))) => Reply::NotLeader(None),
-        Err(_) => Reply::NotAgreed,
+    match timeout(wait, local.raft.client_write(Proposal { author, command })).await {
+        Ok(Ok(written)) => RpcReply::Outcome(written.data),
+        Ok(Err(RaftError::Fatal(error))) => RpcReply::Failed(error.to_string()),
+        Ok(Err(RaftError::APIError(_))) => RpcReply::NotLeader(None),
+        Err(_) => RpcReply::NotAgreed,
     }
 }

@@ -1,16 +1,15 @@
-//! The messages of the placement log, as bytes: what `Transport::call` carries and
-//! `Log::handle` answers.
+//! The messages of the placement log, as bytes: what `Transport::call` carries and `Log::handle` answers.
 //!
-//! A request is one version byte and a CBOR [`Ask`] in its envelope: the mesh it belongs to and the
-//! node it is meant for, so that a call that reached the wrong process is refused by name instead
-//! of being believed. Replies are a version byte and a CBOR [`Reply`].
+//! A request is one version byte and an [`RpcRequest`] in its envelope, in CBOR. The envelope names the mesh and the node
+//! it is meant for, so that a call that reached the wrong process is refused by name. A reply is a version byte and an
+//! [`RpcReply`]. A proposal names no author: the receiver knows who sent it.
 //!
-//! Decoding is total: a length limit first, then a typed error.
+//! Invariant: decoding is total. The length is checked first; then every fault is a typed error.
 
 use super::types::TypeConfig;
 use crate::cbor::{self, CborError};
-use crate::command::{Command, Outcome};
 use crate::ids::{MeshId, NodeId, Peer};
+use crate::state::command::{Command, Outcome};
 use openraft::raft::{
     AppendEntriesRequest, AppendEntriesResponse, InstallSnapshotRequest, InstallSnapshotResponse, VoteRequest,
     VoteResponse,
@@ -30,24 +29,25 @@ const VERSION: u8 = 2;
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Envelope {
     pub mesh: MeshId,
-    /// For whom it is.
+    /// The receiver.
     pub to: NodeId,
-    pub ask: Ask,
+    #[serde(rename = "ask")]
+    pub request: RpcRequest,
 }
 
-/// What one member asks of another.
+/// What one member asks of another. The names of the variants are on the wire.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Ask {
+pub(crate) enum RpcRequest {
     Vote(VoteRequest<NodeId>),
     Append(AppendEntriesRequest<TypeConfig>),
     Snapshot(Chunk),
-    /// To the leader: put this into the log and say what came of it.
+    /// To the leader: put this into the log as the sender's word, and reply with its outcome.
     Propose {
         command: Command,
         /// How long the proposer will wait.
         wait_ms: u64,
     },
-    /// Is this peer a member? Asked by a node that was away while members came.
+    /// Is this peer a member? Asked by a node that was away while members joined.
     Knows(Peer),
 }
 
@@ -83,9 +83,9 @@ impl From<Chunk> for InstallSnapshotRequest<TypeConfig> {
     }
 }
 
-/// What a member answers.
+/// What a member answers. The names of the variants are on the wire.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Reply {
+pub(crate) enum RpcReply {
     Vote(VoteResponse<NodeId>),
     Append(AppendEntriesResponse<NodeId>),
     Snapshot(InstallSnapshotResponse<NodeId>),
@@ -105,7 +105,7 @@ pub(crate) enum Reply {
     Failed(String),
 }
 
-/// Why a request was not looked at.
+/// Why a request was not served.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum RpcRefusal {
     /// Not decodable.
@@ -130,9 +130,9 @@ pub enum RpcRefusal {
     /// Another node.
     #[error("the request is for node {got}, this is node {ours}")]
     OtherNode {
-        /// Whom the request names.
+        /// The node that the request names.
         got: NodeId,
-        /// Who this is.
+        /// This node.
         ours: NodeId,
     },
     /// The sender is no member.
@@ -172,8 +172,8 @@ impl Envelope {
     }
 }
 
-impl Reply {
-    /// Never fails: what cannot be encoded becomes a short reply that says so.
+impl RpcReply {
+    /// Never fails: a reply that cannot be encoded becomes a short one that says so.
     pub fn encode(&self) -> Vec<u8> {
         encode(self).unwrap_or_else(|error| encode(&Self::Failed(error.to_string())).unwrap_or_else(|_| vec![VERSION]))
     }
@@ -183,8 +183,8 @@ impl Reply {
     }
 }
 
-/// Whether entries follow each other and what they claim to follow. The consensus library takes
-/// that for granted, so a peer must not be able to break it.
+/// Refuses entries that do not follow each other, or do not follow what they claim to follow. The consensus library takes
+/// both for granted, so a peer must not be able to break them.
 pub(crate) fn check_append(request: &AppendEntriesRequest<TypeConfig>) -> Result<(), RpcRefusal> {
     let mut before: Option<LogId<NodeId>> = request.prev_log_id;
     for entry in &request.entries {
@@ -204,12 +204,13 @@ pub(crate) fn check_append(request: &AppendEntriesRequest<TypeConfig>) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
-    use openraft::{CommittedLeaderId, Entry, EntryPayload};
+    use crate::log::types::Entry;
+    use openraft::CommittedLeaderId;
+    use openraft::entry::RaftEntry;
     use proptest::prelude::*;
 
-    fn entry(term: u64, index: u64) -> Entry<TypeConfig> {
-        let log_id = LogId::new(CommittedLeaderId::new(term, NodeId(1)), index);
-        Entry { log_id, payload: EntryPayload::Blank }
+    fn entry(term: u64, index: u64) -> Entry {
+        Entry::new_blank(LogId::new(CommittedLeaderId::new(term, NodeId(1)), index))
     }
 
     fn append(prev: Option<(u64, u64)>, entries: &[(u64, u64)]) -> AppendEntriesRequest<TypeConfig> {
@@ -221,8 +222,8 @@ mod tests {
         }
     }
 
-    fn envelope(ask: Ask) -> Envelope {
-        Envelope { mesh: MeshId([1; 16]), to: NodeId(2), ask }
+    fn envelope(request: RpcRequest) -> Envelope {
+        Envelope { mesh: MeshId([1; 16]), to: NodeId(2), request }
     }
 
     #[test]
@@ -238,12 +239,26 @@ mod tests {
 
     #[test]
     fn another_version_is_refused_by_number() {
-        let mut bytes = envelope(Ask::Knows(Peer(vec![1]))).encode().unwrap();
+        let mut bytes = envelope(RpcRequest::Knows(Peer(vec![1]))).encode().unwrap();
         assert!(Envelope::decode(&bytes).is_ok());
         bytes[0] = 9;
         let refusal = Envelope::decode(&bytes).unwrap_err();
         assert_eq!(refusal, RpcRefusal::Version { got: 9, known: 2 });
         assert!(matches!(Envelope::decode(&[]), Err(RpcRefusal::Malformed(_))));
+    }
+
+    #[test]
+    fn a_proposal_is_spelled_as_ever() {
+        // Pinned: former builds propose with these bytes.
+        let request = RpcRequest::Propose { command: Command::Leave { node: NodeId(3) }, wait_ms: 7 };
+        let mut bytes = b"\x02\xa3\x64mesh\x50".to_vec();
+        bytes.extend([1; 16]);
+        bytes.extend(b"\x62to\x02\x63ask\xa1\x67Propose\xa2\x67command\xa1\x65Leave\xa1\x64node\x03\x67wait_ms\x07");
+        assert_eq!(envelope(request).encode().unwrap(), bytes);
+        assert!(matches!(
+            Envelope::decode(&bytes).unwrap().request,
+            RpcRequest::Propose { command: Command::Leave { node: NodeId(3) }, wait_ms: 7 }
+        ));
     }
 
     #[test]
@@ -255,27 +270,27 @@ mod tests {
             data: vec![200; 100_000],
             done: true,
         };
-        assert!(envelope(Ask::Snapshot(chunk)).encode().unwrap().len() < 101_000);
+        assert!(envelope(RpcRequest::Snapshot(chunk)).encode().unwrap().len() < 101_000);
     }
 
     proptest! {
         #[test]
         fn strange_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = Envelope::decode(&bytes);
-            let _ = Reply::decode(&bytes);
+            let _ = RpcReply::decode(&bytes);
         }
 
         #[test]
         fn damaged_requests_never_panic(at in any::<prop::sample::Index>(), to: u8, prev: u64) {
-            for ask in [
-                Ask::Append(append(Some((1, prev)), &[(1, prev.wrapping_add(1)), (2, prev.wrapping_add(2))])),
-                Ask::Vote(VoteRequest::new(Vote::new(3, NodeId(2)), None)),
-                Ask::Knows(Peer(vec![7; 38])),
+            for request in [
+                RpcRequest::Append(append(Some((1, prev)), &[(1, prev.wrapping_add(1)), (2, prev.wrapping_add(2))])),
+                RpcRequest::Vote(VoteRequest::new(Vote::new(3, NodeId(2)), None)),
+                RpcRequest::Knows(Peer(vec![7; 38])),
             ] {
-                let mut bytes = envelope(ask).encode().unwrap();
+                let mut bytes = envelope(request).encode().unwrap();
                 let at = at.index(bytes.len());
                 bytes[at] = to;
-                if let Ok(Envelope { ask: Ask::Append(request), .. }) = Envelope::decode(&bytes) {
+                if let Ok(Envelope { request: RpcRequest::Append(request), .. }) = Envelope::decode(&bytes) {
                     let _ = check_append(&request);
                 }
             }

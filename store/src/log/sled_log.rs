@@ -1,14 +1,14 @@
 //! The Raft log and vote on disk: openraft's `RaftLogStorage` over [`Disk`].
 //!
-//! Keys: `L` + index (8 bytes, big-endian) for entries; `Mv` the vote, `Mc` the committed and `Mp`
-//! the last purged log id, `Mi` who we are. All writes go through the disk's one writer, in order;
-//! a vote is returned and an append is called back only when it is durable.
+//! Keys: `L` and the index (8 bytes, big-endian) for entries; `Mv` the vote, `Mc` the committed and `Mp` the last purged
+//! log id, `Mi` this node's identity. All writes go through the disk's one writer, in order. A vote is returned, and an
+//! append called back, only when it is durable.
 //!
-//! Invariant: the stored indices have no hole, and the last entry is whole (checked when opened).
+//! Invariant: the stored indices have no hole, and the last entry is whole (checked when the log is opened).
 
 use super::types::{Entry, LogId, StorageError, StorageIOError, TypeConfig, Vote};
 use crate::cbor;
-use crate::disk::{Batch, Disk, DiskError};
+use crate::disk::{Disk, DiskError, WriteBatch};
 use crate::ids::{MeshId, NodeId};
 use openraft::storage::{LogFlushed, RaftLogStorage};
 use openraft::{AnyError, LogState, OptionalSend, RaftLogReader};
@@ -29,7 +29,7 @@ const COMMITTED: &[u8] = b"Mc";
 const PURGED: &[u8] = b"Mp";
 const IDENTITY: &[u8] = b"Mi";
 
-/// Which member of which mesh this folder is.
+/// The member, and its mesh, that a folder belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Identity {
     pub node: NodeId,
@@ -47,7 +47,7 @@ fn index_of(key: &[u8]) -> Option<u64> {
 /// The first key after every entry.
 const ENTRIES_END: &[u8] = b"M";
 
-/// A value that the disk gave back is not what was written.
+/// What the disk gave back is not what was written.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StoreError {
     #[error(transparent)]
@@ -77,8 +77,7 @@ pub(crate) struct SledLog {
 }
 
 impl SledLog {
-    /// The log in `disk`. An entry whose end never reached the disk was never acknowledged: it is
-    /// dropped here.
+    /// Opens the log in `disk`. An entry whose end never reached the disk was never acknowledged, and is dropped here.
     pub async fn open(disk: Disk) -> Result<Self, StoreError> {
         let log = Self { disk };
         let mut torn = Vec::new();
@@ -91,20 +90,20 @@ impl SledLog {
         }
         if let Some(first) = torn.last() {
             tracing::warn!(entries = torn.len(), "dropping unacknowledged entries at the end of the log");
-            let mut batch = Batch::default();
+            let mut batch = WriteBatch::default();
             log.disk.remove_range(&mut batch, first, ENTRIES_END)?;
             log.disk.write(batch).await?;
         }
         Ok(log)
     }
 
-    /// Who this folder is, once it is somebody.
+    /// The identity of this folder, once it has one.
     pub fn identity(&self) -> Result<Option<Identity>, StoreError> {
         self.meta(IDENTITY)
     }
 
     pub async fn save_identity(&self, identity: Identity) -> Result<(), StoreError> {
-        let mut batch = Batch::default();
+        let mut batch = WriteBatch::default();
         batch.put(IDENTITY, &cbor::to_vec(&identity)?);
         Ok(self.disk.write(batch).await?)
     }
@@ -192,7 +191,7 @@ impl RaftLogStorage<TypeConfig> for SledLog {
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), StorageError> {
         let save = async {
-            let mut batch = Batch::default();
+            let mut batch = WriteBatch::default();
             batch.put(VOTE, &cbor::to_vec(vote)?);
             Ok(self.disk.write(batch).await?)
         };
@@ -203,10 +202,10 @@ impl RaftLogStorage<TypeConfig> for SledLog {
         self.meta(VOTE).map_err(StoreError::reading)
     }
 
-    // It only spares a restarted node the wait for a leader, so nobody waits for its fdatasync.
+    // The committed id only spares a restarted node the wait for a leader, so nobody waits for its fdatasync.
     async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), StorageError> {
         let save = async {
-            let mut batch = Batch::default();
+            let mut batch = WriteBatch::default();
             match committed {
                 Some(log_id) => batch.put(COMMITTED, &cbor::to_vec(&log_id)?),
                 None => self.disk.remove_range(&mut batch, COMMITTED, &[COMMITTED, &[0xff]].concat())?,
@@ -225,7 +224,7 @@ impl RaftLogStorage<TypeConfig> for SledLog {
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        let mut batch = Batch::default();
+        let mut batch = WriteBatch::default();
         for entry in entries {
             let bytes = cbor::to_vec(&entry).map_err(|error| StoreError::from(error).writing())?;
             batch.put(&entry_key(entry.log_id.index), &bytes);
@@ -238,7 +237,7 @@ impl RaftLogStorage<TypeConfig> for SledLog {
 
     async fn truncate(&mut self, log_id: LogId) -> Result<(), StorageError> {
         let truncate = async {
-            let mut batch = Batch::default();
+            let mut batch = WriteBatch::default();
             self.disk.remove_range(&mut batch, &entry_key(log_id.index), ENTRIES_END)?;
             Ok(self.disk.write(batch).await?)
         };
@@ -247,7 +246,7 @@ impl RaftLogStorage<TypeConfig> for SledLog {
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), StorageError> {
         let purge = async {
-            let mut batch = Batch::default();
+            let mut batch = WriteBatch::default();
             batch.put(PURGED, &cbor::to_vec(&log_id)?);
             let end = entry_key(log_id.index.saturating_add(1));
             self.disk.remove_range(&mut batch, &entry_key(0), &end)?;

@@ -1,7 +1,7 @@
-//! How patient the log is. The defaults are for machines that are busy computing: openraft's own
-//! are for a rack of idle servers.
+//! The log's clocks and counts. The defaults are for machines that are busy computing; openraft's own are for a rack of
+//! idle servers.
 
-use super::LogError;
+use super::error::LogError;
 use openraft::SnapshotPolicy;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,8 +9,8 @@ use std::time::Duration;
 /// The log's clocks and counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
-    /// How often the leader says that it is there, in milliseconds. Also how long one replication
-    /// call may take before it is tried again.
+    /// Period of the leader's heartbeats, in milliseconds. Also the longest a replication call may take before the next
+    /// attempt.
     pub heartbeat_ms: u64,
     /// Shortest silence after which a voter stands for election; above `heartbeat_ms`.
     pub election_min_ms: u64,
@@ -42,7 +42,7 @@ impl Timing {
         Duration::from_millis(self.election_max_ms)
     }
 
-    /// The consensus library's configuration, if these values make sense together.
+    /// The consensus library's configuration, if the values make sense together.
     pub(crate) fn config(&self) -> Result<Arc<openraft::Config>, LogError> {
         let config = openraft::Config {
             cluster_name: "coel".into(),

@@ -1,8 +1,8 @@
-//! Who votes: a pure choice, and the leader's step towards it.
+//! Who votes: a pure choice, and the leader's next step towards it.
 //!
-//! Every member replicates the log; an odd few of them vote. The choice prefers stability: a voter
-//! stays one unless it is down and an up member can take its place. So two members have one voter,
-//! three have three, and from five on there are five.
+//! Every member replicates the log; an odd number of them vote. The choice prefers stability: a voter keeps its vote
+//! unless it is down and a member that is up can take over. So two members have one voter, three have three, and from five
+//! members on there are five.
 
 use super::types::Metrics;
 use crate::ids::NodeId;
@@ -11,8 +11,8 @@ use std::collections::BTreeSet;
 
 /// Most voters; each write waits for a majority of them.
 pub const VOTERS_MAX: usize = 5;
-/// A learner this many entries behind the leader has caught up. Votes of one that has not would
-/// make a quorum wait for it.
+/// A learner at most this many entries behind the leader has caught up. A quorum would have to wait for the vote of one
+/// that has not.
 const LAG_MAX: u64 = 20;
 
 /// The voters to have: the largest odd number up to min(5, members). Preferred in this order: up

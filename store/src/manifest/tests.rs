@@ -41,11 +41,11 @@ fn sizes_add_up() {
     let slices = &manifest.experts[&ExpertId::new(0, 1)];
     assert_eq!(Precision::ALL.map(|precision| slices.bytes(precision)), [Some(3), Some(4), Some(7)]);
     for (slice, _) in slices.at(Precision::Q8).unwrap() {
-        assert!(slice.is_part_of(Precision::Q8) && !slice.is_part_of(Precision::Bf16));
+        assert!(slice.is_part_of(Precision::Q8) && !slice.is_part_of(Precision::Exact));
         assert_eq!(slice.is_part_of(Precision::Q4), slice == Slice::Base, "what raises from Q4 is the refine slice");
     }
     let whole = |precision| slices.at(precision).unwrap().iter().map(|(_, blob)| blob.bytes).collect::<Vec<_>>();
-    assert_eq!((whole(Precision::Q8), whole(Precision::Bf16)), (vec![3, 1], vec![7]));
+    assert_eq!((whole(Precision::Q8), whole(Precision::Exact)), (vec![3, 1], vec![7]));
     assert_eq!(manifest.file("config.json").map(|blob| blob.bytes), Some(2));
     let id = BlobId::of(b"second!");
     assert_eq!(manifest.blob(&id).map(|blob| blob.id), Some(id));

@@ -6,8 +6,8 @@
 mod mesh;
 
 use coel_store::{
-    Command, Log, LogError, MemberInfo, NodeId, OpenError, Outcome, Peer, ProposeError, Refusal, Timing, TokenHash,
-    Transport, Unreachable,
+    Assignment, Command, Epoch, Log, LogError, MemberInfo, ModelId, NodeId, OpenError, Outcome, Peer, ProposeError,
+    Refusal, Timing, TokenHash, Transport, Unreachable,
 };
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -27,16 +27,42 @@ async fn a_mesh_grows_and_all_agree() {
     assert_eq!(mesh.voters(), 1, "two members have one voter");
     assert_eq!(mesh.join("b", "c").await, NodeId(3), "a follower forwards");
     assert_eq!(mesh.voters(), 3);
-    let refused = mesh.propose("c", Command::Leaving { node: NodeId(9), leaving: true }).await;
-    assert_eq!(refused, Outcome::Refused(Refusal::NotAMember(NodeId(9))), "refusals come back as such");
-    for name in ["a", "b", "c"] {
-        assert_eq!(mesh.propose(name, rename(NodeId(1), name)).await, Outcome::Done);
+    for (name, node) in [("a", NodeId(1)), ("b", NodeId(2)), ("c", NodeId(3))] {
+        assert_eq!(mesh.propose(name, rename(node, &format!("{name} renamed"))).await, Outcome::Done);
     }
     mesh.until_equal().await;
     let state = mesh.state("b");
-    assert_eq!(state.members[&NodeId(1)].name, "c");
+    assert_eq!(state.members[&NodeId(3)].name, "c renamed");
     assert_eq!(state.mesh, mesh.log("a").mesh_id());
     assert!(mesh.log("b").applied() > 0 && mesh.log("b").term() > 0);
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_author_of_an_entry_is_whoever_sent_it() {
+    let mesh = Mesh::of(&["a", "b", "c"]).await;
+    let mut plans_refused = 0;
+    for name in ["a", "b", "c"] {
+        let author = mesh.log(name).node_id();
+        for node in (1..=3).map(NodeId).filter(|node| *node != author) {
+            let refused = Outcome::Refused(Refusal::SpeaksForAnother { author, node });
+            assert_eq!(mesh.propose(name, Command::Leave { node }).await, refused);
+            assert_eq!(mesh.propose(name, rename(node, "not its own word")).await, refused);
+        }
+        let plan = Command::Place { expect: Epoch(0), model: ModelId([1; 32]), replicas: Assignment::new() };
+        match mesh.propose(name, plan).await {
+            Outcome::Refused(Refusal::NotTheLeader { author: planner, leader }) => {
+                assert!(planner == author && leader != author, "{planner} planned under {leader}");
+                plans_refused += 1;
+            }
+            // Only the leader's plan is looked at.
+            outcome => assert_eq!(outcome, Outcome::Refused(Refusal::UnknownModel(ModelId([1; 32])))),
+        }
+        assert_eq!(mesh.propose(name, rename(author, "its own word")).await, Outcome::Done);
+    }
+    assert!(plans_refused > 0, "not all of them led");
+    mesh.until_equal().await;
+    assert!(mesh.state("a").members.values().all(|member| member.name == "its own word"));
     mesh.close().await;
 }
 
@@ -48,13 +74,16 @@ async fn two_of_three_go_on_without_the_leader_and_it_catches_up() {
     mesh.stop(&leader).await;
     let others: Vec<String> = mesh.nodes.keys().cloned().collect();
     for (round, name) in others.iter().cycle().take(4).enumerate() {
-        assert_eq!(mesh.propose(name, rename(NodeId(1), &format!("round {round}"))).await, Outcome::Done);
+        let node = mesh.log(name).node_id();
+        assert_eq!(mesh.propose(name, rename(node, &format!("round {round}"))).await, Outcome::Done);
     }
     assert!(mesh.log(&others[0]).term() > before);
     mesh.start(&leader).await;
     mesh.until_equal().await;
-    assert_eq!(mesh.state(&leader).members[&NodeId(1)].name, "round 3");
-    assert_eq!(mesh.propose(&leader, rename(NodeId(2), "back")).await, Outcome::Done);
+    let last = mesh.log(&others[1]).node_id();
+    assert_eq!(mesh.state(&leader).members[&last].name, "round 3");
+    let back = mesh.log(&leader).node_id();
+    assert_eq!(mesh.propose(&leader, rename(back, "back")).await, Outcome::Done);
     mesh.until_equal().await;
     mesh.close().await;
 }
@@ -67,18 +96,20 @@ async fn a_minority_refuses_to_write_and_keeps_what_was_agreed() {
     mesh.wires.cut(&leader);
     let agreed = mesh.state(&leader);
     let short = Duration::from_millis(2_500);
-    let error = mesh.log(&leader).propose(rename(NodeId(1), "alone"), short).await.unwrap_err();
+    let own = mesh.log(&leader).node_id();
+    let error = mesh.log(&leader).propose(rename(own, "alone"), short).await.unwrap_err();
     assert!(matches!(error, ProposeError::NoLeader | ProposeError::TimedOut { .. }), "{error}");
     mesh.until("the leader knows that it leads nobody", |mesh| mesh.log(&leader).leader().borrow().is_none()).await;
-    let error = mesh.log(&leader).propose(rename(NodeId(1), "alone"), short).await.unwrap_err();
+    let error = mesh.log(&leader).propose(rename(own, "alone"), short).await.unwrap_err();
     assert_eq!(error, ProposeError::NoLeader);
     assert_eq!(mesh.state(&leader), agreed);
 
     let other = mesh.nodes.keys().find(|name| **name != leader).unwrap().clone();
-    assert_eq!(mesh.propose(&other, rename(NodeId(1), "majority")).await, Outcome::Done);
+    let others = mesh.log(&other).node_id();
+    assert_eq!(mesh.propose(&other, rename(others, "majority")).await, Outcome::Done);
     mesh.wires.mend(&leader);
     mesh.until_equal().await;
-    assert_eq!(mesh.state(&leader).members[&NodeId(1)].name, "majority");
+    assert_eq!(mesh.state(&leader).members[&others].name, "majority");
     mesh.close().await;
 }
 
@@ -126,7 +157,7 @@ async fn strangers_other_meshes_and_garbage_get_nothing() {
     let said = |reply: Vec<u8>| String::from_utf8_lossy(&reply).into_owned();
     let log = mesh.log("a");
 
-    // A real question of the other mesh's, caught on the wire.
+    // A real request of the other mesh's, caught on the wire.
     let caught: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
     struct Catch(Arc<Mutex<Vec<Vec<u8>>>>);
     impl Transport for Catch {
@@ -171,7 +202,7 @@ async fn strangers_other_meshes_and_garbage_get_nothing() {
         let reply = said(log.handle(peer("b"), garbage).await);
         assert!(reply.contains("Malformed") || reply.contains("Version"), "{reply}");
     }
-    assert_eq!(mesh.propose("b", rename(NodeId(1), "well")).await, Outcome::Done, "nothing was harmed");
+    assert_eq!(mesh.propose("b", rename(NodeId(2), "well")).await, Outcome::Done, "nothing was harmed");
     other.close().await;
     mesh.close().await;
 }
@@ -194,8 +225,10 @@ async fn members_leave_and_voters_follow() {
         voters.len() == 3 && !voters.contains(&lost_id)
     })
     .await;
-    // It leaves for good, and nobody waits for it.
-    assert_eq!(mesh.propose(&leader, Command::Leave { node: lost_id }).await, Outcome::Done);
+    // It comes back, leaves for good by its own word, and nobody waits for it.
+    mesh.start(&lost).await;
+    assert_eq!(mesh.propose(&lost, Command::Leave { node: lost_id }).await, Outcome::Done);
+    mesh.stop(&lost).await;
     mesh.until_equal_after_reconcile(&BTreeSet::new()).await;
     assert_eq!(mesh.voters(), 3);
     assert!(!mesh.log(&leader).admits(&peer(&lost)).await);

@@ -4,14 +4,14 @@
 //! later has reached the disk), and torn, with any part of the later writes on the disk and the
 //! rest lost. A store opened from the copy must hold everything acknowledged up to that fdatasync.
 
-use crate::command::Command;
-use crate::disk::{Batch, Disk, SyncFile};
+use crate::disk::{Disk, SyncFile, WriteBatch};
 use crate::ids::NodeId;
-use crate::log::machine::Machine;
 use crate::log::sled_log::SledLog;
-use crate::log::types::{Entry, LogId, Vote};
+use crate::log::state_machine::StateMachine;
+use crate::log::types::{Entry, LogId, Payload, Vote};
+use crate::state::command::Command;
 use openraft::storage::{RaftLogStorage, RaftLogStorageExt, RaftStateMachine};
-use openraft::{CommittedLeaderId, EntryPayload, RaftLogReader, RaftSnapshotBuilder};
+use openraft::{CommittedLeaderId, RaftLogReader, RaftSnapshotBuilder};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::fs;
@@ -29,7 +29,7 @@ fn log_id(term: u64, index: u64) -> LogId {
 fn entry(term: u64, index: u64, bytes: usize) -> Entry {
     let name = format!("{term}/{index}/{}", "x".repeat(bytes));
     let command = Command::Readdress { node: NodeId(index), name, addresses: vec![] };
-    Entry { log_id: log_id(term, index), payload: EntryPayload::Normal(command) }
+    Entry { log_id: log_id(term, index), payload: Payload::Normal(command), author: Some(NodeId(index)) }
 }
 
 /// The files of a database as they are now: name and content.
@@ -97,7 +97,7 @@ async fn check(files: &Files, known: &Known, what: &str) {
     assert!(vote >= known.vote, "{what}: vote {vote:?}, acknowledged {:?}", known.vote);
     let state = log.get_log_state().await.unwrap();
     assert!(state.last_purged_log_id >= known.purged, "{what}: {state:?}");
-    let (mut machine, _) = Machine::open(disk.clone()).unwrap();
+    let (mut machine, _) = StateMachine::open(disk.clone()).unwrap();
     let snapshot = machine.applied_state().await.unwrap().0;
     assert!(snapshot >= known.snapshot, "{what}: snapshot {snapshot:?}");
     // Entries may be gone only where a later purge got through, which needs the snapshot.
@@ -110,10 +110,7 @@ async fn check(files: &Files, known: &Known, what: &str) {
         let index = entry.log_id.index;
         let found = log.try_get_log_entries(index..=index).await.unwrap();
         assert_eq!(found.first().map(|e| e.log_id), Some(entry.log_id), "{what}");
-        let (EntryPayload::Normal(found), EntryPayload::Normal(wanted)) = (&found[0].payload, &entry.payload) else {
-            panic!("{what}: another payload at {index}");
-        };
-        assert_eq!(found, wanted, "{what}");
+        assert_eq!(found[0], *entry, "{what}");
     }
 }
 
@@ -121,7 +118,7 @@ async fn check(files: &Files, known: &Known, what: &str) {
 /// Calls `between` with what is acknowledged before each step.
 async fn live(disk: Disk, steps: u64, rng: &mut StdRng, mut between: impl FnMut(&Known)) -> Known {
     let mut log = SledLog::open(disk.clone()).await.unwrap();
-    let (mut machine, _) = Machine::open(disk).unwrap();
+    let (mut machine, _) = StateMachine::open(disk).unwrap();
     let mut known = Known::default();
     let mut term = 1;
     let mut next = 0;
@@ -248,7 +245,7 @@ async fn a_failed_fdatasync_is_never_forgotten() {
     });
     let disk = Disk::open(&dir.path().join("log"), Some(sync)).unwrap();
     let one = |value: u8| {
-        let mut batch = Batch::default();
+        let mut batch = WriteBatch::default();
         batch.put(b"key", &[value]);
         batch
     };

@@ -1,19 +1,19 @@
 //! openraft's suite for storage implementations, on real files.
 
 use crate::disk::Disk;
-use crate::log::machine::Machine;
 use crate::log::sled_log::SledLog;
+use crate::log::state_machine::StateMachine;
 use crate::log::types::{StorageError, TypeConfig};
 use openraft::testing::{StoreBuilder, Suite};
 
 struct OnDisk;
 
-impl StoreBuilder<TypeConfig, SledLog, Machine, tempfile::TempDir> for OnDisk {
-    async fn build(&self) -> Result<(tempfile::TempDir, SledLog, Machine), StorageError> {
+impl StoreBuilder<TypeConfig, SledLog, StateMachine, tempfile::TempDir> for OnDisk {
+    async fn build(&self) -> Result<(tempfile::TempDir, SledLog, StateMachine), StorageError> {
         let dir = tempfile::tempdir().unwrap();
         let disk = Disk::open(&dir.path().join("log"), None).unwrap();
         let log = SledLog::open(disk.clone()).await.unwrap();
-        let (machine, _) = Machine::open(disk).unwrap();
+        let (machine, _) = StateMachine::open(disk).unwrap();
         Ok((dir, log, machine))
     }
 }

@@ -1,0 +1,377 @@
+//! The one task that owns the swarm: feeds the pure half with what happens, and carries out what it returns.
+//!
+//! Owns: the swarm, the connections, the pure state, the published view of the members. [`connections`] and [`dials`] are
+//! parts of this task; [`neighbours`] are the tasks that carry gossip.
+//! Invariants: the pure half makes every decision about load, liveness and addresses; the link of a peer exists exactly
+//! while it has a connection that is not given up; there is one neighbour task per connected member.
+//! Deliberately does not know: frames (streams run in tasks of their own).
+
+mod connections;
+mod dials;
+pub(crate) mod neighbours;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::future::join_all;
+use libp2p::swarm::{ConnectionId, SwarmEvent};
+use libp2p::{Multiaddr, PeerId, Swarm};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use self::connections::Connection;
+use self::dials::{DialPurpose, RequestedDial};
+use self::neighbours::NeighbourWriter;
+use crate::config::Config;
+use crate::error::DialError;
+use crate::membership::addresses::{AddressBook, split_peer};
+use crate::membership::liveness::{self, Detector, Liveness};
+use crate::membership::measure::Rtt;
+use crate::membership::message::Message;
+use crate::membership::state::{self, State};
+use crate::membership::status::Status;
+use crate::membership::view::PeerView;
+use crate::transport::endpoint::Endpoint;
+use crate::transport::pool::StreamPool;
+use crate::transport::swarm::{Behaviour, BehaviourEvent, connection_limits};
+
+/// How often timers are looked at; the resolution of everything the pure half decides by time.
+const TICK: Duration = Duration::from_millis(100);
+/// How long a former member keeps its connection.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// How long goodbyes may take at shutdown, and then closing what is left.
+const GOODBYE_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// What the node wants to be true; only the latest value counts.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct DesiredState {
+    pub members: Arc<BTreeMap<PeerId, Vec<Multiaddr>>>,
+    pub status: Option<Status>,
+    pub facts: Option<Bytes>,
+}
+
+#[derive(Debug)]
+pub(crate) enum Command {
+    Dial { addresses: Vec<Multiaddr>, peer: Option<PeerId>, reply: oneshot::Sender<Result<PeerId, DialError>> },
+    Shutdown { done: oneshot::Sender<()> },
+}
+
+pub(crate) struct Driver {
+    swarm: Swarm<Behaviour>,
+    endpoint: Arc<Endpoint>,
+    pool: Arc<StreamPool>,
+    state: State,
+    detector: Detector,
+    book: AddressBook,
+    rng: StdRng,
+    /// Members as last applied, this node excluded.
+    members: BTreeSet<PeerId>,
+    /// As last applied.
+    desired: DesiredState,
+    connections: HashMap<PeerId, Vec<Connection>>,
+    /// One per connected member.
+    writers: HashMap<PeerId, NeighbourWriter>,
+    writers_made: u64,
+    events: mpsc::Sender<neighbours::Event>,
+    /// Dials under way.
+    dials: HashMap<ConnectionId, DialPurpose>,
+    /// Dials that a handle waits for.
+    requested: HashMap<u64, RequestedDial>,
+    requests_made: u64,
+    /// Former members and when to disconnect them.
+    farewells: HashMap<PeerId, Instant>,
+    rtt: HashMap<PeerId, Rtt>,
+    heard: HashMap<PeerId, Instant>,
+    seeds: Vec<Multiaddr>,
+    seeds_at: Instant,
+    strangers_max: u32,
+    suspect_after: Duration,
+    /// The view is out of date; published at the next tick, or at once if `urgent`.
+    dirty: bool,
+    urgent: bool,
+}
+
+impl Driver {
+    pub fn new(
+        config: Config,
+        swarm: Swarm<Behaviour>,
+        endpoint: Arc<Endpoint>,
+        pool: Arc<StreamPool>,
+        events: mpsc::Sender<neighbours::Event>,
+    ) -> Driver {
+        let now = Instant::now();
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let incarnation = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX / 2);
+        let mut book = AddressBook::default();
+        swarm.listeners().for_each(|address| book.add_own(address));
+        for address in &config.peers {
+            if let (address, Some(peer)) = split_peer(address) {
+                book.confirm(peer, &address);
+            }
+        }
+        Driver {
+            state: State::new(endpoint.me, incarnation, config.status, now),
+            detector: Detector::new(config.liveness, now),
+            book,
+            rng: StdRng::from_os_rng(),
+            members: BTreeSet::new(),
+            desired: DesiredState::default(),
+            connections: HashMap::new(),
+            writers: HashMap::new(),
+            writers_made: 0,
+            events,
+            dials: HashMap::new(),
+            requested: HashMap::new(),
+            requests_made: 0,
+            farewells: HashMap::new(),
+            rtt: HashMap::new(),
+            heard: HashMap::new(),
+            seeds: config.peers.into_iter().filter(|address| split_peer(address).1.is_none()).collect(),
+            seeds_at: now,
+            strangers_max: config.strangers_max,
+            suspect_after: config.liveness.suspect_after,
+            dirty: false,
+            urgent: false,
+            swarm,
+            endpoint,
+            pool,
+        }
+    }
+
+    /// Runs until shutdown, or until nobody holds a handle any more. `early` is what the swarm reported before.
+    pub async fn run(
+        mut self,
+        early: Vec<SwarmEvent<BehaviourEvent>>,
+        mut commands: mpsc::Receiver<Command>,
+        mut desired: watch::Receiver<DesiredState>,
+        mut neighbours: mpsc::Receiver<neighbours::Event>,
+    ) {
+        // Also when this future is dropped with its runtime: nothing may wait on a driver that is gone.
+        let _stopped = self.endpoint.stopped.clone().drop_guard();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        early.into_iter().for_each(|event| self.on_swarm(event));
+        let done = loop {
+            tokio::select! {
+                command = commands.recv() => match command {
+                    Some(Command::Dial { addresses, peer, reply }) => self.dial_requested(addresses, peer, reply),
+                    Some(Command::Shutdown { done }) => break Some(done),
+                    None => break None,
+                },
+                Ok(()) = desired.changed() => {
+                    let desired = desired.borrow_and_update().clone();
+                    self.on_desired(desired);
+                }
+                event = self.swarm.select_next_some() => self.on_swarm(event),
+                Some(event) = neighbours.recv() => self.on_neighbour(event),
+                _ = tick.tick() => self.on_tick(),
+            }
+            if self.urgent {
+                self.publish();
+            }
+        };
+        self.say_goodbye(&mut neighbours).await;
+        // Cut links first: whoever is told that the node has stopped finds nothing pending.
+        self.connections.keys().for_each(|peer| self.cut_link(peer));
+        self.endpoint.stopped.cancel();
+        drop(self);
+        if let Some(done) = done {
+            let _ = done.send(()); // the caller may have gone
+        }
+    }
+
+    fn on_desired(&mut self, desired: DesiredState) {
+        if !Arc::ptr_eq(&desired.members, &self.desired.members) {
+            self.set_members(&desired.members);
+        }
+        if let Some(status) = desired.status {
+            self.feed_state(state::Input::SetStatus(status));
+        }
+        if let Some(facts) = &desired.facts {
+            self.feed_state(state::Input::SetFacts(facts.clone()));
+        }
+        self.desired = desired;
+    }
+
+    fn set_members(&mut self, desired: &BTreeMap<PeerId, Vec<Multiaddr>>) {
+        let others = || desired.iter().filter(|(peer, _)| **peer != self.endpoint.me);
+        let given: BTreeMap<PeerId, Vec<Multiaddr>> = others().map(|(peer, at)| (*peer, at.clone())).collect();
+        let members: BTreeSet<PeerId> = given.keys().copied().collect();
+        let before = std::mem::replace(&mut self.members, members.clone());
+        let limits = &mut self.swarm.behaviour_mut().limits;
+        *limits.limits_mut() = connection_limits(self.strangers_max, members.len());
+        members.iter().for_each(|peer| limits.bypass_peer_id(peer));
+        for peer in before.difference(&members) {
+            limits.remove_peer_id(peer);
+            self.writers.remove(peer);
+            self.heard.remove(peer);
+            self.rtt.remove(peer);
+            self.farewells.insert(*peer, Instant::now() + FAREWELL);
+        }
+        let moved = self.book.set_members(&given);
+        self.feed_state(state::Input::SetMembers(members.clone()));
+        self.feed_detector(liveness::Input::Members(members.clone()));
+        for peer in members.difference(&before).copied() {
+            self.farewells.remove(&peer);
+            if self.connections.contains_key(&peer) {
+                self.greet(peer);
+            }
+        }
+        // New members are being dialled already.
+        for peer in moved.into_iter().filter(|peer| before.contains(peer)) {
+            self.feed_detector(liveness::Input::AddressLearned(peer));
+        }
+        self.urgent = true;
+    }
+
+    /// A member with a connection.
+    fn greet(&mut self, peer: PeerId) {
+        self.feed_detector(liveness::Input::Connected(peer));
+        if !self.writers.contains_key(&peer) {
+            self.writers_made += 1;
+            let endpoint = self.endpoint.clone();
+            let writer = NeighbourWriter::spawn(self.writers_made, peer, endpoint, self.events.clone());
+            self.writers.insert(peer, writer);
+        }
+    }
+
+    fn on_neighbour(&mut self, event: neighbours::Event) {
+        let is_current = |driver: &Driver, peer: &PeerId, writer: u64| {
+            driver.writers.get(peer).is_some_and(|current| current.id == writer)
+        };
+        match event {
+            neighbours::Event::Linked { peer, writer } if is_current(self, &peer, writer) => {
+                self.feed_state(state::Input::Linked(peer));
+            }
+            neighbours::Event::Unlinked { peer, writer } if is_current(self, &peer, writer) => {
+                self.feed_state(state::Input::Unlinked(peer));
+            }
+            // Of a writer that was replaced meanwhile.
+            neighbours::Event::Linked { .. } | neighbours::Event::Unlinked { .. } => {}
+            neighbours::Event::Message { peer, message } => self.feed_state(state::Input::Received(peer, message)),
+        }
+    }
+
+    fn feed_state(&mut self, input: state::Input) {
+        for output in self.state.handle(input, Instant::now(), &mut self.rng) {
+            match output {
+                state::Output::Send { to, message } => {
+                    if let Some(writer) = self.writers.get(&to) {
+                        writer.send(message);
+                    }
+                }
+                state::Output::Changed(_) => self.dirty = true,
+                state::Output::Left(peer) => {
+                    tracing::info!(%peer, "a member said goodbye");
+                    self.feed_detector(liveness::Input::Left(peer));
+                }
+            }
+        }
+    }
+
+    fn feed_detector(&mut self, input: liveness::Input) {
+        // A dial may fail on the spot, which is news for the detector again.
+        let mut inputs = VecDeque::from([input]);
+        while let Some(input) = inputs.pop_front() {
+            for output in self.detector.handle(input, Instant::now(), &mut self.rng) {
+                match output {
+                    liveness::Output::Dial { peer, attempt } => inputs.extend(self.dial_member(peer, attempt)),
+                    liveness::Output::Close(peer) => self.cut(peer),
+                    liveness::Output::Changed(peer, liveness) => {
+                        match liveness {
+                            Liveness::Up => tracing::info!(%peer, "a member is up"),
+                            Liveness::Suspect => tracing::debug!(%peer, "a member is suspect"),
+                            Liveness::Down => tracing::info!(%peer, "a member is down"),
+                        }
+                        self.urgent = true;
+                    }
+                }
+            }
+        }
+    }
+
+    fn on_tick(&mut self) {
+        let now = Instant::now();
+        for peer in self.members.clone() {
+            if self.endpoint.link(&peer).is_some_and(|link| link.take_heard()) {
+                self.on_heard(peer);
+            }
+        }
+        self.feed_detector(liveness::Input::Tick);
+        self.feed_state(state::Input::Tick);
+        let parting: Vec<PeerId> = self.farewells.iter().filter(|(_, at)| **at <= now).map(|(peer, _)| *peer).collect();
+        for peer in parting {
+            self.farewells.remove(&peer);
+            self.cut(peer);
+        }
+        self.close_stale(now);
+        self.dial_seeds(now);
+        self.requested.retain(|_, dial| !dial.reply.is_closed());
+        if self.dirty {
+            self.publish();
+        }
+    }
+
+    fn publish(&mut self) {
+        self.dirty = false;
+        self.urgent = false;
+        let view = |peer: &PeerId| {
+            let record = self.state.record(peer);
+            let status = record.and_then(|record| record.status.as_ref());
+            let facts = record.and_then(|record| record.facts.as_ref());
+            let link = self.endpoint.link(peer);
+            PeerView {
+                liveness: self.detector.liveness(peer).unwrap_or(Liveness::Suspect),
+                connected: link.is_some(),
+                status: status.map(|status| status.value),
+                facts: facts.map(|facts| facts.value.clone()),
+                incarnation: record.map_or(0, |record| record.incarnation),
+                status_version: status.map_or(0, |status| status.version),
+                facts_version: facts.map_or(0, |facts| facts.version),
+                rtt: self.rtt.get(peer).copied(),
+                throughput_bytes_s: link.and_then(|link| link.throughput_bytes_s()),
+                addresses: self.book.of(peer),
+                last_heard: self.heard.get(peer).copied(),
+            }
+        };
+        let peers = self.members.iter().map(|peer| (*peer, view(peer))).collect();
+        self.endpoint.peers.send_replace(Arc::new(peers));
+    }
+
+    /// Tells every neighbour that this node is ending and lets them close, which is how they say that they have
+    /// heard; then closes what is left. None of it for long.
+    async fn say_goodbye(&mut self, neighbours: &mut mpsc::Receiver<neighbours::Event>) {
+        neighbours.close();
+        let bye = Message::Bye { incarnation: self.state.incarnation() };
+        let told: Vec<PeerId> = self.writers.keys().copied().collect();
+        let telling = join_all(self.writers.drain().map(|(_, writer)| writer.finish(bye.clone())));
+        let swarm = &mut self.swarm;
+        let parting = async {
+            let mut telling = std::pin::pin!(telling);
+            loop {
+                tokio::select! {
+                    _ = &mut telling => break,
+                    _ = swarm.select_next_some() => {}
+                }
+            }
+            while told.iter().any(|peer| swarm.is_connected(peer)) {
+                swarm.select_next_some().await;
+            }
+        };
+        // Whoever does not answer is left without a word, as if this process had been killed.
+        let _ = tokio::time::timeout(GOODBYE_TIMEOUT, parting).await;
+        for peer in self.swarm.connected_peers().copied().collect::<Vec<_>>() {
+            let _ = self.swarm.disconnect_peer_id(peer); // it is connected
+        }
+        let closing = async {
+            while self.swarm.connected_peers().next().is_some() {
+                self.swarm.select_next_some().await;
+            }
+        };
+        let _ = tokio::time::timeout(GOODBYE_TIMEOUT, closing).await;
+    }
+}

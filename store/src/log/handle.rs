@@ -1,0 +1,322 @@
+//! The handle on this node's log: opening, proposing, following, closing.
+
+use super::admission;
+use super::admission_cache::AdmissionCache;
+use super::error::LogError;
+use super::local::LocalMember;
+use super::network::{RaftNetwork, Transport};
+use super::propose::{self, ProposeError};
+use super::serve;
+use super::sled_log::{Identity, SledLog};
+use super::state_machine::StateMachine;
+use super::timing::Timing;
+use super::types::{Metrics, RaftNode};
+use super::voters::{Change, Group};
+use crate::disk::{Disk, OpenError, replace_file};
+use crate::ids::{MeshId, NodeId, Peer};
+use crate::state::command::{Command, Outcome};
+use crate::state::{MemberInfo, State};
+use crate::sync::lock;
+use openraft::{ChangeMembers, LogIdOptionExt, Raft, ServerState};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// How long one change of the consensus group may take before the next attempt takes over.
+const CHANGE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the creator of a mesh waits until it leads. It is alone, so only a stalled disk takes this long.
+const CREATE_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a shutdown waits for the last reader of the database.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A handle on this node's log; cloning it is cheap.
+#[derive(Clone)]
+pub struct Log(Arc<LocalMember>);
+
+fn log_dir(dir: &Path) -> PathBuf {
+    dir.join("log")
+}
+
+/// Written last when a folder becomes a member's. Without it the folder's content never counted.
+fn marker(dir: &Path) -> PathBuf {
+    log_dir(dir).join("member")
+}
+
+fn io_error(path: &Path) -> impl Fn(std::io::Error) -> LogError + '_ {
+    move |error| OpenError::Io { path: path.into(), error: error.to_string() }.into()
+}
+
+/// Prepares an empty log folder; removes what an unfinished attempt left.
+fn open_fresh(dir: &Path) -> Result<Disk, LogError> {
+    let path = log_dir(dir);
+    if Log::exists(dir) {
+        return Err(LogError::AlreadyMember { path: dir.into() });
+    }
+    if path.exists() {
+        // Opening it first proves that no other process uses it.
+        drop(Disk::open(&path, None)?);
+        fs::remove_dir_all(&path).map_err(io_error(&path))?;
+    }
+    Ok(Disk::open(&path, None)?)
+}
+
+fn mark(dir: &Path, identity: Identity) -> Result<(), LogError> {
+    let path = marker(dir);
+    let line = format!("node {} of mesh {}\n", identity.node, identity.mesh);
+    replace_file(&path, line.as_bytes()).map_err(io_error(&path))
+}
+
+impl Log {
+    /// Whether the data folder `dir` belongs to a mesh.
+    pub fn exists(dir: impl AsRef<Path>) -> bool {
+        marker(dir.as_ref()).exists()
+    }
+
+    /// Creates a mesh with a random id; this node is its first member and its leader.
+    pub async fn create(
+        dir: impl AsRef<Path>,
+        me: MemberInfo,
+        transport: Arc<dyn Transport>,
+        timing: Timing,
+    ) -> Result<Self, LogError> {
+        let dir = dir.as_ref();
+        let identity = Identity { node: NodeId(1), mesh: MeshId(rand::random()) };
+        let disk = open_fresh(dir)?;
+        let log = Self::start(disk, Some(identity), dir, transport, timing).await?;
+        let alone = BTreeMap::from([(identity.node, RaftNode { peer: me.peer.clone() })]);
+        log.0.raft.initialize(alone).await.map_err(|error| LogError::Fatal(error.to_string()))?;
+        let command = Command::CreateMesh { mesh: identity.mesh, member: me };
+        match log.propose(command, CREATE_PATIENCE).await {
+            Ok(Outcome::Joined { .. }) => {}
+            Ok(other) => return Err(LogError::Fatal(format!("the new mesh answered {other:?}"))),
+            Err(error) => return Err(LogError::Fatal(error.to_string())),
+        }
+        mark(dir, identity)?;
+        tracing::info!(mesh = %identity.mesh, "created a mesh");
+        Ok(log)
+    }
+
+    /// Opens the log of a folder that belongs to a member already.
+    pub async fn open(dir: impl AsRef<Path>, transport: Arc<dyn Transport>, timing: Timing) -> Result<Self, LogError> {
+        let dir = dir.as_ref();
+        if !Self::exists(dir) {
+            return Err(LogError::NotAMember { path: dir.into() });
+        }
+        let disk = Disk::open(&log_dir(dir), None)?;
+        Self::start(disk, None, dir, transport, timing).await
+    }
+
+    /// Creates the empty log of a node that a member has just admitted as `node` of `mesh`. It fills as soon as the
+    /// leader knows the node.
+    pub async fn join(
+        dir: impl AsRef<Path>,
+        node: NodeId,
+        mesh: MeshId,
+        transport: Arc<dyn Transport>,
+        timing: Timing,
+    ) -> Result<Self, LogError> {
+        let dir = dir.as_ref();
+        let identity = Identity { node, mesh };
+        let disk = open_fresh(dir)?;
+        let log = Self::start(disk, Some(identity), dir, transport, timing).await?;
+        mark(dir, identity)?;
+        tracing::info!(%node, %mesh, "joined a mesh");
+        Ok(log)
+    }
+
+    async fn start(
+        disk: Disk,
+        fresh: Option<Identity>,
+        dir: &Path,
+        transport: Arc<dyn Transport>,
+        timing: Timing,
+    ) -> Result<Self, LogError> {
+        let config = timing.config()?;
+        let store = SledLog::open(disk.clone()).await?;
+        if let Some(identity) = fresh {
+            store.save_identity(identity).await?;
+        }
+        let identity = store.identity()?.ok_or_else(|| OpenError::Damaged {
+            path: log_dir(dir),
+            error: "it does not say which node it is".into(),
+        })?;
+        let (machine, state) = StateMachine::open(disk.clone())?;
+        let network = RaftNetwork { transport: Arc::clone(&transport), mesh: identity.mesh };
+        let raft = Raft::new(identity.node, config, network, store, machine)
+            .await
+            .map_err(|error| LogError::Fatal(error.to_string()))?;
+        let leader = follow_leader(raft.metrics(), timing);
+        Ok(Self(Arc::new(LocalMember {
+            raft,
+            disk: Mutex::new(Some(disk)),
+            transport,
+            identity,
+            timing,
+            state,
+            leader,
+            admissions: AdmissionCache::default(),
+        })))
+    }
+
+    /// This node's id in the log.
+    pub fn node_id(&self) -> NodeId {
+        self.0.identity.node
+    }
+
+    /// The mesh that this node belongs to.
+    pub fn mesh_id(&self) -> MeshId {
+        self.0.identity.mesh
+    }
+
+    /// The state up to the last entry that this node has applied. It may lag behind the leader's.
+    pub fn state(&self) -> watch::Receiver<Arc<State>> {
+        self.0.state.clone()
+    }
+
+    /// The leader, if one is known. This node itself counts as the leader only while a majority has answered it within
+    /// the time of an election.
+    pub fn leader(&self) -> watch::Receiver<Option<NodeId>> {
+        self.0.leader.clone()
+    }
+
+    /// The index of the last applied entry; zero before the first.
+    pub fn applied(&self) -> u64 {
+        self.0.raft.metrics().borrow().last_applied.index().unwrap_or(0)
+    }
+
+    /// The current term.
+    pub fn term(&self) -> u64 {
+        self.0.raft.metrics().borrow().current_term
+    }
+
+    /// The members whose votes count at present.
+    pub fn voters(&self) -> BTreeSet<NodeId> {
+        self.0.raft.metrics().borrow().membership_config.voter_ids().collect()
+    }
+
+    /// Puts a command of this node's into the log and returns its outcome. Forwards it where another node leads, and
+    /// tries again through changes of leader, for at most `deadline`.
+    ///
+    /// # Errors
+    /// [`ProposeError`]. A refusal is an outcome, not an error. After an error the command may still happen; commands are
+    /// harmless when repeated.
+    pub async fn propose(&self, command: Command, deadline: Duration) -> Result<Outcome, ProposeError> {
+        propose::propose(&self.0, command, deadline).await
+    }
+
+    /// Answers an rpc, whatever its bytes are. `from` is the identity that the sender has proved on its connection: it
+    /// becomes the author of what it proposes.
+    pub async fn handle(&self, from: Peer, rpc: Vec<u8>) -> Vec<u8> {
+        serve::handle(&self.0, &from, &rpc).await.encode()
+    }
+
+    /// Whether `peer` is a member, as far as this node can find out: by its own copy of the state or, since that may be
+    /// behind, by the word of a member it knows.
+    pub async fn admits(&self, peer: &Peer) -> bool {
+        admission::admits(&self.0, peer).await
+    }
+
+    /// Brings the consensus group in line with the members: replicates to newcomers, promotes learners that caught up,
+    /// replaces voters in `down` where others can take over, removes nodes that left. A call makes at most a few steps;
+    /// call it now and then. It does nothing on a node that does not lead.
+    ///
+    /// # Errors
+    /// [`LogError::Fatal`] if the log has stopped.
+    pub async fn reconcile(&self, down: &BTreeSet<NodeId>) -> Result<(), LogError> {
+        // Newcomers, voters, leavers: after one change of each kind another look at the world is due.
+        for _ in 0..3 {
+            let metrics = self.0.raft.metrics().borrow().clone();
+            if metrics.state != ServerState::Leader {
+                return Ok(());
+            }
+            let state = Arc::clone(&self.0.state.borrow());
+            if state.members.is_empty() {
+                return Ok(());
+            }
+            let members = state.members.keys().copied().collect();
+            let Some(change) = Group::of(&metrics).next(&members, down) else {
+                return Ok(());
+            };
+            tracing::info!(?change, "changing the consensus group");
+            match tokio::time::timeout(CHANGE_PATIENCE, self.change(change, &state)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return Err(error),
+                Err(_) => {
+                    tracing::warn!("the change of the consensus group takes long; trying again later");
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn change(&self, change: Change, state: &State) -> Result<(), LogError> {
+        let changes = match change {
+            Change::AddLearners(nodes) => ChangeMembers::AddNodes(
+                nodes
+                    .into_iter()
+                    .filter_map(|node| Some((node, RaftNode { peer: state.members.get(&node)?.peer.clone() })))
+                    .collect(),
+            ),
+            Change::SetVoters(voters) => ChangeMembers::ReplaceAllVoters(voters),
+            Change::Remove(nodes) => ChangeMembers::RemoveNodes(nodes),
+        };
+        match self.0.raft.change_membership(changes, true).await {
+            Ok(_) => Ok(()),
+            Err(openraft::error::RaftError::Fatal(error)) => Err(LogError::Fatal(error.to_string())),
+            // Another change is under way, or this node leads no more; the next call starts over.
+            Err(openraft::error::RaftError::APIError(error)) => {
+                tracing::debug!(%error, "the consensus group was not changed");
+                Ok(())
+            }
+        }
+    }
+
+    /// Stops the log and closes its files; returns when they are free for another process. Other handles on this log are
+    /// useless afterwards.
+    pub async fn shutdown(self) {
+        // An error means that the log has stopped already.
+        let _ = self.0.raft.shutdown().await;
+        let Some(disk) = lock(&self.0.disk).take() else { return };
+        // Closing waits for the writer thread. Replication tasks may hold handles for a moment longer.
+        let closed = async {
+            if let Ok(closed) = tokio::task::spawn_blocking(move || disk.closed()).await {
+                closed.await;
+            }
+        };
+        if tokio::time::timeout(CLOSE_PATIENCE, closed).await.is_err() {
+            tracing::warn!("the log's database is still being read");
+        }
+    }
+}
+
+/// Publishes the leader, until the log stops.
+fn follow_leader(mut metrics: watch::Receiver<Metrics>, timing: Timing) -> watch::Receiver<Option<NodeId>> {
+    let (publish, follow) = watch::channel(None);
+    tokio::spawn(async move {
+        loop {
+            let leader = known_leader(&metrics.borrow_and_update(), timing);
+            publish.send_if_modified(|published| std::mem::replace(published, leader) != leader);
+            if metrics.changed().await.is_err() {
+                break;
+            }
+        }
+        publish.send_replace(None);
+    });
+    follow
+}
+
+fn known_leader(metrics: &Metrics, timing: Timing) -> Option<NodeId> {
+    let leader = metrics.current_leader?;
+    if metrics.running_state.is_err() {
+        return None;
+    }
+    if leader != metrics.id {
+        return Some(leader);
+    }
+    let heard = metrics.millis_since_quorum_ack.is_some_and(|age| age <= timing.election_max_ms);
+    (metrics.state == ServerState::Leader && heard).then_some(leader)
+}

@@ -1,0 +1,193 @@
+//! The replicated state as openraft's state machine.
+//!
+//! The state lives in memory and is published after every applied batch. On disk there is the last snapshot and the log
+//! after it: a restarted node loads the one and applies the other up to what it knew to be committed, so nothing but the
+//! log itself is written per command.
+//!
+//! Invariants: the published state is exactly the state after `applied`. A snapshot on disk is whole: its record names the
+//! slot of its bytes, and both become durable together.
+
+use super::sled_log::StoreError;
+use super::types::{Entry, LogId, Payload, SnapshotMeta, StorageError, StoredMembership, TypeConfig};
+use crate::cbor;
+use crate::disk::{Disk, WriteBatch};
+use crate::state::State;
+use crate::state::apply::apply;
+use crate::state::command::Outcome;
+use openraft::storage::RaftStateMachine;
+use openraft::{OptionalSend, RaftSnapshotBuilder, Snapshot};
+use serde::{Deserialize, Serialize};
+use std::io::Cursor;
+use std::sync::Arc;
+use tokio::sync::{Mutex, watch};
+
+/// Longest encoded state. A thousand members and ten thousand experts need a few megabytes.
+pub(crate) const SNAPSHOT_BYTES_MAX: usize = 64 << 20;
+const RECORD: &[u8] = b"Ms";
+const RECORD_BYTES_MAX: usize = 1 << 20;
+
+/// Where the current snapshot is and what it covers.
+#[derive(Clone, Serialize, Deserialize)]
+struct SnapshotRecord {
+    meta: SnapshotMeta,
+    slot: u64,
+}
+
+fn slot_key(slot: u64) -> Vec<u8> {
+    [b"S".as_slice(), &slot.to_be_bytes()].concat()
+}
+
+/// The state machine of one node.
+pub(crate) struct StateMachine {
+    disk: Disk,
+    saving: Arc<Mutex<()>>,
+    applied: Option<LogId>,
+    membership: StoredMembership,
+    publish: watch::Sender<Arc<State>>,
+}
+
+impl StateMachine {
+    /// The state machine as of the last snapshot in `disk`, and the channel on which its state is published.
+    pub fn open(disk: Disk) -> Result<(Self, watch::Receiver<Arc<State>>), StoreError> {
+        let mut state = State::default();
+        let mut meta = SnapshotMeta::default();
+        if let Some((record, bytes)) = load(&disk)? {
+            state = cbor::from_slice(&bytes, SNAPSHOT_BYTES_MAX)?;
+            meta = record.meta;
+        }
+        let (publish, follow) = watch::channel(Arc::new(state));
+        let machine =
+            Self { disk, saving: Arc::default(), applied: meta.last_log_id, membership: meta.last_membership, publish };
+        Ok((machine, follow))
+    }
+}
+
+fn load(disk: &Disk) -> Result<Option<(SnapshotRecord, Vec<u8>)>, StoreError> {
+    let Some(record) = disk.get(RECORD)? else {
+        return Ok(None);
+    };
+    let record: SnapshotRecord = cbor::from_slice(&record, RECORD_BYTES_MAX)?;
+    let bytes = disk.get(&slot_key(record.slot))?.ok_or(StoreError::SnapshotLost)?;
+    Ok(Some((record, bytes)))
+}
+
+/// Replaces the snapshot on disk, unless a newer one is there; returns when it is durable. `saving` keeps a snapshot that
+/// is being built apart from one that is being installed.
+async fn save(disk: &Disk, saving: &Mutex<()>, meta: &SnapshotMeta, bytes: &[u8]) -> Result<(), StoreError> {
+    let _alone = saving.lock().await;
+    let old = load(disk)?.map(|(record, _)| record);
+    if old.as_ref().is_some_and(|old| old.meta.last_log_id > meta.last_log_id) {
+        return Ok(());
+    }
+    let slot = old.map_or(0, |old| old.slot + 1);
+    let mut batch = WriteBatch::default();
+    disk.remove_range(&mut batch, b"S", b"T")?;
+    batch.put(&slot_key(slot), bytes);
+    batch.put(RECORD, &cbor::to_vec(&SnapshotRecord { meta: meta.clone(), slot })?);
+    Ok(disk.write(batch).await?)
+}
+
+impl RaftStateMachine<TypeConfig> for StateMachine {
+    type SnapshotBuilder = SnapshotBuilder;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), StorageError> {
+        Ok((self.applied, self.membership.clone()))
+    }
+
+    async fn apply<I>(&mut self, entries: I) -> Result<Vec<Outcome>, StorageError>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let mut state = Arc::clone(&self.publish.borrow());
+        let mut outcomes = Vec::new();
+        for entry in entries {
+            self.applied = Some(entry.log_id);
+            let origin = entry.origin();
+            outcomes.push(match entry.payload {
+                Payload::Blank => Outcome::Done,
+                Payload::Normal(command) => {
+                    let outcome = apply(Arc::make_mut(&mut state), &command, origin);
+                    let (index, author) = (entry.log_id.index, entry.author);
+                    tracing::debug!(index, ?author, command = command.name(), ?outcome, "applied");
+                    outcome
+                }
+                Payload::Membership(membership) => {
+                    self.membership = StoredMembership::new(Some(entry.log_id), membership);
+                    Outcome::Done
+                }
+            });
+        }
+        self.publish.send_if_modified(|published| {
+            let changed = !Arc::ptr_eq(published, &state);
+            *published = state;
+            changed
+        });
+        Ok(outcomes)
+    }
+
+    async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
+        SnapshotBuilder {
+            disk: self.disk.clone(),
+            saving: Arc::clone(&self.saving),
+            applied: self.applied,
+            membership: self.membership.clone(),
+            state: Arc::clone(&self.publish.borrow()),
+        }
+    }
+
+    async fn begin_receiving_snapshot(&mut self) -> Result<Box<Cursor<Vec<u8>>>, StorageError> {
+        Ok(Box::default())
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        snapshot: Box<Cursor<Vec<u8>>>,
+    ) -> Result<(), StorageError> {
+        let bytes = snapshot.into_inner();
+        let install = async {
+            let state: State = cbor::from_slice(&bytes, SNAPSHOT_BYTES_MAX)?;
+            save(&self.disk, &self.saving, meta, &bytes).await?;
+            Ok(state)
+        };
+        let state = install.await.map_err(StoreError::writing)?;
+        self.applied = meta.last_log_id;
+        self.membership = meta.last_membership.clone();
+        self.publish.send_replace(Arc::new(state));
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<TypeConfig>>, StorageError> {
+        let loaded = load(&self.disk).map_err(StoreError::reading)?;
+        Ok(loaded.map(|(record, bytes)| Snapshot { meta: record.meta, snapshot: Box::new(Cursor::new(bytes)) }))
+    }
+}
+
+/// A state that is being written as a snapshot.
+pub(crate) struct SnapshotBuilder {
+    disk: Disk,
+    saving: Arc<Mutex<()>>,
+    applied: Option<LogId>,
+    membership: StoredMembership,
+    state: Arc<State>,
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
+    async fn build_snapshot(&mut self) -> Result<Snapshot<TypeConfig>, StorageError> {
+        let applied = self.applied.map_or_else(|| "none".into(), |log_id| log_id.to_string());
+        let meta = SnapshotMeta {
+            last_log_id: self.applied,
+            last_membership: self.membership.clone(),
+            // Equal logs give equal bytes, so what a snapshot covers names it.
+            snapshot_id: applied,
+        };
+        let build = async {
+            let bytes = cbor::to_vec(&*self.state)?;
+            save(&self.disk, &self.saving, &meta, &bytes).await?;
+            Ok(bytes)
+        };
+        let bytes = build.await.map_err(StoreError::writing)?;
+        Ok(Snapshot { meta, snapshot: Box::new(Cursor::new(bytes)) })
+    }
+}

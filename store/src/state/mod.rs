@@ -1,0 +1,258 @@
+//! What the mesh agreed on: its members, its invites, its models, and where each expert lives.
+//!
+//! | module | idea |
+//! |---|---|
+//! | this one | [`State`], the value that the placement log replicates |
+//! | [`command`] | what can be asked of it, and what it can answer |
+//! | [`apply`] | the pure step from a state and a command to the next state; who may ask for what |
+//!
+//! The state holds decisions only: liveness, load and the content of disks never enter it. Equal logs give equal states,
+//! down to the encoded byte.
+//!
+//! Invariants, kept by [`apply`]: the epoch only grows; node ids are never reused; every replica is on a member; a
+//! replica is `ready` only by its own node's word, at the precision that the node said; only the leader places.
+
+pub mod apply;
+pub mod command;
+
+use crate::ids::{Epoch, ExpertId, MeshId, ModelId, NodeId, Peer, TokenHash};
+use crate::precision::{Bounds, Precision};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The replicated state. `Default` is a log before its first command.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Which mesh this is; all zero before it is created.
+    pub mesh: MeshId,
+    /// The nodes that were admitted and have not left.
+    pub members: BTreeMap<NodeId, Member>,
+    /// The id of the next newcomer.
+    pub next_node_id: u64,
+    /// Open and used-up invites by the hash of their token.
+    pub invites: BTreeMap<TokenHash, Invite>,
+    /// The registered models.
+    pub models: BTreeMap<ModelId, Model>,
+    /// Where the experts of the served model live, once that is decided.
+    pub placement: Option<Placement>,
+    /// At which precisions experts may be placed.
+    pub precisions: Bounds,
+}
+
+/// How a node introduces itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberInfo {
+    /// Its network identity.
+    pub peer: Peer,
+    /// Its name, for people.
+    pub name: String,
+    /// Where it was last reachable, in the transport's own spelling.
+    pub addresses: Vec<String>,
+}
+
+/// An admitted node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Its network identity.
+    pub peer: Peer,
+    /// Its name, for people.
+    pub name: String,
+    /// Where it was last reachable, in the transport's own spelling.
+    pub addresses: Vec<String>,
+    /// It announced that it leaves: nothing new is placed on it.
+    pub leaving: bool,
+}
+
+/// Permission to join, known by the hash of its token.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Invite {
+    /// How many more nodes it admits.
+    pub uses_left: u32,
+    /// When it ends, in milliseconds since the Unix epoch.
+    pub expires_at_ms: u64,
+}
+
+/// A registered model. Its content is in the manifest that its id hashes; here is what was measured on it, which depends
+/// on a text and on the machine that measured.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Model {
+    /// The name people use; unique among the models.
+    pub name: String,
+    /// Length of the encoded manifest in bytes, so that a fetch knows what to expect.
+    pub manifest_bytes: u64,
+    /// `[layer][expert]` routed rows counted at import. Its shape is also the list of the model's
+    /// experts; empty means that nothing was counted.
+    pub popularity: Vec<Vec<u32>>,
+    /// Which text the popularity was counted on.
+    pub popularity_text: String,
+    /// `[layer][expert]`: what an expert's output loses at Q4 and at Q8 on that text, as squared error
+    /// relative to what its layer puts out for a row. The shape is the popularity's; empty means that
+    /// nothing was measured.
+    pub sensitivity: Vec<Vec<Loss>>,
+}
+
+/// Relative squared error of an expert's output by precision; none where it is exact.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Loss {
+    /// At Q4.
+    pub q4: f32,
+    /// At Q8.
+    pub q8: f32,
+}
+
+impl Model {
+    /// Whether the model has this expert. A model whose experts were not counted has any.
+    pub fn has(&self, expert: ExpertId) -> bool {
+        self.popularity.is_empty()
+            || self
+                .popularity
+                .get(usize::from(expert.layer))
+                .is_some_and(|layer| usize::from(expert.index) < layer.len())
+    }
+
+    /// Every expert that was counted at import, in order.
+    pub fn experts(&self) -> impl Iterator<Item = ExpertId> + '_ {
+        self.popularity
+            .iter()
+            .enumerate()
+            .flat_map(|(layer, row)| (0..row.len()).map(move |index| ExpertId::new(layer as u16, index as u16)))
+    }
+}
+
+/// One copy of an expert on one node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replica {
+    /// At which precision it is to be held.
+    pub precision: Precision,
+    /// The precision at which the node said it holds the replica, verified and loaded. A precision other than the
+    /// wanted one serves until that is there.
+    pub ready: Option<Precision>,
+}
+
+impl Replica {
+    /// A replica that its node has not reported yet.
+    pub fn wanted(precision: Precision) -> Self {
+        Self { precision, ready: None }
+    }
+
+    /// Whether the replica is held as wanted.
+    pub fn is_settled(&self) -> bool {
+        self.ready == Some(self.precision)
+    }
+}
+
+/// Where each expert of the served model lives.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Placement {
+    /// The version; it only grows.
+    pub epoch: Epoch,
+    /// The model that is placed.
+    pub model: ModelId,
+    /// For each expert its replicas. An expert that lost its last replica stays, with none.
+    pub replicas: BTreeMap<ExpertId, BTreeMap<NodeId, Replica>>,
+    /// The nodes that said they hold the trunk, verified.
+    pub trunk_ready: BTreeSet<NodeId>,
+}
+
+impl Placement {
+    /// The share of experts that have a ready replica, 0 to 1.
+    pub fn coverage(&self) -> f64 {
+        if self.replicas.is_empty() {
+            return 1.0;
+        }
+        let ready = self.replicas.len() - self.missing().len();
+        ready as f64 / self.replicas.len() as f64
+    }
+
+    /// The smallest number of ready replicas of any expert.
+    pub fn replicas_min(&self) -> usize {
+        let ready = |hosts: &BTreeMap<NodeId, Replica>| hosts.values().filter(|r| r.ready.is_some()).count();
+        self.replicas.values().map(ready).min().unwrap_or(0)
+    }
+
+    /// What `node` is to hold.
+    pub fn of(&self, node: NodeId) -> impl Iterator<Item = (ExpertId, Replica)> + '_ {
+        self.replicas.iter().filter_map(move |(expert, hosts)| hosts.get(&node).map(|r| (*expert, *r)))
+    }
+
+    /// The nodes that said they hold `expert`, in ascending order, and at which precision they do.
+    pub fn hosts(&self, expert: ExpertId) -> impl Iterator<Item = (NodeId, Precision)> + '_ {
+        self.replicas.get(&expert).into_iter().flatten().filter_map(|(node, replica)| Some((*node, replica.ready?)))
+    }
+
+    /// The experts without a ready replica.
+    pub fn missing(&self) -> Vec<ExpertId> {
+        let lost = |hosts: &BTreeMap<NodeId, Replica>| hosts.values().all(|r| r.ready.is_none());
+        self.replicas.iter().filter(|(_, hosts)| lost(hosts)).map(|(expert, _)| *expert).collect()
+    }
+}
+
+impl State {
+    /// The node id of a peer, if it is a member.
+    pub fn node_of(&self, peer: &Peer) -> Option<NodeId> {
+        self.members.iter().find(|(_, member)| member.peer == *peer).map(|(node, _)| *node)
+    }
+
+    /// The current epoch; zero before anything was placed.
+    pub fn epoch(&self) -> Epoch {
+        self.placement.as_ref().map_or(Epoch(0), |placement| placement.epoch)
+    }
+
+    /// The model that `text` names: by its name, or by its id in hex.
+    pub fn model(&self, text: &str) -> Option<(ModelId, &Model)> {
+        let by_id = text.parse().ok().and_then(|id: ModelId| self.models.get_key_value(&id));
+        by_id.or_else(|| self.models.iter().find(|(_, model)| model.name == text)).map(|(id, m)| (*id, m))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn placement(rows: &[(u16, &[(u64, bool)])]) -> Placement {
+        let replica = |(node, ready): &(u64, bool)| {
+            (NodeId(*node), Replica { precision: Precision::Exact, ready: ready.then_some(Precision::Q8) })
+        };
+        let expert =
+            |(index, hosts): &(u16, &[(u64, bool)])| (ExpertId::new(0, *index), hosts.iter().map(replica).collect());
+        Placement {
+            epoch: Epoch(1),
+            model: ModelId([1; 32]),
+            replicas: rows.iter().map(expert).collect(),
+            trunk_ready: BTreeSet::new(),
+        }
+    }
+
+    #[test]
+    fn coverage_counts_ready_replicas_only() {
+        let all = placement(&[(0, &[(1, true), (2, true)]), (1, &[(2, true), (3, true)])]);
+        assert_eq!((all.coverage(), all.replicas_min(), all.missing()), (1.0, 2, vec![]));
+        let half = placement(&[(0, &[(1, true), (2, false)]), (1, &[(2, false)])]);
+        assert_eq!((half.coverage(), half.replicas_min()), (0.5, 0));
+        assert_eq!(half.missing(), [ExpertId::new(0, 1)]);
+        assert_eq!(half.of(NodeId(2)).map(|(e, _)| e.index).collect::<Vec<_>>(), [0, 1]);
+        assert_eq!(half.hosts(ExpertId::new(0, 0)).collect::<Vec<_>>(), [(NodeId(1), Precision::Q8)]);
+        assert!(!half.of(NodeId(1)).any(|(_, replica)| replica.is_settled()));
+        assert_eq!(half.hosts(ExpertId::new(9, 9)).count(), 0);
+        let lost = placement(&[(0, &[])]);
+        assert_eq!((lost.coverage(), lost.replicas_min()), (0.0, 0));
+    }
+
+    #[test]
+    fn a_model_is_found_by_name_and_by_id() {
+        let id = ModelId([3; 32]);
+        let model = Model {
+            name: "tiny".into(),
+            manifest_bytes: 1,
+            popularity: vec![vec![1, 2], vec![3]],
+            popularity_text: "none".into(),
+            sensitivity: Vec::new(),
+        };
+        assert!(model.has(ExpertId::new(1, 0)) && !model.has(ExpertId::new(1, 1)));
+        assert_eq!(model.experts().map(|e| e.to_string()).collect::<Vec<_>>(), ["0.0", "0.1", "1.0"]);
+        let state = State { models: BTreeMap::from([(id, model)]), ..State::default() };
+        assert_eq!(state.model("tiny").map(|m| m.0), Some(id));
+        assert_eq!(state.model(&id.to_string()).map(|m| m.0), Some(id));
+        assert_eq!(state.model("other"), None);
+    }
+}
