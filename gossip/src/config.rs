@@ -8,7 +8,7 @@ use crate::identity::Identity;
 use crate::membership::liveness::Thresholds;
 use crate::membership::status::Policy;
 
-/// Everything about gossip that is decided before [`start`](crate::start); who is a member comes later, through
+/// Everything about gossip that is decided before [`start`](crate::start). The members come later, through
 /// [`Handle::set_members`](crate::Handle::set_members).
 #[derive(Clone, Debug)]
 pub struct Config {

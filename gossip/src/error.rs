@@ -56,10 +56,11 @@ pub enum OpenError {
     Unsupported { peer: PeerId, protocol: &'static str },
     #[error("cannot open a stream for {protocol} to {peer}: {cause}")]
     Io { peer: PeerId, protocol: &'static str, cause: io::Error },
-    /// It closed every stream before accepting it: this node is no member there.
-    #[error("{peer} refuses {protocol} to this node, which is not among its members")]
+    /// It closed every stream before accepting it: this node is no member there, or holds as many streams of the protocol
+    /// as a peer may.
+    #[error("{peer} refuses {protocol} to this node, which is not among its members or has too many streams open")]
     Refused { peer: PeerId, protocol: &'static str },
-    /// Neither a member nor connected, so there is nobody to open a stream to.
+    /// Neither a member nor connected.
     #[error("{peer} is neither a member nor connected")]
     UnknownPeer { peer: PeerId },
 }

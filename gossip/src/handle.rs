@@ -29,7 +29,7 @@ use crate::transport::swarm;
 const COMMANDS: usize = 64;
 /// Gossip messages that wait for the driver.
 const EVENTS: usize = 256;
-/// Unauthorized attempts that nobody has looked at yet; a stranger that is a member tries again.
+/// Unauthorized attempts that wait to be looked at. More are dropped: a peer that is a member tries again.
 const UNAUTHORIZED: usize = 16;
 
 /// One running node. Cloning is cheap; all clones are the same node.

@@ -73,7 +73,7 @@ pub enum Slice {
 }
 
 impl Slice {
-    /// Whether whoever holds this precision has this slice.
+    /// Whether a node that holds this precision has this slice.
     pub fn is_part_of(self, precision: Precision) -> bool {
         match self {
             Self::Exact => precision == Precision::Exact,
@@ -128,7 +128,7 @@ impl Slices {
     }
 }
 
-/// One blob: what it is, how long, and how to check it piece by piece.
+/// One blob: its id, its length, and the hashes that check it piece by piece.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlobEntry {
     /// The hash of the whole content.

@@ -142,7 +142,7 @@ impl Driver {
         }
     }
 
-    /// Runs until shutdown, or until nobody holds a handle any more. `early` is what the swarm reported before.
+    /// Runs until shutdown, or until the last handle is dropped. `early` are events that the swarm reported before.
     pub async fn run(
         mut self,
         early: Vec<SwarmEvent<BehaviourEvent>>,
@@ -175,7 +175,7 @@ impl Driver {
             }
         };
         self.say_goodbye(&mut neighbours).await;
-        // Cut links first: whoever is told that the node has stopped finds nothing pending.
+        // Links are cut first, so that nothing is pending once the node counts as stopped.
         self.connections.keys().for_each(|peer| self.cut_link(peer));
         self.endpoint.stopped.cancel();
         drop(self);
@@ -362,7 +362,7 @@ impl Driver {
                 swarm.select_next_some().await;
             }
         };
-        // Whoever does not answer is left without a word, as if this process had been killed.
+        // A peer that does not answer hears nothing, as if this process had been killed.
         let _ = tokio::time::timeout(GOODBYE_TIMEOUT, parting).await;
         for peer in self.swarm.connected_peers().copied().collect::<Vec<_>>() {
             let _ = self.swarm.disconnect_peer_id(peer); // it is connected

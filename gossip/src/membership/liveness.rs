@@ -70,7 +70,7 @@ pub(crate) enum Input {
     Connected(PeerId),
     /// The last connection closed.
     ConnectionLost(PeerId),
-    /// A dial failed. `refused`: a machine answered that nobody (or somebody else) listens there.
+    /// A dial failed. `refused`: a machine answered that no process, or another peer, listens there.
     DialFailed {
         peer: PeerId,
         refused: bool,

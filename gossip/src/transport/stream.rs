@@ -34,7 +34,7 @@ const OPEN_TRIES: u32 = 6;
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest wait for the link of a stream that came before the driver heard of its connection.
 const LINK_TIMEOUT: Duration = Duration::from_millis(500);
-/// Accepted streams that nobody took yet; more are dropped, and their openers try again.
+/// Accepted streams that wait for their server; more are dropped, and their openers try again.
 const BACKLOG: usize = 64;
 
 /// Who may open streams of a protocol.
@@ -220,7 +220,7 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// The next accepted stream and who opened it; nothing once the node has shut down.
+    /// The next accepted stream and the peer that opened it; `None` once the node has shut down.
     pub async fn next(&mut self) -> Option<(PeerId, FrameStream)> {
         self.streams.recv().await
     }
@@ -257,7 +257,7 @@ async fn accept(
         let Some((peer, mut stream)) = next else { break };
         if access == Access::Members && !endpoint.is_member(&peer) {
             tracing::debug!(%peer, protocol = protocol.name, "closed a stream of a stranger");
-            // An error means that nobody listens.
+            // An error means that there is no receiver.
             let _ = endpoint.unauthorized.send(peer);
             continue;
         }

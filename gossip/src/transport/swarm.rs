@@ -31,7 +31,7 @@ const CONNECTIONS_PER_MEMBER: u32 = 4;
 
 #[derive(NetworkBehaviour)]
 pub(crate) struct Behaviour {
-    // First, so that what it denies is never seen by the others.
+    // First, so that the others never see what it denies.
     pub limits: connection_limits::Behaviour,
     pub identify: identify::Behaviour,
     pub ping: ping::Behaviour,
@@ -169,8 +169,8 @@ fn listen_error(address: &Multiaddr, cause: io::Error) -> StartError {
     }
 }
 
-/// Whether a failed dial means that no process of that peer listens where it was looked for: every address was
-/// answered by its machine, and by none with a connection.
+/// Whether a failed dial means that no process of that peer listens at the addresses that were dialled: the machine behind
+/// each of them answered, and none with a connection.
 pub(crate) fn is_refusal(error: &DialError) -> bool {
     match error {
         DialError::WrongPeerId { .. } | DialError::LocalPeerId { .. } => true,

@@ -84,6 +84,32 @@ async fn a_crowd_of_streams_at_once_is_served_although_the_swarm_queues_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_member_holds_a_bounded_number_of_streams() {
+    const OTHER: Protocol = Protocol::new("/coel/test/other/1", 1000);
+    let (a, b) = (node(TCP).await, node(TCP).await);
+    join(&[&a, &b]).await;
+    serve_echo(&b, Access::Members);
+    tokio::spawn(echo(b.serve(OTHER, Access::Members).expect("not served yet")));
+    let to = b.local_peer_id();
+    let mut held = Vec::new();
+    let refused = loop {
+        match guarded("opening", a.open(to, ECHO)).await {
+            Ok(stream) => held.push(stream),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(refused, OpenError::Refused { .. }), "{refused}");
+    assert_eq!(held.len(), 64);
+    guarded("opening", a.open(to, OTHER)).await.expect("another protocol has places of its own");
+    // The last stream that was opened still works; those that are given up make room.
+    let mut last = held.pop().expect("there are some");
+    held.clear();
+    last.send(&Frame::new("hello", "")).await.expect("sent");
+    assert_eq!(last.recv().await.expect("answered"), Some(Frame::new("hello", "")));
+    guarded("opening once more", async { while a.open(to, ECHO).await.is_err() {} }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn frames_over_the_limit_are_refused_on_both_sides() {
     let (a, b) = (node(TCP).await, node(TCP).await);
     join(&[&a, &b]).await;

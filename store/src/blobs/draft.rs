@@ -68,7 +68,7 @@ impl Write for Draft {
 }
 
 impl Draft {
-    /// The entry of its content, once all of that is on the disk.
+    /// The entry of its content; returns once all of it is on the disk.
     fn finish(&mut self) -> Result<BlobEntry, BlobError> {
         self.file.flush().map_err(io(&self.path))?;
         self.file.get_ref().file.sync_all().map_err(io(&self.path))?;
@@ -89,7 +89,7 @@ pub type PartKey = [u8; 32];
 
 /// A part of a model, ready to be kept.
 pub struct NewPart {
-    /// Under what it can be found again.
+    /// The key under which it can be found again.
     pub key: PartKey,
     /// Its exact blob, and where that lies.
     pub exact: (BlobEntry, Vec<Segment>),
@@ -168,7 +168,7 @@ impl Blobs {
         Ok(kept)
     }
 
-    /// Whether the blob is held as a file of its own whose content is right.
+    /// Whether the blob is held as a file of its own, and its content is right.
     fn has_file(&self, entry: &BlobEntry) -> bool {
         self.record_of(entry).is_ok_and(|record| matches!(record.keep, Keep::File)) && self.verify(entry).is_ok()
     }

@@ -94,7 +94,7 @@ pub enum BlobError {
     SourceChanged {
         /// Which blob.
         id: BlobId,
-        /// What is wrong with which file.
+        /// The file, and its fault.
         what: String,
     },
     /// The blob is held with another length than the manifest says.
@@ -123,7 +123,7 @@ pub enum BlobError {
         /// Which blob.
         id: BlobId,
     },
-    /// Somebody else in this process is receiving it.
+    /// It has a receiver already, in this process.
     #[error("blob {id} is being received already")]
     Busy {
         /// Which blob.

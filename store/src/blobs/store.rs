@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex};
 /// Longest index record: a reference has a handful of segments.
 pub(super) const RECORD_BYTES_MAX: usize = 1 << 20;
 
-/// How drafts are called in the folder of unfinished blobs.
+/// Names of drafts in the folder of unfinished blobs begin with this.
 pub(super) const DRAFT_PREFIX: &str = "draft-";
 
 /// The blobs of one node; cloning the handle is cheap, and all calls may run at once.
@@ -231,7 +231,7 @@ impl Blobs {
         }
     }
 
-    /// Puts a file in the place of a blob's, whose folder may not be there yet.
+    /// Renames a file to the name of a blob, and makes the folder where it is missing.
     pub(super) fn rename(&self, renames: &mut Renames, from: &Path, to: &Path) -> Result<(), BlobError> {
         if let Some(folder) = to.parent() {
             make_folder(folder)?;
@@ -247,8 +247,7 @@ impl Blobs {
         renames.sync().map_err(io(&self.0.files))
     }
 
-    /// The raw bytes of one chunk, to serve to a peer, who checks them. Only their length is
-    /// checked here.
+    /// The raw bytes of one chunk, for a peer, which checks them. Only their length is checked here.
     pub fn read_chunk(&self, id: &BlobId, chunk: u32) -> Result<Vec<u8>, BlobError> {
         let record = self.record(id)?;
         let start = u64::from(chunk) * CHUNK_BYTES as u64;

@@ -36,8 +36,8 @@ const SHARED_SYNC_MAX: usize = 64;
 const QUEUE_MAX: usize = 1024;
 /// sled's page cache in bytes. Everything stored here is small.
 const CACHE_BYTES: u64 = 16 << 20;
-/// sled releases its lock a moment after the last handle is dropped, and reports that to nobody, so a fresh opener tries
-/// a few times before it concludes that another process has the folder.
+/// sled releases its lock a moment after the last handle is dropped and has no event for that, so a fresh opener tries a
+/// few times before it concludes that another process has the folder.
 const LOCK_TRIES: u32 = 10;
 const LOCK_WAIT: Duration = Duration::from_millis(50);
 
@@ -134,7 +134,7 @@ struct Inner {
     db: sled::Db,
     queue: Mutex<Option<SyncSender<Job>>>,
     writer: Mutex<Option<JoinHandle<()>>>,
-    /// Dropped last, when sled's lock is free: whoever waits in [`Disk::closed`] hears of it.
+    /// Dropped last, when the database is closed; that ends the wait in [`Disk::closed`].
     open: watch::Sender<()>,
 }
 

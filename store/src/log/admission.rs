@@ -1,9 +1,9 @@
-//! Who counts as a member, where this node's copy of the log may be behind.
+//! Admission: whether a peer counts as a member, although this node's copy of the log may be behind.
 //!
 //! Membership is what the log says. A node that was away while the mesh changed may meet a leader it has never heard of;
 //! refusing it would shut this node out for good. So an unknown peer is admitted on the word of a member that this node
-//! knows, and that word holds for a few seconds. A node that has just joined, whose state is still empty, admits whoever
-//! knows the mesh's id.
+//! knows, and that word holds for a few seconds. A node that has just joined, whose state is still empty, admits any peer
+//! that knows the mesh's id.
 //!
 //! Invariant: the same stranger causes one round of questions at a time.
 
@@ -15,7 +15,7 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
-/// How long the members have to give it.
+/// How long the members have to answer.
 const WORD_PATIENCE: Duration = Duration::from_secs(2);
 
 pub(super) async fn admits(local: &LocalMember, peer: &Peer) -> bool {

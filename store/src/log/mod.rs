@@ -6,10 +6,10 @@
 //! | [`propose`] | a command's way to the leader and back; the author of an entry |
 //! | [`serve`], [`admission`] | the messages' way in: whom this node answers, and what |
 //! | [`network`], [`rpc`] | the messages' way out, and their bytes |
-//! | [`local`], [`admission_cache`] | what these share: this node as a member, and what it was told of strangers |
+//! | [`local`], [`admission_cache`] | shared by these: this node as a member, and the words it heard about strangers |
 //! | [`state_machine`] | the replicated state, its publication and its snapshots |
 //! | [`sled_log`] | log and vote on disk |
-//! | [`voters`] | who votes (pure) |
+//! | [`voters`] | the choice of voters (pure) |
 //! | [`types`], [`timing`], [`error`] | the consensus library's types, clocks and counts, and faults |
 //!
 //! Invariants: nothing is acknowledged before it is on this node's disk, and on a majority's; a node answers only members

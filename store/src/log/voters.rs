@@ -1,4 +1,4 @@
-//! Who votes: a pure choice, and the leader's next step towards it.
+//! The choice of voters, pure, and the leader's next step towards it.
 //!
 //! Every member replicates the log; an odd number of them vote. The choice prefers stability: a voter keeps its vote
 //! unless it is down and a member that is up can take over. So two members have one voter, three have three, and from five
@@ -157,7 +157,7 @@ mod tests {
             prop_assert!(chosen.len() <= VOTERS_MAX);
             prop_assert_eq!(chosen.len() % 2, usize::from(!members.is_empty()));
             prop_assert_eq!(&voters(&members, &chosen, &down), &chosen, "asking again changes nothing");
-            // Nobody who is up and voting gives way to anyone but their like.
+            // A voter that is up gives way only to other voters that are up.
             let gave_way = current.iter().any(|n| members.contains(n) && !down.contains(n) && !chosen.contains(n));
             if gave_way {
                 prop_assert!(chosen.iter().all(|n| current.contains(n) && !down.contains(n)));
