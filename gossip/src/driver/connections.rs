@@ -1,176 +1,135 @@
-//! What the swarm reports about connections, and when connections are given up.
+//! The connections there are, per peer: a table without I/O.
 //!
-//! Invariant: the connections kept with one peer are bounded, also with a member.
+//! Invariant: a peer that is listed has at least one connection, and at most [`CONNECTIONS_PER_PEER_MAX`] that the table has
+//! not asked to close. It does not know which peers are members.
 
-use std::collections::BTreeMap;
-use std::time::Instant;
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
-use libp2p::core::ConnectedPoint;
-use libp2p::swarm::{ConnectionId, SwarmEvent};
-use libp2p::{Multiaddr, PeerId, identify, mdns, ping};
+use libp2p::swarm::ConnectionId;
+use libp2p::{Multiaddr, PeerId};
 
-use super::Driver;
-use super::dials::DialPurpose;
-use crate::membership::measure::Rtt;
-use crate::membership::{liveness, state};
-use crate::transport::swarm::BehaviourEvent;
+use crate::membership::addresses::split_peer;
 
 /// Connections kept with one peer: one dialled by each side, each being replaced, twice. Members pass the limits of the
 /// swarm, so this bounds theirs.
 const CONNECTIONS_PER_PEER_MAX: usize = 8;
 
 /// One established connection.
-pub(super) struct Connection {
-    pub(super) id: ConnectionId,
-    pub(super) remote: Multiaddr,
+struct Connection {
+    id: ConnectionId,
+    remote: Multiaddr,
     /// When it was established, or last answered a ping.
-    pub(super) alive: Instant,
+    alive: Instant,
 }
 
-impl Driver {
-    pub(super) fn on_swarm(&mut self, event: SwarmEvent<BehaviourEvent>) {
-        match event {
-            SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
-                self.on_established(peer_id, connection_id, &endpoint);
-            }
-            SwarmEvent::ConnectionClosed { peer_id, connection_id, cause, .. } => {
-                tracing::debug!(peer = %peer_id, ?cause, "a connection closed");
-                self.on_closed(peer_id, connection_id);
-            }
-            SwarmEvent::OutgoingConnectionError { connection_id, error, .. } => {
-                self.on_dial_failed(connection_id, &error);
-            }
-            SwarmEvent::NewListenAddr { address, .. } => {
-                self.book.add_own(&address);
-                self.endpoint.listening.send_modify(|listening| listening.push(address));
-            }
-            SwarmEvent::ExpiredListenAddr { address, .. } => {
-                self.endpoint.listening.send_modify(|listening| listening.retain(|known| *known != address));
-            }
-            SwarmEvent::ListenerClosed { addresses, reason, .. } => {
-                tracing::warn!(?addresses, ?reason, "a listener closed");
-            }
-            SwarmEvent::Behaviour(BehaviourEvent::Ping(event)) => self.on_ping(&event),
-            SwarmEvent::Behaviour(BehaviourEvent::Identify(identify::Event::Received {
-                peer_id,
-                connection_id,
-                info,
-            })) => self.on_identified(peer_id, connection_id, &info.listen_addrs),
-            SwarmEvent::Behaviour(BehaviourEvent::Mdns(mdns::Event::Discovered(found))) => {
-                let mut by_peer: BTreeMap<PeerId, Vec<Multiaddr>> = BTreeMap::new();
-                found.into_iter().for_each(|(peer, address)| by_peer.entry(peer).or_default().push(address));
-                for (peer, addresses) in by_peer {
-                    if self.book.announced(peer, &addresses) {
-                        self.feed_detector(liveness::Input::AddressLearned(peer));
-                    }
-                }
-            }
-            _ => {}
+#[derive(Default)]
+pub(super) struct Connections(HashMap<PeerId, Vec<Connection>>);
+
+impl Connections {
+    /// Adds a connection. Returns the one to close, if the peer has too many: the one that has been silent for longest,
+    /// which a restarted process may have left behind.
+    pub fn add(&mut self, peer: PeerId, id: ConnectionId, remote: Multiaddr, now: Instant) -> Option<ConnectionId> {
+        let connections = self.0.entry(peer).or_default();
+        connections.push(Connection { id, remote, alive: now });
+        if connections.len() <= CONNECTIONS_PER_PEER_MAX {
+            return None;
         }
+        connections.iter().min_by_key(|connection| connection.alive).map(|connection| connection.id)
     }
 
-    pub(super) fn on_established(&mut self, peer: PeerId, id: ConnectionId, endpoint: &ConnectedPoint) {
-        let remote = endpoint.get_remote_address().clone();
-        if endpoint.is_dialer() {
-            self.book.confirm(peer, &remote);
-        }
-        let connections = self.connections.entry(peer).or_default();
-        connections.push(Connection { id, remote, alive: Instant::now() });
-        // The one that has been silent for longest goes: what a restarted process left behind, if there is such.
-        if connections.len() > CONNECTIONS_PER_PEER_MAX
-            && let Some(oldest) = connections.iter().min_by_key(|connection| connection.alive)
-        {
-            self.swarm.close_connection(oldest.id);
-        }
-        self.endpoint.ensure_link(peer);
-        if let Some(DialPurpose::Requested(request)) = self.dials.remove(&id)
-            && let Some(dial) = self.requested.remove(&request)
-        {
-            let _ = dial.reply.send(Ok(peer)); // the caller may have gone
-        }
-        if self.members.contains(&peer) {
-            self.heard.insert(peer, Instant::now());
-            self.greet(peer);
-        }
-        self.urgent = true;
-    }
-
-    pub(super) fn on_closed(&mut self, peer: PeerId, id: ConnectionId) {
-        let Some(connections) = self.connections.get_mut(&peer) else {
-            return;
+    /// Removes a connection. Returns whether it was the last one of a listed peer.
+    pub fn remove(&mut self, peer: &PeerId, id: ConnectionId) -> bool {
+        let Some(connections) = self.0.get_mut(peer) else {
+            return false;
         };
         connections.retain(|connection| connection.id != id);
-        if !connections.is_empty() {
-            return;
+        connections.is_empty() && self.0.remove(peer).is_some()
+    }
+
+    /// A connection answered a ping.
+    pub fn answered(&mut self, peer: &PeerId, id: ConnectionId, now: Instant) {
+        let connections = self.0.get_mut(peer).into_iter().flatten();
+        connections.filter(|connection| connection.id == id).for_each(|connection| connection.alive = now);
+    }
+
+    /// Whether the peer has a connection.
+    pub fn has(&self, peer: &PeerId) -> bool {
+        self.0.contains_key(peer)
+    }
+
+    /// The peers that have a connection.
+    pub fn peers(&self) -> impl Iterator<Item = &PeerId> {
+        self.0.keys()
+    }
+
+    /// The far end of a connection.
+    pub fn remote(&self, peer: &PeerId, id: ConnectionId) -> Option<&Multiaddr> {
+        self.0.get(peer)?.iter().find(|connection| connection.id == id).map(|connection| &connection.remote)
+    }
+
+    /// Whether a connection leads to this address.
+    pub fn leads_to(&self, address: &Multiaddr) -> bool {
+        self.0.values().flatten().any(|connection| split_peer(&connection.remote).0 == *address)
+    }
+
+    /// Connections that have been silent for `silence` while another to the same peer answered lately: what a restarted
+    /// process leaves behind on a transport that does not notice.
+    pub fn stale(&self, silence: Duration, now: Instant) -> Vec<ConnectionId> {
+        let age = |connection: &&Connection| now.saturating_duration_since(connection.alive);
+        let answers = |connections: &&Vec<Connection>| connections.iter().any(|c| age(&c) < silence / 2);
+        let silent = self.0.values().filter(answers).flatten().filter(|connection| age(connection) > silence);
+        silent.map(|connection| connection.id).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn id(number: usize) -> ConnectionId {
+        ConnectionId::new_unchecked(number)
+    }
+
+    fn remote() -> Multiaddr {
+        "/ip4/10.0.0.1/tcp/1".parse().expect("a multiaddress")
+    }
+
+    #[test]
+    fn a_peer_is_listed_from_its_first_connection_to_its_last() {
+        let (peer, now) = (PeerId::random(), Instant::now());
+        let mut table = Connections::default();
+        assert!(!table.remove(&peer, id(1)), "it was never listed");
+        assert_eq!(table.add(peer, id(1), remote(), now), None);
+        assert_eq!(table.add(peer, id(2), remote(), now), None);
+        assert!(!table.remove(&peer, id(1)) && table.has(&peer));
+        assert!(table.leads_to(&remote()) && table.remote(&peer, id(2)) == Some(&remote()));
+        assert!(table.remove(&peer, id(2)) && !table.has(&peer));
+        assert_eq!((table.peers().count(), table.leads_to(&remote())), (0, false));
+    }
+
+    #[test]
+    fn beyond_the_bound_the_connection_that_was_silent_for_longest_goes() {
+        let (peer, start) = (PeerId::random(), Instant::now());
+        let mut table = Connections::default();
+        for number in 0..CONNECTIONS_PER_PEER_MAX {
+            assert_eq!(table.add(peer, id(number), remote(), start + SECOND * number as u32), None);
         }
-        self.connections.remove(&peer);
-        self.cut_link(&peer);
-        self.unlink(peer);
-        self.feed_detector(liveness::Input::ConnectionLost(peer));
-        self.urgent = true;
+        table.answered(&peer, id(0), start + 60 * SECOND);
+        assert_eq!(table.add(peer, id(100), remote(), start + 61 * SECOND), Some(id(1)));
     }
 
-    pub(super) fn on_ping(&mut self, event: &ping::Event) {
-        let Ok(sample) = event.result else { return };
-        let peer = event.peer;
-        let connections = self.connections.get_mut(&peer).into_iter().flatten();
-        for connection in connections.filter(|connection| connection.id == event.connection) {
-            connection.alive = Instant::now();
-        }
-        if self.members.contains(&peer) {
-            self.rtt.insert(peer, Rtt::after(self.rtt.get(&peer).copied(), sample));
-            self.on_heard(peer);
-        }
-    }
-
-    pub(super) fn on_heard(&mut self, peer: PeerId) {
-        self.heard.insert(peer, Instant::now());
-        self.dirty = true;
-        self.feed_detector(liveness::Input::Heard(peer));
-    }
-
-    pub(super) fn on_identified(&mut self, peer: PeerId, id: ConnectionId, listens: &[Multiaddr]) {
-        let mut connections = self.connections.get(&peer).into_iter().flatten();
-        let Some(connection) = connections.find(|connection| connection.id == id) else {
-            return;
-        };
-        let remote = connection.remote.clone();
-        if self.book.identified(peer, listens, &remote) {
-            self.feed_detector(liveness::Input::AddressLearned(peer));
-        }
-    }
-
-    /// Ends everything that waits on a stream of `peer`, and drops its idle streams.
-    pub(super) fn cut_link(&self, peer: &PeerId) {
-        self.endpoint.cut_link(peer);
-        self.pool.forget(peer);
-    }
-
-    /// Gives up every connection to `peer`; what waits on it fails now, not when the transport notices.
-    pub(super) fn cut(&mut self, peer: PeerId) {
-        self.cut_link(&peer);
-        self.unlink(peer);
-        // An error means that there is no connection to close.
-        let _ = self.swarm.disconnect_peer_id(peer);
-    }
-
-    pub(super) fn unlink(&mut self, peer: PeerId) {
-        if self.writers.remove(&peer).is_some() {
-            self.feed_state(state::Input::Unlinked(peer));
-        }
-    }
-
-    /// Closes connections that fell silent while another to the same peer did not: what a restarted process
-    /// leaves behind on a transport that does not notice.
-    pub(super) fn close_stale(&mut self, now: Instant) {
-        for connections in self.connections.values() {
-            let age = |connection: &Connection| now.saturating_duration_since(connection.alive);
-            if !connections.iter().any(|connection| age(connection) < self.suspect_after / 2) {
-                continue;
-            }
-            for connection in connections.iter().filter(|connection| age(connection) > self.suspect_after) {
-                self.swarm.close_connection(connection.id);
-            }
-        }
+    #[test]
+    fn a_silent_connection_is_stale_only_beside_one_that_answers() {
+        let (peer, start) = (PeerId::random(), Instant::now());
+        let mut table = Connections::default();
+        table.add(peer, id(1), remote(), start);
+        assert_eq!(table.stale(SECOND, start + 10 * SECOND), [], "there is no other");
+        table.add(peer, id(2), remote(), start + 10 * SECOND);
+        assert_eq!(table.stale(SECOND, start + 10 * SECOND), [id(1)]);
+        table.answered(&peer, id(1), start + 10 * SECOND);
+        assert_eq!(table.stale(SECOND, start + 10 * SECOND), []);
     }
 }

@@ -1,23 +1,20 @@
-//! Dialling: members that the detector wants back, peers that a handle requested, and configured addresses.
+//! The dials under way, and how each kind of dial is made: a table without I/O.
+//!
+//! Three kinds: members that the detector wants back, peers that a handle requested, and configured addresses. Invariant: a
+//! requested dial is answered once, with the first peer that is reached or with every failure.
 
-use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::collections::{BTreeMap, HashMap};
 
+use libp2p::swarm::ConnectionId;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
-use libp2p::swarm::{self, ConnectionId};
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::oneshot;
 
-use super::Driver;
 use crate::error::DialError;
 use crate::membership::addresses::split_peer;
-use crate::membership::liveness;
-use crate::transport::swarm::is_refusal;
-
-/// Pause between dials of configured addresses while a member is missing.
-const SEED_PERIOD: Duration = Duration::from_secs(10);
 
 /// Why a dial is under way.
+#[derive(Debug, PartialEq, Eq)]
 pub(super) enum DialPurpose {
     Member(PeerId),
     /// A handle waits for it, under this number.
@@ -27,129 +24,169 @@ pub(super) enum DialPurpose {
 }
 
 /// A dial that a handle waits for; it may make several attempts at once.
-pub(super) struct RequestedDial {
-    pub(super) reply: oneshot::Sender<Result<PeerId, DialError>>,
-    pub(super) under_way: usize,
-    pub(super) causes: Vec<String>,
+struct RequestedDial {
+    reply: oneshot::Sender<Result<PeerId, DialError>>,
+    under_way: usize,
+    causes: Vec<String>,
 }
 
-impl Driver {
-    /// Returns the failure, if the dial failed on the spot.
-    pub(super) fn dial_member(&mut self, peer: PeerId, attempt: u32) -> Option<liveness::Input> {
-        let addresses = self.book.to_dial(&peer, attempt);
-        // Beside an existing connection too: the detector asks for that when it no longer trusts it. And from a
-        // new port each time: two nodes that dial each other between the same two ports would open one and the
-        // same TCP connection, with both ends believing that they began it.
-        let options =
-            DialOpts::peer_id(peer).condition(PeerCondition::Always).addresses(addresses).allocate_new_port().build();
-        let connection = options.connection_id();
-        match self.swarm.dial(options) {
-            Ok(()) => {
-                self.dials.insert(connection, DialPurpose::Member(peer));
-                None
-            }
-            Err(error) => {
-                tracing::debug!(%peer, %error, "cannot dial a member");
-                Some(liveness::Input::DialFailed { peer, refused: false })
-            }
+#[derive(Default)]
+pub(super) struct Dials {
+    under_way: HashMap<ConnectionId, DialPurpose>,
+    requested: HashMap<u64, RequestedDial>,
+    requests_made: u64,
+}
+
+/// A dial of this very peer. It is made beside an existing connection too, because the detector asks for that when it no
+/// longer trusts the connection. And it takes a new port each time: two nodes that dial each other between the same two
+/// ports would open one and the same TCP connection, with both ends believing that they began it.
+pub(super) fn to_peer(peer: PeerId, addresses: Vec<Multiaddr>) -> DialOpts {
+    DialOpts::peer_id(peer).condition(PeerCondition::Always).addresses(addresses).allocate_new_port().build()
+}
+
+/// A dial of any peer at this address.
+pub(super) fn to_address(address: Multiaddr) -> DialOpts {
+    DialOpts::unknown_peer_id().address(address).allocate_new_port().build()
+}
+
+/// Addresses by the peer that has to answer there, and those at which any may: `peer` if it is given, else the one that an
+/// address names.
+pub(super) fn by_peer(
+    addresses: &[Multiaddr],
+    peer: Option<PeerId>,
+) -> (BTreeMap<PeerId, Vec<Multiaddr>>, Vec<Multiaddr>) {
+    let (mut named, mut open) = (BTreeMap::<_, Vec<_>>::new(), Vec::new());
+    for address in addresses {
+        let (bare, by_address) = split_peer(address);
+        match peer.or(by_address) {
+            Some(peer) => named.entry(peer).or_default().push(bare),
+            None => open.push(bare),
         }
     }
+    (named, open)
+}
 
-    pub(super) fn dial_requested(
-        &mut self,
-        addresses: Vec<Multiaddr>,
-        peer: Option<PeerId>,
-        reply: oneshot::Sender<Result<PeerId, DialError>>,
-    ) {
-        let mut by_peer: BTreeMap<PeerId, Vec<Multiaddr>> = BTreeMap::new();
-        let mut options = Vec::new();
-        for address in &addresses {
-            let (bare, named) = split_peer(address);
-            match peer.or(named) {
-                Some(peer) => by_peer.entry(peer).or_default().push(bare),
-                None => {
-                    options.push(DialOpts::unknown_peer_id().address(bare).allocate_new_port().build());
-                }
-            }
+impl Dials {
+    /// A dial has begun.
+    pub fn began(&mut self, connection: ConnectionId, purpose: DialPurpose) {
+        if let DialPurpose::Requested(number) = purpose
+            && let Some(dial) = self.requested.get_mut(&number)
+        {
+            dial.under_way += 1;
         }
-        if let Some(connected) = by_peer.keys().find(|peer| self.connections.contains_key(peer)) {
-            let _ = reply.send(Ok(*connected)); // the caller may have gone
-            return;
-        }
-        for (peer, addresses) in by_peer {
-            let always = DialOpts::peer_id(peer).condition(PeerCondition::Always);
-            options.push(always.addresses(addresses).allocate_new_port().build());
-        }
-        let id = self.requests_made;
+        self.under_way.insert(connection, purpose);
+    }
+
+    /// A new request; its attempts follow, and then [`Dials::settle`].
+    pub fn request(&mut self, reply: oneshot::Sender<Result<PeerId, DialError>>) -> u64 {
+        let number = self.requests_made;
         self.requests_made += 1;
-        let mut dial = RequestedDial { reply, under_way: 0, causes: Vec::new() };
-        for options in options {
-            let connection = options.connection_id();
-            match self.swarm.dial(options) {
-                Ok(()) => {
-                    dial.under_way += 1;
-                    self.dials.insert(connection, DialPurpose::Requested(id));
-                }
-                Err(error) => dial.causes.push(error.to_string()),
-            }
-        }
-        self.requested.insert(id, dial);
-        self.settle_requested(id);
+        self.requested.insert(number, RequestedDial { reply, under_way: 0, causes: Vec::new() });
+        number
     }
 
-    /// Answers a dial that has no attempt left.
-    pub(super) fn settle_requested(&mut self, id: u64) {
-        if self.requested.get(&id).is_some_and(|dial| dial.under_way == 0)
-            && let Some(dial) = self.requested.remove(&id)
+    /// An attempt for a request failed before it began.
+    pub fn refuse(&mut self, number: u64, cause: String) {
+        if let Some(dial) = self.requested.get_mut(&number) {
+            dial.causes.push(cause);
+        }
+    }
+
+    /// Answers a request that has no attempt left.
+    pub fn settle(&mut self, number: u64) {
+        if self.requested.get(&number).is_some_and(|dial| dial.under_way == 0)
+            && let Some(dial) = self.requested.remove(&number)
         {
             // The caller may have gone.
             let _ = dial.reply.send(Err(DialError::Failed { causes: dial.causes }));
         }
     }
 
-    pub(super) fn on_dial_failed(&mut self, connection: ConnectionId, error: &swarm::DialError) {
-        match self.dials.remove(&connection) {
-            Some(DialPurpose::Member(peer)) => {
-                let mut refused = is_refusal(error);
-                tracing::debug!(%peer, %error, refused, "cannot reach a member");
-                if let swarm::DialError::WrongPeerId { address, .. } | swarm::DialError::LocalPeerId { address } = error
-                {
-                    // One wrong address hides the right ones, because the dial ends with the first that answers.
-                    self.book.forget(&peer, address);
-                    refused = self.book.of(&peer).is_empty();
-                }
-                self.feed_detector(liveness::Input::DialFailed { peer, refused });
-            }
-            Some(DialPurpose::Requested(id)) => {
-                if let Some(dial) = self.requested.get_mut(&id) {
-                    dial.under_way -= 1;
-                    dial.causes.push(error.to_string());
-                    self.settle_requested(id);
-                }
-            }
-            Some(DialPurpose::Seed) => tracing::debug!(%error, "no peer at a configured address"),
-            None => {}
+    /// A connection to `peer` was established: answers the request that waits for it, if one does.
+    pub fn connected(&mut self, connection: ConnectionId, peer: PeerId) {
+        if let Some(DialPurpose::Requested(number)) = self.under_way.remove(&connection)
+            && let Some(dial) = self.requested.remove(&number)
+        {
+            let _ = dial.reply.send(Ok(peer)); // the caller may have gone
         }
     }
 
-    /// Dials configured addresses that name no peer, while a member has no connection.
-    pub(super) fn dial_seeds(&mut self, now: Instant) {
-        let missing = self.members.iter().any(|peer| !self.connections.contains_key(peer));
-        if now < self.seeds_at || !missing {
-            return;
+    /// A dial failed. Returns its purpose; what a request waits for is settled here.
+    pub fn failed(&mut self, connection: ConnectionId, cause: &dyn std::fmt::Display) -> Option<DialPurpose> {
+        let purpose = self.under_way.remove(&connection)?;
+        if let DialPurpose::Requested(number) = purpose
+            && let Some(dial) = self.requested.get_mut(&number)
+        {
+            dial.under_way -= 1;
+            dial.causes.push(cause.to_string());
+            self.settle(number);
         }
-        self.seeds_at = now + SEED_PERIOD;
-        for seed in &self.seeds {
-            let mut connected = self.connections.values().flatten();
-            if connected.any(|connection| split_peer(&connection.remote).0 == *seed) {
-                continue;
-            }
-            let options = DialOpts::unknown_peer_id().address(seed.clone()).allocate_new_port().build();
-            let connection = options.connection_id();
-            match self.swarm.dial(options) {
-                Ok(()) => drop(self.dials.insert(connection, DialPurpose::Seed)),
-                Err(error) => tracing::debug!(%seed, %error, "cannot dial a configured address"),
-            }
-        }
+        Some(purpose)
+    }
+
+    /// Forgets requests whose callers have gone.
+    pub fn prune(&mut self) {
+        self.requested.retain(|_, dial| !dial.reply.is_closed());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(number: usize) -> ConnectionId {
+        ConnectionId::new_unchecked(number)
+    }
+
+    #[test]
+    fn a_request_is_answered_by_the_first_peer_that_is_reached() {
+        let mut dials = Dials::default();
+        let (reply, mut answer) = oneshot::channel();
+        let number = dials.request(reply);
+        dials.began(id(1), DialPurpose::Requested(number));
+        dials.began(id(2), DialPurpose::Requested(number));
+        assert_eq!(dials.failed(id(1), &"refused"), Some(DialPurpose::Requested(number)));
+        assert!(answer.try_recv().is_err(), "another attempt is under way");
+        let peer = PeerId::random();
+        dials.connected(id(2), peer);
+        assert_eq!(answer.try_recv().expect("answered").expect("reached"), peer);
+        assert!(dials.under_way.is_empty() && dials.requested.is_empty());
+    }
+
+    #[test]
+    fn a_request_that_fails_names_every_cause() {
+        let mut dials = Dials::default();
+        let (reply, mut answer) = oneshot::channel();
+        let number = dials.request(reply);
+        dials.refuse(number, "no transport".into());
+        dials.began(id(1), DialPurpose::Requested(number));
+        dials.settle(number);
+        assert!(answer.try_recv().is_err(), "an attempt is under way");
+        dials.failed(id(1), &"refused");
+        let failed = answer.try_recv().expect("answered").expect_err("nobody was reached");
+        assert!(matches!(failed, DialError::Failed { causes } if causes == ["no transport", "refused"]));
+        assert_eq!(dials.failed(id(1), &"again"), None, "it is no longer under way");
+    }
+
+    #[test]
+    fn requests_of_callers_that_have_gone_are_forgotten() {
+        let mut dials = Dials::default();
+        let (reply, answer) = oneshot::channel();
+        dials.request(reply);
+        dials.prune();
+        assert_eq!(dials.requested.len(), 1);
+        drop(answer);
+        dials.prune();
+        assert!(dials.requested.is_empty());
+    }
+
+    #[test]
+    fn addresses_are_dialled_by_the_peer_that_has_to_answer() {
+        let (named, given) = (PeerId::random(), PeerId::random());
+        let address = |text: String| text.parse::<Multiaddr>().expect("a multiaddress");
+        let bare = address("/ip4/10.0.0.1/tcp/1".into());
+        let both = [bare.clone(), address(format!("{bare}/p2p/{named}"))];
+        assert_eq!(by_peer(&both, None), ([(named, vec![bare.clone()])].into(), vec![bare.clone()]));
+        assert_eq!(by_peer(&both, Some(given)), ([(given, vec![bare.clone(), bare])].into(), vec![]));
     }
 }
