@@ -179,7 +179,7 @@ impl Blobs {
         if receiving.contains(id) { Ok(()) } else { self.delete(&self.partial_path(id)).map(drop) }
     }
 
-    /// Keeps a draft as the blob that it should be.
+    /// Keeps a draft as the blob `wanted`.
     ///
     /// # Errors
     /// [`BlobError::MadeOther`] where it has become another one.
@@ -207,8 +207,7 @@ impl Blobs {
         index(batch, entry, Keep::File)
     }
 
-    /// The blobs of a part that an earlier import kept, if all of them are still here as far as a look at the files
-    /// tells.
+    /// The blobs of a part that an earlier import kept, if all of them are still here, by a look at the files.
     pub fn noted(&self, key: &PartKey) -> Result<Option<Slices>, BlobError> {
         let Some(bytes) = self.0.index.get(&note_key(key))? else {
             return Ok(None);

@@ -111,7 +111,7 @@ impl Blobs {
         self.0.quota.read()
     }
 
-    /// The blobs that have files of their own, whole or on their way in, with the bytes of these files.
+    /// The blobs that have files of their own, complete or being received, with the bytes of these files.
     pub fn files(&self) -> Result<Vec<(BlobId, u64)>, BlobError> {
         let mut files: BTreeMap<BlobId, u64> = BTreeMap::new();
         for (name, bytes) in self.0.all_files()? {
@@ -167,13 +167,12 @@ impl Blobs {
         Ok(self.0.index.write_blocking(batch)?)
     }
 
-    /// Whether a file of this store's own is held, whole as far as a look at it tells.
+    /// Whether the blob is held as a file of this store's own that is as long as it should be.
     pub(super) fn has_own(&self, id: &BlobId) -> bool {
         self.record(id).is_ok_and(|record| matches!(record.keep, Keep::File)) && self.has(id)
     }
 
-    /// Whether the blob is held, as far as a look at the files tells: indexed, and as long as it
-    /// should be. Its content is checked when it is read.
+    /// Whether the blob is held, by a look at the files: indexed, and as long as it should be. Reading it checks the content.
     pub fn has(&self, id: &BlobId) -> bool {
         self.record(id).is_ok_and(|record| segment::check(id, record.bytes, &self.segments(id, &record)).is_ok())
     }
@@ -195,7 +194,7 @@ impl Blobs {
         Ok(held)
     }
 
-    /// Forgets a blob, and deletes its file if it has one of its own. Whether it was held.
+    /// Forgets a blob, and deletes its file if it has one of its own. Returns whether it was held.
     pub fn remove(&self, id: &BlobId) -> Result<bool, BlobError> {
         let held = self.0.index.get(&index_key(id))?.is_some();
         if held {
@@ -207,7 +206,7 @@ impl Blobs {
         Ok(self.delete(&self.path(id))? || held)
     }
 
-    /// Forgets a blob with what has arrived of it, to make room. Refused while it is being received.
+    /// Forgets a blob, and what has arrived of it, to make room. Refused while it is being received.
     pub fn discard(&self, id: &BlobId) -> Result<(), BlobError> {
         // The lock is held while the files go, so that no receiver begins in between.
         let receiving = lock(&self.0.receiving);
@@ -218,7 +217,7 @@ impl Blobs {
         self.delete(&self.partial_path(id)).map(drop)
     }
 
-    /// Deletes a file; whether it was there.
+    /// Deletes a file. Returns whether it was there.
     pub(super) fn delete(&self, path: &Path) -> Result<bool, BlobError> {
         let bytes = quota::length(path);
         match fs::remove_file(path) {
@@ -259,8 +258,8 @@ impl Blobs {
         Ok(bytes)
     }
 
-    /// Reads chunk after chunk, as long as each is right: into `buffer` one behind the other, where it is as long as the blob, or
-    /// one over the other, where it is as long as a chunk.
+    /// Reads chunk after chunk into `buffer` and checks each. In a buffer as long as the blob they lie one behind the other, in
+    /// one as long as a chunk each overwrites the one before.
     fn check_chunks(&self, entry: &BlobEntry, segments: Vec<Segment>, buffer: &mut [u8]) -> Result<(), BlobError> {
         let mut reader = segment::Reader::new(entry.id, segments);
         for chunk in 0..entry.chunks.len() as u32 {
@@ -288,7 +287,7 @@ impl Blobs {
         room: impl FnOnce(usize) -> std::io::Result<B>,
     ) -> Result<B, BlobError> {
         let keep = self.record_of(entry)?.keep;
-        // The files are seen to be this long before anything is allocated for them.
+        // The files are known to be this long before memory is allocated for them.
         let segments = self.lies_in(entry)?;
         let mut content = room(entry.bytes as usize).map_err(io(&self.0.files))?;
         self.check_chunks(entry, segments, &mut content.as_mut()[..entry.bytes as usize]).map_err(keep.fault())?;
