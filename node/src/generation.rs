@@ -381,7 +381,8 @@ fn waiting_for(shared: &Shared, state: &State, progress: &Progress, absent: &[Ex
     };
     // An expert that a live node is still loading will come; one whose holders are all gone will not.
     let lost = absent.iter().map(|&expert| (expert, placement.replicas[&expert].keys().copied().collect::<Vec<_>>()));
-    let lost = MissingExperts { experts: lost.filter(|(_, nodes)| nodes.iter().all(|node| down.contains(node))).collect() };
+    let lost =
+        MissingExperts { experts: lost.filter(|(_, nodes)| nodes.iter().all(|node| down.contains(node))).collect() };
     if !lost.experts.is_empty() {
         return Some(lost.to_string());
     }

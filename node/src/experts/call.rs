@@ -117,7 +117,7 @@ pub enum HostFailure {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
     /// No host is left for some experts. Retryable: replicas may come back.
-    #[error("{missing}{}", failures(.failures))]
+    #[error("{missing}{}", named(.failures))]
     Missing { missing: MissingExperts, failures: Vec<(NodeId, HostFailure)> },
     /// This node's engine failed: a fault of this node.
     #[error("this node's engine: {0}")]
@@ -127,7 +127,7 @@ pub enum CallError {
     Cancelled,
 }
 
-fn failures(failures: &[(NodeId, HostFailure)]) -> String {
+fn named(failures: &[(NodeId, HostFailure)]) -> String {
     let each: Vec<_> = failures.iter().map(|(node, failure)| format!("node {node} {failure}")).collect();
     if each.is_empty() { String::new() } else { format!(" ({})", each.join("; ")) }
 }
@@ -320,8 +320,7 @@ impl LayerCall {
             let work = work.into_iter().map(|work| (work.expert, work.rows.into_iter().map(u32::from).collect()));
             turn.effects.push(CallEffect::Compute { attempt, rows, work: work.collect() });
         } else {
-            deadline =
-                turn.hosts.deadline(host, self.replicas.round_trip(host), count, self.has_spares(&assignment));
+            deadline = turn.hosts.deadline(host, self.replicas.round_trip(host), count, self.has_spares(&assignment));
             rows_ahead = turn.hosts.rows_in_flight(host);
             turn.hosts.sent(host, count);
             self.contacted.insert(host);

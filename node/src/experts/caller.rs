@@ -145,13 +145,7 @@ async fn drive(handles: &CallerHandles, serving: &Serving, hosts: &Mutex<HostTab
 }
 
 /// Sends one frame; the outcome of the attempt.
-async fn send(
-    gossip: Handle,
-    peer: Option<PeerId>,
-    attempt: AttemptId,
-    frame: Frame,
-    deadline: Duration,
-) -> CallInput {
+async fn send(gossip: Handle, peer: Option<PeerId>, attempt: AttemptId, frame: Frame, deadline: Duration) -> CallInput {
     let Some(peer) = peer else {
         return CallInput::Failed { attempt, reason: "it is no longer a member".into() };
     };

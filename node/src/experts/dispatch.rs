@@ -228,7 +228,11 @@ impl DispatchContext<'_> {
 ///
 /// # Errors
 /// [`MissingExperts`] names every expert that no available node holds; then nothing is assigned.
-pub fn assign(pairs: &[Pair], context: DispatchContext<'_>, rng: &mut impl Rng) -> Result<Vec<Assignment>, MissingExperts> {
+pub fn assign(
+    pairs: &[Pair],
+    context: DispatchContext<'_>,
+    rng: &mut impl Rng,
+) -> Result<Vec<Assignment>, MissingExperts> {
     let DispatchContext { replicas, excluded, contacted, .. } = context;
     let mut by_expert = BTreeMap::<u16, Vec<Pair>>::new();
     for &pair in pairs {

@@ -81,11 +81,13 @@ async fn compute(peer: PeerId, frame: &Frame, handles: &HostHandles) -> (ReplyHe
     };
     if hidden_size as usize != serving.known.config.hidden_size {
         let expected = serving.known.config.hidden_size;
-        return (ReplyHeader::Refused(format!("rows of {hidden_size} values; this model has rows of {expected}")), Vec::new());
+        return (
+            ReplyHeader::Refused(format!("rows of {hidden_size} values; this model has rows of {expected}")),
+            Vec::new(),
+        );
     }
     let held = handles.held.borrow().clone();
-    let missing: Vec<_> =
-        work.iter().map(|work| id(work.expert)).filter(|expert| !held.contains_key(expert)).collect();
+    let missing: Vec<_> = work.iter().map(|work| id(work.expert)).filter(|expert| !held.contains_key(expert)).collect();
     if !missing.is_empty() {
         return (ReplyHeader::NotHeld(missing), Vec::new());
     }
@@ -102,9 +104,7 @@ async fn compute(peer: PeerId, frame: &Frame, handles: &HostHandles) -> (ReplyHe
             span.in_scope(|| debug!(served, "computed"));
             (ReplyHeader::Done { class }, outputs)
         }
-        Err(EngineError::NotHeld(expert)) => {
-            (ReplyHeader::NotHeld(vec![ids::to_store(expert)]), Vec::new())
-        }
+        Err(EngineError::NotHeld(expert)) => (ReplyHeader::NotHeld(vec![ids::to_store(expert)]), Vec::new()),
         Err(error) => (ReplyHeader::Refused(error.to_string()), Vec::new()),
     }
 }

@@ -242,7 +242,11 @@ mod tests {
         assert_eq!(hosts.estimate(HOST, NO_DISTANCE, 1), ms(2));
         let instant = Answered { rows: 1, rows_ahead: 0, took: ms(1), round_trip: Some(ms(50)) };
         hosts.answered(OTHER, instant);
-        assert_eq!(hosts.estimate(OTHER, NO_DISTANCE, 1000), Duration::ZERO, "a reply faster than a ping costs nothing");
+        assert_eq!(
+            hosts.estimate(OTHER, NO_DISTANCE, 1000),
+            Duration::ZERO,
+            "a reply faster than a ping costs nothing"
+        );
     }
 
     #[test]

@@ -288,7 +288,7 @@ mod tests {
                 }
                 Self::Count { at, kind, count } => {
                     let at = place(*at);
-                    let head = std::iter::once(kind << 5 | 27).chain(count.to_be_bytes());
+                    let head = std::iter::once((kind << 5) | 27).chain(count.to_be_bytes());
                     bytes.splice(at..(at + 1).min(length), head);
                 }
             }
@@ -301,7 +301,8 @@ mod tests {
         prop_oneof![
             (at(), 0..8u8).prop_map(|(at, bit)| Mutation::Flip { at, bit }),
             at().prop_map(|at| Mutation::Truncate { at }),
-            (at(), proptest::collection::vec(any::<u8>(), 1..12)).prop_map(|(at, bytes)| Mutation::Insert { at, bytes }),
+            (at(), proptest::collection::vec(any::<u8>(), 1..12))
+                .prop_map(|(at, bytes)| Mutation::Insert { at, bytes }),
             (at(), 1..40usize, at()).prop_map(|(from, bytes, at)| Mutation::Splice { from, bytes, at }),
             (at(), 0..8u8, counts).prop_map(|(at, kind, count)| Mutation::Count { at, kind, count }),
         ]

@@ -78,9 +78,7 @@ impl Got {
                     .collect();
                 Some(Self::new(*attempt, *host, &rows, &work, *deadline))
             }
-            CallEffect::Compute { attempt, rows, work } => {
-                Some(Self::new(*attempt, HOME, rows, work, Duration::ZERO))
-            }
+            CallEffect::Compute { attempt, rows, work } => Some(Self::new(*attempt, HOME, rows, work, Duration::ZERO)),
             _ => None,
         }
     }
@@ -409,11 +407,8 @@ fn what_this_node_dropped_meanwhile_is_asked_of_a_replica() {
 
 #[test]
 fn a_fault_of_this_nodes_engine_ends_the_call() {
-    let results = [
-        Err(LocalError::Engine("the compute thread has stopped".into())),
-        Err(LocalError::NotHeld(9)),
-        Ok(vec![1.0]),
-    ];
+    let results =
+        [Err(LocalError::Engine("the compute thread has stopped".into())), Err(LocalError::NotHeld(9)), Ok(vec![1.0])];
     for outputs in results {
         let mut home = home(&[&[0, 1]], &[(0, &[1, 2]), (1, &[2])]);
         let [here, there] = home.asked(CallInput::Start).try_into().expect("here and there");
@@ -607,11 +602,10 @@ impl History {
             }),
             Step::Broken(pick) => self.end(self.peer(pick), Got::broken),
             Step::Late(pick) => self.end(self.peer(pick), Got::late),
-            Step::Refused(pick) => {
-                self.end(self.peer(pick), |got| got.reply(&ReplyHeader::Refused("no".into()), &[]))
-            }
+            Step::Refused(pick) => self.end(self.peer(pick), |got| got.reply(&ReplyHeader::Refused("no".into()), &[])),
             Step::Garbage(pick) => self.end(self.peer(pick), |got| {
-                let frame = Frame::new(vec![pick as u8; 3], got.pairs.iter().map(|(_, e)| *e as u8).collect::<Vec<_>>());
+                let frame =
+                    Frame::new(vec![pick as u8; 3], got.pairs.iter().map(|(_, e)| *e as u8).collect::<Vec<_>>());
                 CallInput::Reply { attempt: got.attempt, frame }
             }),
             Step::Stale(pick) => {
