@@ -234,11 +234,14 @@ fn a_host_that_fails_is_replaced_at_once_while_others_compute() {
     home.completes(three.done());
 }
 
+/// What becomes of an attempt.
+type Outcome<'a> = &'a dyn Fn(&Got) -> CallInput;
+
 #[test]
 fn a_failure_is_reported_with_its_reason() {
     let refused = ReplyHeader::Refused("rows of 3 values".into());
     let done = ReplyHeader::Done { class: CLASS.into() };
-    let cases: [(&dyn Fn(&Got) -> CallInput, HostFailure); 5] = [
+    let cases: [(Outcome<'_>, HostFailure); 5] = [
         (&Got::broken, HostFailure::Transport("the connection broke".into())),
         (&|got| got.reply(&refused, &[]), HostFailure::Refused("rows of 3 values".into())),
         (
