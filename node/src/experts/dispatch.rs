@@ -155,13 +155,16 @@ fn describe(experts: &BTreeMap<ExpertId, Vec<NodeId>>) -> String {
         if nodes.is_empty() {
             format!("{expert} (no replica in the placement)")
         } else {
-            format!("{expert} (held by {}, not answering)", nodes.join(", "))
+            format!("{expert} (held by {})", nodes.join(" and "))
         }
     });
     let named: Vec<_> = each.take(NAMED_MAX).collect();
     let more = experts.len().saturating_sub(named.len());
     let more = if more == 0 { String::new() } else { format!(" and {more} more") };
-    format!("no live replica of expert {}{more}; start a node that holds them or add one with room", named.join(", "))
+    let named = named.join(", ");
+    format!(
+        "no live replica of expert {named}{more}; start a node that holds what is missing, or add one with free memory"
+    )
 }
 
 /// How willingly a host is asked: lower is better.
