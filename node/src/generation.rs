@@ -1,7 +1,7 @@
-//! Generations: a prompt through the engine, token by token, with experts from wherever they are.
+//! Generations: a prompt goes through the engine token by token, with experts from wherever they are.
 //!
 //! [`Generator`] is the node's [`Service`]. One task per generation drives a session of the engine, which computes the rows
-//! of all sessions together and turns to peers for experts it lacks. The task samples, and counts what its rows cost.
+//! of all sessions together and asks peers for experts that it lacks. The task samples, and counts what its rows took.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -19,7 +19,8 @@ use futures::future::BoxFuture;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::{Instrument, info, info_span, warn};
 
-use crate::experts::dispatch::Missing;
+use crate::experts::class;
+use crate::experts::dispatch::MissingExperts;
 use crate::ids;
 use crate::library::{Known, run_blocking};
 use crate::service::{Event, GenerateRequest, ModelInfo, Prompt, Readiness, Service, ServiceError, Usage};
@@ -207,23 +208,38 @@ impl Generation {
     }
 
     fn count(&mut self, advanced: &Advanced) {
-        self.usage.rows_local += advanced.pairs_here;
-        self.usage.rows_remote += advanced.pairs_elsewhere;
         self.shared.metrics.rows_local.inc_by(advanced.pairs_here);
         self.shared.metrics.rows_remote.inc_by(advanced.pairs_elsewhere);
-        let own = self.serving.class(&[Precision::Exact].into());
-        let precisions: BTreeSet<_> = advanced.precisions.iter().map(|&p| ids::to_store_precision(p)).collect();
-        let mut classes = advanced.classes.clone();
-        if advanced.pairs_here > 0 && !precisions.is_empty() {
-            classes.push(self.serving.class(&precisions));
-        }
-        if self.serving.trunk != Precision::Exact {
-            classes.push(self.serving.class(&[self.serving.trunk].into()));
-        }
-        for class in classes {
-            if class != own && !self.usage.other_classes.contains(&class) {
-                self.usage.other_classes.push(class);
-            }
+        let local: BTreeSet<_> = advanced.precisions.iter().map(|&p| ids::to_store_precision(p)).collect();
+        let class_of = |precisions: &BTreeSet<Precision>| self.serving.class(precisions);
+        count(&mut self.usage, advanced, &local, self.serving.trunk, class_of);
+    }
+}
+
+/// Adds to the usage what an advance took. `local` are the precisions of the experts that were computed here, `trunk` is that of
+/// everything else; `class_of` gives this node's class at some precisions.
+fn count(
+    usage: &mut Usage,
+    advanced: &Advanced,
+    local: &BTreeSet<Precision>,
+    trunk: Precision,
+    class_of: impl Fn(&BTreeSet<Precision>) -> String,
+) {
+    usage.rows_local += advanced.pairs_here;
+    usage.rows_remote += advanced.pairs_elsewhere;
+    let own = class_of(&[Precision::Exact].into());
+    let mut classes = advanced.classes.clone();
+    if advanced.pairs_here > 0 && !local.is_empty() {
+        classes.push(class_of(local));
+    }
+    if trunk != Precision::Exact {
+        classes.push(class_of(&[trunk].into()));
+    }
+    usage.precisions.insert(trunk);
+    for class in classes {
+        usage.precisions.extend(class::precisions(&class));
+        if class != own && !usage.other_classes.contains(&class) {
+            usage.other_classes.push(class);
         }
     }
 }
@@ -365,7 +381,8 @@ fn waiting_for(shared: &Shared, state: &State, progress: &Progress, absent: &[Ex
     };
     // An expert that a live node is still loading will come; one whose holders are all gone will not.
     let lost = absent.iter().map(|&expert| (expert, placement.replicas[&expert].keys().copied().collect::<Vec<_>>()));
-    let lost = Missing { experts: lost.filter(|(_, nodes)| nodes.iter().all(|node| down.contains(node))).collect() };
+    let lost =
+        MissingExperts { experts: lost.filter(|(_, nodes)| nodes.iter().all(|node| down.contains(node))).collect() };
     if !lost.experts.is_empty() {
         return Some(lost.to_string());
     }
@@ -378,4 +395,56 @@ fn waiting_for(shared: &Shared, state: &State, progress: &Progress, absent: &[Ex
             progress.bytes_assigned
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn class_of(precisions: &BTreeSet<Precision>) -> String {
+        let names: Vec<_> = precisions.iter().map(|precision| precision.name()).collect();
+        format!("cpu-avx2/{}", names.join("+"))
+    }
+
+    /// The usage after one advance with experts at `local` precisions here, and of `classes` elsewhere.
+    fn counted(local: &[Precision], classes: &[&str], trunk: Precision) -> Usage {
+        let advanced = Advanced {
+            pairs_here: local.len() as u64,
+            pairs_elsewhere: classes.len() as u64,
+            classes: classes.iter().map(|&class| class.into()).collect(),
+            ..Advanced::default()
+        };
+        let mut usage = Usage::default();
+        count(&mut usage, &advanced, &local.iter().copied().collect(), trunk, class_of);
+        usage
+    }
+
+    #[test]
+    fn an_exact_answer_of_one_class_says_so() {
+        let usage = counted(&[Precision::Exact], &["cpu-avx2/exact"], Precision::Exact);
+        assert_eq!((usage.rows_local, usage.rows_remote), (1, 1));
+        assert_eq!(usage.precisions, [Precision::Exact].into());
+        assert_eq!(usage.other_classes, [] as [String; 0]);
+    }
+
+    #[test]
+    fn every_precision_that_took_part_is_named() {
+        use Precision::{Bf16, Q4, Q8};
+        let usage = counted(&[Q4], &["cuda/q8 and cpu-avx512/exact"], Bf16);
+        assert_eq!(usage.precisions, [Q4, Q8, Bf16].into());
+        assert_eq!(usage.other_classes, ["cuda/q8 and cpu-avx512/exact", "cpu-avx2/q4"]);
+        assert_eq!(counted(&[Bf16], &["cpu-avx2/q4+q8"], Bf16).precisions, [Q4, Q8, Bf16].into());
+        assert_eq!(counted(&[Bf16], &[], Q8).precisions, [Q8, Bf16].into(), "the trunk takes part too");
+        assert_eq!(counted(&[Q4], &["of an unknown form"], Q4).precisions, [Q4].into());
+    }
+
+    #[test]
+    fn what_took_part_more_than_once_is_named_once() {
+        let mut usage = counted(&[Precision::Q4], &["cpu-avx512/q8"], Precision::Q8);
+        let again = Advanced { pairs_elsewhere: 2, classes: vec!["cpu-avx512/q8".into()], ..Advanced::default() };
+        count(&mut usage, &again, &BTreeSet::new(), Precision::Q8, class_of);
+        assert_eq!(usage.rows_remote, 3);
+        assert_eq!(usage.other_classes, ["cpu-avx512/q8", "cpu-avx2/q4", "cpu-avx2/q8"]);
+        assert_eq!(usage.precisions, [Precision::Q4, Precision::Q8].into());
+    }
 }

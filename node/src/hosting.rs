@@ -32,7 +32,7 @@ use tracing::{Instrument, info, info_span, warn};
 use blobs::Wanted;
 
 use crate::config::Config;
-use crate::experts::caller::Caller;
+use crate::experts::caller::{Caller, CallerHandles};
 use crate::library::{Known, LibraryError, run_blocking};
 use crate::shared::{Held, Serving, Shared};
 use crate::size::Size;
@@ -275,7 +275,7 @@ impl Hosting {
         }
         engine.load_trunk(trunk).await.map_err(|error| load(error.to_string()))?;
         drop(taken);
-        engine.set_source(Arc::new(Caller::new(Arc::downgrade(shared), tokio::runtime::Handle::current())));
+        engine.set_source(Arc::new(Caller::new(CallerHandles::new(shared))));
         info!(model = registered.name, device = engine.class(), trunk = %Size(bytes), %precision, "trunk loaded");
         let serving = Serving { known, engine, trunk: precision };
         shared.serving.send_replace(Some(serving.clone()));

@@ -260,7 +260,7 @@ async fn serve(
     part("members", Box::pin(members::follow(gossip.clone(), shared.log.clone())));
     part("raft", Box::pin(raft::serve(raft_in, shared.log.clone())));
     part("admission", Box::pin(admit::serve(join_in, shared.log.clone(), gossip.local_peer_id())));
-    part("experts", Box::pin(host::serve(experts_in, shared.clone())));
+    part("experts", Box::pin(host::serve(experts_in, host::HostHandles::new(&shared))));
     let (blobs, metrics) = (shared.blobs.clone(), shared.metrics.clone());
     part("weights", Box::pin(weights::serve::serve(weights_in, blobs, metrics)));
     part("hosting", Box::pin(hosting::run(shared.clone())));

@@ -5,10 +5,12 @@
 //!
 //! Invariant: a submitted generation ends with exactly one [`Event::Finished`] or [`Event::Failed`], and nothing after it.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use coel_model::chat::Message;
 use coel_model::sequence::{Emitted, FinishReason, GenerateParams};
+use coel_store::Precision;
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
@@ -35,7 +37,7 @@ pub struct GenerateRequest {
     pub params: GenerateParams,
 }
 
-/// What a generation cost, and where it ran.
+/// What a generation took, and what took part in it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// Tokens of the rendered prompt.
@@ -46,8 +48,11 @@ pub struct Usage {
     pub rows_local: u64,
     /// (row, expert) pairs computed by peers.
     pub rows_remote: u64,
-    /// What took part beyond this node's kernel class at exact precision, e.g. `cpu/avx2/exact` or `cpu/avx512/q4+q8`. Empty: one
-    /// class throughout, and everything as in the checkpoint.
+    /// Precisions of all weights that took part: the trunk, and experts here and at peers. An answer is exact if this is `exact`
+    /// alone.
+    pub precisions: BTreeSet<Precision>,
+    /// Kernel classes and precisions that took part besides this node's class at exact precision, e.g. `cpu-avx2/exact` or
+    /// `cpu-avx512/q4+q8`. Empty if one class computed everything, with all weights as in the checkpoint.
     pub other_classes: Vec<String>,
 }
 

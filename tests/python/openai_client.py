@@ -54,7 +54,7 @@ def counts(usage):
     same(usage.total_tokens, usage.prompt_tokens + usage.completion_tokens, "total_tokens")
     holds(usage.prompt_tokens > 0 and usage.completion_tokens > 0, "tokens were counted")
     counted = usage.model_dump()
-    same(sorted(counted["coel"]), ["other_classes", "rows_local", "rows_remote"], "usage.coel")
+    same(sorted(counted["coel"]), ["other_classes", "precisions", "rows_local", "rows_remote"], "usage.coel")
     return counted
 
 

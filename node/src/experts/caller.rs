@@ -1,348 +1,234 @@
-//! The home's side: has experts that are not held here computed by peers, and moves on to a replica when a host fails.
+//! The home's driver of expert calls: sends, waits, and tells the state machine what happened.
 //!
-//! Owns [`Caller`], the engine's source of experts. It knows flights' calls and hosts, not whose rows they are.
+//! Owns [`Caller`], the engine's source of experts, and the home's [`HostTable`]. Each request of the engine runs as one task
+//! around a [`LayerCall`], which decides everything. The invariant: for each attempt that the call launches, the task reports
+//! one outcome, unless the call is over first.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use coel_gossip::{Liveness, PeerId, PeerView};
-use coel_model::engine::EngineError;
+use coel_gossip::{Frame, Handle, Liveness, PeerId, Peers, RequestError};
+use coel_model::engine::{Engine, EngineError};
 use coel_model::experts::ExpertCall;
-use coel_model::source::{ExpertOutputs, ExpertRequest, ExpertSource, Share, SourceError};
-use coel_store::{Epoch, ExpertId, NodeId, State};
-use futures::StreamExt;
+use coel_model::source::{ExpertRequest, ExpertSource, SourceError};
+use coel_store::{NodeId, State};
+use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
-use tokio::runtime::Handle;
+use tokio::sync::watch;
 use tracing::{debug, warn};
 
-use super::dispatch::{Call, HostLoad, Missing, Pair, Replicas, assign};
-use super::hosts::Hosts;
-use super::wire::{CallHeader, PROTOCOL, ReplyHeader, VERSION, decode_reply, encode_call};
+use super::call::{AttemptId, CallEffect, CallError, CallInput, HostFailure, LayerCall, LocalError};
+use super::dispatch::LayerReplicas;
+use super::hosts::HostTable;
+use super::wire::PROTOCOL;
 use crate::ids;
+use crate::metrics::Metrics;
 use crate::shared::{Held, Serving, Shared};
 
-/// Times that hosts which failed are asked again when nobody else is left: a connection may have broken, not the host.
-const SECOND_CHANCES: u32 = 2;
-/// Pause before that.
-const SECOND_CHANCE_AFTER: Duration = Duration::from_millis(200);
+/// What the caller needs of its node.
+pub struct CallerHandles {
+    /// This node.
+    pub home: NodeId,
+    /// The model that is served, with its engine; `None` once the node ends. It must not keep the engine alive: the engine owns
+    /// the caller.
+    pub serving: Box<dyn Fn() -> Option<Serving> + Send + Sync>,
+    /// Experts held in the engine.
+    pub held: watch::Receiver<Arc<Held>>,
+    /// The agreed state.
+    pub state: watch::Receiver<Arc<State>>,
+    /// Reaches the hosts.
+    pub gossip: Handle,
+    /// Counts failed calls.
+    pub metrics: Arc<Metrics>,
+}
+
+impl CallerHandles {
+    /// The handles, from what the node's tasks share.
+    pub fn new(shared: &Arc<Shared>) -> Self {
+        let weak: Weak<Shared> = Arc::downgrade(shared);
+        Self {
+            home: shared.log.node_id(),
+            serving: Box::new(move || weak.upgrade()?.serving.borrow().clone()),
+            held: shared.held.subscribe(),
+            state: shared.log.state(),
+            gossip: shared.gossip.clone(),
+            metrics: shared.metrics.clone(),
+        }
+    }
+}
 
 /// A home's way to experts of other nodes.
 pub struct Caller {
-    /// Weak: the engine has the caller, and what is shared has the engine.
-    shared: Weak<Shared>,
-    hosts: SharedHosts,
-    runtime: Handle,
-}
-
-/// One call under way.
-struct Calling {
-    shared: Arc<Shared>,
-    serving: Serving,
-    hosts: SharedHosts,
-}
-
-/// What this node, as a home, knows of its hosts.
-type SharedHosts = Arc<Mutex<Hosts>>;
-
-fn lock(hosts: &SharedHosts) -> MutexGuard<'_, Hosts> {
-    hosts.lock().expect("no panic while held")
-}
-
-/// One host's part in flight; over when dropped, also when the call is given up.
-struct Flight(SharedHosts, NodeId);
-
-impl Flight {
-    fn begin(hosts: &SharedHosts, node: NodeId) -> Self {
-        lock(hosts).asked(node);
-        Self(hosts.clone(), node)
-    }
-}
-
-impl Drop for Flight {
-    fn drop(&mut self) {
-        lock(&self.0).over(self.1);
-    }
-}
-
-/// Why a layer could not be computed.
-#[derive(Debug, thiserror::Error)]
-pub enum CallError {
-    /// Nobody is left for some experts.
-    #[error("{missing}{}", failures(.failed))]
-    Missing { missing: Missing, failed: Vec<(NodeId, String)> },
-    /// The engine refused: a fault of this node.
-    #[error("this node's engine: {0}")]
-    Engine(#[from] EngineError),
-}
-
-fn failures(failed: &[(NodeId, String)]) -> String {
-    let each: Vec<_> = failed.iter().map(|(node, why)| format!("node {node} {why}")).collect();
-    if each.is_empty() { String::new() } else { format!(" ({})", each.join("; ")) }
-}
-
-/// The placement and gossip as dispatch sees them, at one moment.
-struct View<'a> {
-    home: NodeId,
-    state: &'a State,
-    peers: &'a BTreeMap<PeerId, PeerView>,
-    held: &'a Held,
-    hosts: &'a SharedHosts,
-    /// What hosts said during this call that they do not hold, whatever the placement says.
-    absent: &'a BTreeSet<(NodeId, ExpertId)>,
-    now: Instant,
-}
-
-impl View<'_> {
-    fn peer(&self, node: NodeId) -> Option<PeerId> {
-        ids::peer_id(&self.state.members.get(&node)?.peer)
-    }
-}
-
-impl Replicas for View<'_> {
-    fn home(&self) -> NodeId {
-        self.home
-    }
-
-    fn of(&self, expert: ExpertId) -> Vec<NodeId> {
-        let placed = self.state.placement.iter().flat_map(|placement| placement.hosts(expert));
-        let others = placed.map(|(node, _)| node).filter(|&node| node != self.home);
-        let mut nodes: Vec<_> = others.chain(self.held.contains_key(&expert).then_some(self.home)).collect();
-        nodes.retain(|node| !self.absent.contains(&(*node, expert)));
-        nodes.sort_unstable();
-        nodes
-    }
-
-    fn load(&self, node: NodeId) -> Option<HostLoad> {
-        let view = self.peers.get(&self.peer(node)?)?;
-        let rtt_s = view.rtt.map_or(0.0, |rtt| rtt.smoothed.as_secs_f64());
-        let hosts = lock(self.hosts);
-        let (in_flight, shunned) = (hosts.in_flight(node), hosts.shunned(node, self.now));
-        (view.liveness != Liveness::Down).then_some(HostLoad { rtt_s, in_flight, shunned })
-    }
+    handles: Arc<CallerHandles>,
+    hosts: Arc<Mutex<HostTable>>,
+    runtime: tokio::runtime::Handle,
 }
 
 impl Caller {
-    /// The caller of the node, whose calls run on `runtime`.
-    pub fn new(shared: Weak<Shared>, runtime: Handle) -> Self {
-        Self { shared, hosts: SharedHosts::default(), runtime }
+    /// The caller of the node. Its calls run on the current tokio runtime.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn new(handles: CallerHandles) -> Self {
+        let runtime = tokio::runtime::Handle::current();
+        Self { handles: Arc::new(handles), hosts: Arc::default(), runtime }
     }
 }
 
 impl ExpertSource for Caller {
     fn ask(&self, request: ExpertRequest) {
-        // Where the node is ending the request is dropped, and fails.
-        let Some(shared) = self.shared.upgrade() else { return };
-        let hosts = self.hosts.clone();
+        let (handles, hosts) = (self.handles.clone(), self.hosts.clone());
         self.runtime.spawn(async move {
-            let Some(serving) = shared.serving.borrow().clone() else { return };
-            let calling = Calling { shared, serving, hosts };
-            let ExpertRequest { call, mut reply } = request;
-            let outputs = tokio::select! {
-                outputs = calling.run(&call) => outputs,
-                () = reply.given_up() => return,
-            };
-            reply.answer(outputs.map_err(|error| match error {
-                CallError::Missing { .. } => SourceError::Missing(error.to_string()),
-                CallError::Engine(_) => SourceError::Failed(error.to_string()),
-            }));
+            // A node that is ending drops the request, which fails it.
+            let Some(serving) = (handles.serving)() else { return };
+            drive(&handles, &serving, &hosts, request).await;
         });
     }
 }
 
-impl Calling {
-    /// Has every (row, expert) pair of the call computed.
-    ///
-    /// # Errors
-    /// [`CallError`]; it names the experts that nobody computed and the hosts that failed.
-    async fn run(&self, call: &ExpertCall) -> Result<ExpertOutputs, CallError> {
-        let mut rng = SmallRng::from_os_rng();
-        let layer = call.layer;
-        let mut open = pairs_of(call);
-        let mut outputs = vec![0.0; open.len() * call.hidden];
-        let mut shares = Vec::new();
-        let (mut failed, mut absent) = (BTreeSet::new(), BTreeSet::new());
-        let mut reasons = Vec::new();
-        let mut chances = SECOND_CHANCES;
-        while !open.is_empty() {
-            let (state, peers, held) = (self.shared.state(), self.shared.peers(), self.shared.held.borrow().clone());
-            let view = View {
-                home: self.shared.log.node_id(),
-                state: &state,
-                peers: &peers,
-                held: &held,
-                hosts: &self.hosts,
-                absent: &absent,
-                now: Instant::now(),
-            };
-            let calls = match assign(layer, &open, &view, &failed, &mut rng) {
-                Ok(calls) => calls,
-                Err(_) if chances > 0 && !(failed.is_empty() && absent.is_empty()) => {
-                    chances -= 1;
-                    failed.clear();
-                    absent.clear();
-                    tokio::time::sleep(SECOND_CHANCE_AFTER).await;
-                    continue;
-                }
-                Err(missing) => {
-                    return Err(CallError::Missing { missing, failed: reasons });
-                }
-            };
-            let epoch = state.epoch();
-            let mut running: FuturesUnordered<_> = calls
-                .into_iter()
-                .map(|part| {
-                    let peer = view.peer(part.host);
-                    let spare = part.pairs.iter().all(|pair| {
-                        let others = view.of(ExpertId { layer, index: pair.expert });
-                        others.iter().any(|node| *node != part.host && view.load(*node).is_some())
-                    });
-                    let deadline = lock(&self.hosts).deadline(part.host, part.pairs.len(), spare);
-                    self.one(part, peer, call, epoch, deadline)
-                })
-                .collect();
-            let (mut left, mut denied) = (Vec::new(), BTreeSet::new());
-            while let Some((part, result)) = running.next().await {
-                match result {
-                    Ok((rows, class)) => {
-                        for (pair, row) in part.pairs.iter().zip(rows.chunks_exact(call.hidden)) {
-                            let start = pair.slot as usize * call.hidden;
-                            outputs[start..start + call.hidden].copy_from_slice(row);
-                        }
-                        let slots = part.pairs.iter().map(|pair| pair.slot).collect();
-                        shares.push(Share { elsewhere: class, slots });
-                    }
-                    Err(Fault::Engine(error)) => return Err(error.into()),
-                    // Its placement is another than ours, for a moment: what else it holds it goes on computing.
-                    Err(Fault::Absent(experts)) => {
-                        debug!(host = %part.host, layer, ?experts, "an expert is no longer there; asking a replica");
-                        note(&mut reasons, part.host, "no longer holds it".into());
-                        denied.extend(experts.into_iter().map(|expert| (part.host, expert)));
-                        left.extend(part.pairs);
-                    }
-                    Err(Fault::Host(why)) => {
-                        warn!(host = %part.host, layer, why, "an expert call failed; asking a replica");
-                        self.shared.metrics.expert_calls_failed.inc();
-                        lock(&self.hosts).failed(part.host, Instant::now());
-                        failed.insert(part.host);
-                        note(&mut reasons, part.host, why);
-                        left.extend(part.pairs);
-                    }
-                }
-            }
-            drop(running);
-            absent.extend(denied);
-            open = left;
-        }
-        Ok(ExpertOutputs { values: outputs, shares })
-    }
+/// A poisoned lock is taken all the same: the table holds estimates, each whole by itself, and one call that panicked must
+/// not fail all others.
+fn lock(hosts: &Mutex<HostTable>) -> MutexGuard<'_, HostTable> {
+    hosts.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
-    /// One host's part of the call; rows in the order of its pairs, and the class of a peer that computed them.
-    async fn one(
-        &self,
-        part: Call,
-        peer: Option<PeerId>,
-        call: &ExpertCall,
-        epoch: Epoch,
-        deadline: Duration,
-    ) -> (Call, Result<(Vec<f32>, Option<String>), Fault>) {
-        let rows = part.rows();
-        let mut data = Vec::with_capacity(rows.len() * call.hidden);
-        for &row in &rows {
-            let start = usize::from(row) * call.hidden;
-            data.extend_from_slice(&call.rows[start..start + call.hidden]);
-        }
-        let result = if part.host == self.shared.log.node_id() {
-            self.here(&part, call, data).await
-        } else {
-            let _flight = Flight::begin(&self.hosts, part.host);
-            let asked = Instant::now();
-            let result = self.there(&part, peer, call, data, epoch, deadline).await;
-            if result.is_ok() {
-                lock(&self.hosts).answered(part.host, part.pairs.len(), asked.elapsed());
+/// Runs one call to its end.
+async fn drive(handles: &CallerHandles, serving: &Serving, hosts: &Mutex<HostTable>, request: ExpertRequest) {
+    let ExpertRequest { call, mut reply } = request;
+    let layer = call.layer;
+    let mut mesh = MeshWatch::new(handles, &call);
+    let mut machine = LayerCall::new(serving.known.id, call, mesh.replicas());
+    let mut pending = FuturesUnordered::<BoxFuture<'static, CallInput>>::new();
+    let mut rng = SmallRng::from_os_rng();
+    let mut input = CallInput::Start;
+    loop {
+        let effects = machine.handle(input, &mut lock(hosts), Instant::now(), &mut rng);
+        for effect in effects {
+            match effect {
+                CallEffect::Send { attempt, host, frame, deadline } => {
+                    let (gossip, peer) = (handles.gossip.clone(), mesh.peer(host));
+                    pending.push(send(gossip, peer, attempt, frame, deadline).boxed());
+                }
+                CallEffect::Compute { attempt, rows, work } => {
+                    pending.push(compute(serving.engine.clone(), layer, attempt, rows, work).boxed());
+                }
+                CallEffect::ArmSecondChance { chance, after } => {
+                    let due = tokio::time::sleep(after).map(move |()| CallInput::SecondChanceDue { chance });
+                    pending.push(due.boxed());
+                }
+                CallEffect::Report { host, failure: HostFailure::NotHeld } => {
+                    debug!(%host, layer, "a host no longer holds an expert; asking a replica");
+                }
+                CallEffect::Report { host, failure } => {
+                    warn!(%host, layer, %failure, "an expert call failed; asking a replica");
+                    handles.metrics.expert_calls_failed.inc();
+                }
+                CallEffect::Finish(outcome) => {
+                    return reply.answer(outcome.map_err(|error| match error {
+                        CallError::Missing { .. } => SourceError::Missing(error.to_string()),
+                        CallError::Engine(_) | CallError::Cancelled => SourceError::Failed(error.to_string()),
+                    }));
+                }
             }
-            result
+        }
+        input = tokio::select! {
+            biased;
+            () = reply.given_up() => CallInput::Cancelled,
+            Some(input) = pending.next() => input,
+            () = mesh.changed() => CallInput::MeshChanged(mesh.replicas()),
         };
-        (part, result)
     }
+}
 
-    async fn here(&self, part: &Call, call: &ExpertCall, rows: Vec<f32>) -> Result<(Vec<f32>, Option<String>), Fault> {
-        let work = part.work().into_iter();
-        let work = work.map(|work| (work.expert, work.rows.into_iter().map(u32::from).collect::<Vec<_>>())).collect();
-        match self.serving.engine.run_experts(call.layer, rows, work).await {
-            Ok(outputs) => Ok((outputs, None)),
-            // Dropped since the view was taken: a replica has it.
-            Err(EngineError::NotHeld(expert)) => Err(Fault::Absent(vec![ids::to_store(expert)])),
-            Err(error) => Err(Fault::Engine(error)),
-        }
+/// Sends one frame; the outcome of the attempt.
+async fn send(gossip: Handle, peer: Option<PeerId>, attempt: AttemptId, frame: Frame, deadline: Duration) -> CallInput {
+    let Some(peer) = peer else {
+        return CallInput::Failed { attempt, reason: "it is no longer a member".into() };
+    };
+    match gossip.request(peer, PROTOCOL, frame, deadline).await {
+        Ok(frame) => CallInput::Reply { attempt, frame },
+        Err(RequestError::TimedOut { .. }) => CallInput::DeadlineReached { attempt },
+        Err(error) => CallInput::Failed { attempt, reason: error.to_string() },
     }
+}
 
-    async fn there(
-        &self,
-        part: &Call,
-        peer: Option<PeerId>,
-        call: &ExpertCall,
-        rows: Vec<f32>,
-        epoch: Epoch,
-        deadline: Duration,
-    ) -> Result<(Vec<f32>, Option<String>), Fault> {
-        let header = CallHeader {
-            version: VERSION,
-            model: self.serving.known.id,
-            epoch,
+/// Computes experts that this node holds after all; the outcome of the attempt.
+async fn compute(
+    engine: Engine,
+    layer: u16,
+    attempt: AttemptId,
+    rows: Vec<f32>,
+    work: Vec<(u16, Vec<u32>)>,
+) -> CallInput {
+    let outputs = engine.run_experts(layer, rows, work).await.map_err(|error| match error {
+        EngineError::NotHeld(expert) => LocalError::NotHeld(expert.index),
+        error => LocalError::Engine(error.to_string()),
+    });
+    CallInput::Computed { attempt, outputs }
+}
+
+/// What a call sees of the mesh, and when it changes.
+struct MeshWatch {
+    home: NodeId,
+    layer: u16,
+    experts: Vec<u16>,
+    held: watch::Receiver<Arc<Held>>,
+    state: watch::Receiver<Arc<State>>,
+    peers: watch::Receiver<Peers>,
+}
+
+impl MeshWatch {
+    fn new(handles: &CallerHandles, call: &ExpertCall) -> Self {
+        let mut experts: Vec<_> = call.routes.iter().flatten().map(|route| route.expert).collect();
+        experts.sort_unstable();
+        experts.dedup();
+        Self {
+            home: handles.home,
             layer: call.layer,
-            hidden_size: call.hidden as u32,
-            work: part.work(),
+            experts,
+            held: handles.held.clone(),
+            state: handles.state.clone(),
+            peers: handles.gossip.peers(),
+        }
+    }
+
+    /// Who could compute the call's experts now.
+    fn replicas(&mut self) -> LayerReplicas {
+        let held = self.held.borrow_and_update().clone();
+        let state = self.state.borrow_and_update().clone();
+        let peers = self.peers.borrow_and_update().clone();
+        let live = live_hosts(&state, &peers);
+        LayerReplicas::new(self.home, self.layer, self.experts.iter().copied(), &state, &held, live)
+    }
+
+    /// The peer id of a member.
+    fn peer(&self, node: NodeId) -> Option<PeerId> {
+        ids::peer_id(&self.state.borrow().members.get(&node)?.peer)
+    }
+
+    /// Resolves when [`Self::replicas`] may give something else.
+    async fn changed(&mut self) {
+        let changed = tokio::select! {
+            changed = self.held.changed() => changed,
+            changed = self.state.changed() => changed,
+            changed = self.peers.changed() => changed,
         };
-        let peer = peer.ok_or_else(|| Fault::Host("has no valid peer id".into()))?;
-        let frame = encode_call(&header, &rows);
-        let reply = self.shared.gossip.request(peer, PROTOCOL, frame, deadline).await;
-        let reply = reply.map_err(|error| Fault::Host(error.to_string()))?;
-        let decoded = decode_reply(&reply, part.pairs.len(), call.hidden);
-        match decoded.map_err(|error| Fault::Host(error.to_string()))? {
-            (ReplyHeader::Done { class }, rows) => {
-                debug!(host = %part.host, layer = call.layer, pairs = part.pairs.len(), "computed by a peer");
-                Ok((rows, Some(class)))
-            }
-            (ReplyHeader::NotHeld(experts), _) => {
-                // Others than were asked for would be no answer, and the call would never end.
-                let asked = |expert: &ExpertId| {
-                    expert.layer == call.layer && part.pairs.iter().any(|pair| pair.expert == expert.index)
-                };
-                let absent: Vec<_> = experts.into_iter().filter(asked).collect();
-                match absent.is_empty() {
-                    true => Err(Fault::Host("names experts that it was not asked for".into())),
-                    false => Err(Fault::Absent(absent)),
-                }
-            }
-            (ReplyHeader::Refused(reason), _) => Err(Fault::Host(format!("refused: {reason}"))),
+        if changed.is_err() {
+            // The node is ending, and nothing changes any more.
+            std::future::pending().await
         }
     }
 }
 
-/// Notes why a host failed, once: it may be asked again, and fail alike.
-fn note(reasons: &mut Vec<(NodeId, String)>, host: NodeId, why: String) {
-    let reason = (host, why);
-    if !reasons.contains(&reason) {
-        reasons.push(reason);
-    }
-}
-
-/// Why one part of a call failed.
-enum Fault {
-    /// Another host may do it.
-    Host(String),
-    /// The host does not hold these experts of the call; never none.
-    Absent(Vec<ExpertId>),
-    /// Nobody else would do better.
-    Engine(EngineError),
-}
-
-/// The call's pairs in route order, which is the order of the decoder's answer.
-fn pairs_of(call: &ExpertCall) -> Vec<Pair> {
-    let rows = call.routes.iter().zip(0..);
-    let pairs = rows.flat_map(|(routes, row)| routes.iter().map(move |route| (row, route.expert)));
-    pairs.zip(0..).map(|((row, expert), slot)| Pair { row, expert, slot }).collect()
+/// The members that gossip does not consider down, and their smoothed round trips.
+fn live_hosts(state: &State, peers: &BTreeMap<PeerId, coel_gossip::PeerView>) -> BTreeMap<NodeId, Option<Duration>> {
+    let live = state.members.iter().filter_map(|(&node, member)| {
+        let view = peers.get(&ids::peer_id(&member.peer)?)?;
+        (view.liveness != Liveness::Down).then(|| (node, view.rtt.map(|rtt| rtt.smoothed)))
+    });
+    live.collect()
 }

@@ -1,15 +1,33 @@
-//! Who computes which expert for which row: pure, from the routes, the placement and what gossip says of the hosts.
+//! Assigns the (row, expert) pairs of one layer to hosts: pure, from the routes, the placement and what is known of the hosts.
 //!
-//! Order of preference (all of it lossless): this node; a host already contacted in this layer; the better of two random
-//! replicas by round trip and calls in flight. A host that failed is not asked again in this layer while another replica
-//! is left, and asked last for a while after that.
+//! A pair goes to a node that has a ready replica of its expert, in this order:
+//!
+//! 1. this node. The engine computes what it holds before it asks for more, so this covers experts that were loaded meanwhile;
+//! 2. hosts that are neither cooling down nor overloaded, the highest precision first, so that whether an answer is exact
+//!    does not depend on a random choice;
+//! 3. overloaded hosts, the highest precision first ([`HostTable::is_overload`]);
+//! 4. hosts that are cooling down, the highest precision first.
+//!
+//! Among equals it is the host already contacted in this layer that answers soonest, unless another would answer in less
+//! than half the time. Others are drawn as the better of two random hosts, so that homes with the same stale figures do not
+//! all choose the same one, and a host that was slow once is tried again.
+//!
+//! The invariant: each pair is assigned exactly once, to an available holder, or its expert is reported missing.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
-use coel_store::{ExpertId, NodeId};
+use coel_store::{Epoch, ExpertId, NodeId, Precision, State};
 use rand::Rng;
 
+use super::hosts::HostTable;
 use super::wire::Work;
+
+/// Another frame must shorten the wait by this factor: each host that is contacted costs one.
+const SPREAD_FACTOR: u32 = 2;
+/// Experts that an error names one by one.
+const NAMED_MAX: usize = 8;
 
 /// One (row, expert) pair of a layer, by its place in the order in which the decoder wants outputs back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -22,50 +40,93 @@ pub struct Pair {
     pub slot: u32,
 }
 
-/// What is known of a host that could be asked now.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct HostLoad {
-    /// Smoothed round trip in seconds; 0 where nothing was measured yet.
-    pub rtt_s: f64,
-    /// Calls of this home it has not answered yet.
-    pub in_flight: u32,
-    /// It failed a moment ago: better ask another one first.
-    pub shunned: bool,
+/// Who could compute the experts of one layer, as this home knows at one moment.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct LayerReplicas {
+    /// This node.
+    pub home: NodeId,
+    /// The decoder layer.
+    pub layer: u16,
+    /// The placement that this comes from.
+    pub epoch: Epoch,
+    /// By expert index, the nodes with a ready replica, reachable or not. The home is among them if it holds the expert.
+    pub holders: BTreeMap<u16, BTreeMap<NodeId, Precision>>,
+    /// The peers that gossip does not consider down, and their smoothed round trips where measured.
+    pub live: BTreeMap<NodeId, Option<Duration>>,
 }
 
-impl HostLoad {
-    /// Expected wait: a call queues behind those in flight.
-    fn cost(&self) -> f64 {
-        self.rtt_s * f64::from(1 + self.in_flight)
+impl LayerReplicas {
+    /// The replicas of `experts`, by the agreed placement and by what this node holds itself.
+    pub fn new(
+        home: NodeId,
+        layer: u16,
+        experts: impl IntoIterator<Item = u16>,
+        state: &State,
+        held: &BTreeMap<ExpertId, Precision>,
+        live: BTreeMap<NodeId, Option<Duration>>,
+    ) -> Self {
+        let holders = experts.into_iter().map(|index| {
+            let expert = ExpertId { layer, index };
+            let placed = state.placement.iter().flat_map(|placement| placement.hosts(expert));
+            let others = placed.filter(|(node, _)| *node != home);
+            (index, others.chain(held.get(&expert).map(|&precision| (home, precision))).collect())
+        });
+        Self { home, layer, epoch: state.epoch(), holders: holders.collect(), live }
+    }
+
+    /// Whether the node could be asked now.
+    pub fn is_live(&self, node: NodeId) -> bool {
+        node == self.home || self.live.contains_key(&node)
+    }
+
+    /// The round trip to a peer, where it is live and measured.
+    pub fn round_trip(&self, node: NodeId) -> Option<Duration> {
+        self.live.get(&node).copied().flatten()
+    }
+
+    /// Nodes with a ready replica of the expert, at which precision.
+    pub fn of(&self, expert: u16) -> impl Iterator<Item = (NodeId, Precision)> + '_ {
+        self.holders.get(&expert).into_iter().flatten().map(|(&node, &precision)| (node, precision))
     }
 }
 
-/// The replicas of one layer's experts, as the home sees them.
-pub trait Replicas {
-    /// This node.
-    fn home(&self) -> NodeId;
-    /// Nodes with a ready replica, dead or alive, ascending.
-    fn of(&self, expert: ExpertId) -> Vec<NodeId>;
-    /// The load of a host; `None` if it is down.
-    fn load(&self, node: NodeId) -> Option<HostLoad>;
+/// What a call has learnt that its replicas do not say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Exclusions {
+    /// Hosts that failed in this call.
+    pub failed: BTreeSet<NodeId>,
+    /// Experts that a node says it does not hold, whatever the placement says.
+    pub absent: BTreeSet<(NodeId, u16)>,
 }
 
-/// What one host is asked to do.
+impl Exclusions {
+    /// Whether nothing is excluded.
+    pub fn is_empty(&self) -> bool {
+        self.failed.is_empty() && self.absent.is_empty()
+    }
+
+    /// Excludes nothing any more.
+    pub fn clear(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// The pairs that one node is to compute.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Call {
-    /// Who computes; the home itself for local experts.
+pub struct Assignment {
+    /// The node; the home itself for experts that it holds.
     pub host: NodeId,
-    /// Pairs in (expert, row) order: the order of the reply's rows.
+    /// Pairs in (expert, row) order, which is the order of the reply's rows.
     pub pairs: Vec<Pair>,
 }
 
-impl Call {
-    /// Rows the host needs, ascending, each once.
+impl Assignment {
+    /// Rows that the host needs, ascending, each once.
     pub fn rows(&self) -> Vec<u16> {
         self.pairs.iter().map(|pair| pair.row).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
-    /// The work list, its row indices counting within [`Self::rows`].
+    /// The work list. Its row indices count within [`Self::rows`].
     pub fn work(&self) -> Vec<Work> {
         let rows = self.rows();
         let mut work = Vec::<Work>::new();
@@ -83,7 +144,7 @@ impl Call {
 /// Experts that no live node has ready.
 #[derive(Debug, Clone, Default, PartialEq, Eq, thiserror::Error)]
 #[error("{}", describe(.experts))]
-pub struct Missing {
+pub struct MissingExperts {
     /// Each missing expert, with the nodes that hold it by the placement.
     pub experts: BTreeMap<ExpertId, Vec<NodeId>>,
 }
@@ -94,80 +155,138 @@ fn describe(experts: &BTreeMap<ExpertId, Vec<NodeId>>) -> String {
         if nodes.is_empty() {
             format!("{expert} (no replica in the placement)")
         } else {
-            format!("{expert} (held by {}, not answering)", nodes.join(", "))
+            format!("{expert} (held by {})", nodes.join(" and "))
         }
     });
-    let listed: Vec<_> = each.take(8).collect();
-    let more = experts.len().saturating_sub(listed.len());
+    let named: Vec<_> = each.take(NAMED_MAX).collect();
+    let more = experts.len().saturating_sub(named.len());
     let more = if more == 0 { String::new() } else { format!(" and {more} more") };
-    format!("no live replica of expert {}{more}; start a node that holds them or add one with room", listed.join(", "))
+    let named = named.join(", ");
+    format!(
+        "no live replica of expert {named}{more}; start a node that holds what is missing, or add one with free memory"
+    )
 }
 
-/// Assigns every pair of one layer to a host. `failed` hosts are not asked.
+/// How willingly a host is asked: lower is better.
+type Rank = (Health, Reverse<Precision>);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Health {
+    Good,
+    Overloaded,
+    CoolingDown,
+}
+
+/// What [`assign`] decides from.
+#[derive(Debug, Clone, Copy)]
+pub struct DispatchContext<'a> {
+    /// Who could compute the experts.
+    pub replicas: &'a LayerReplicas,
+    /// What the call has learnt besides.
+    pub excluded: &'a Exclusions,
+    /// Hosts that the call has contacted already.
+    pub contacted: &'a BTreeSet<NodeId>,
+    /// What was measured of the hosts.
+    pub hosts: &'a HostTable,
+    /// The present.
+    pub now: Instant,
+}
+
+impl DispatchContext<'_> {
+    fn estimate(&self, node: NodeId, rows: usize) -> Duration {
+        self.hosts.estimate(node, self.replicas.round_trip(node), rows)
+    }
+
+    fn is_available(&self, node: NodeId, expert: u16) -> bool {
+        let Exclusions { failed, absent } = self.excluded;
+        self.replicas.is_live(node) && !failed.contains(&node) && !absent.contains(&(node, expert))
+    }
+
+    /// The rank of a host for `rows` rows of an expert that it holds at this precision.
+    fn rank(&self, node: NodeId, precision: Precision, rows: usize) -> Rank {
+        let health = if self.hosts.is_cooling_down(node, self.now) {
+            Health::CoolingDown
+        } else if HostTable::is_overload(self.estimate(node, rows)) {
+            Health::Overloaded
+        } else {
+            Health::Good
+        };
+        (health, Reverse(precision))
+    }
+
+    /// The available nodes of the best rank: the home alone, if it holds the expert.
+    fn best(&self, expert: u16, rows: usize) -> Vec<NodeId> {
+        let available: Vec<_> = self.replicas.of(expert).filter(|(node, _)| self.is_available(*node, expert)).collect();
+        if available.iter().any(|(node, _)| *node == self.replicas.home) {
+            return vec![self.replicas.home];
+        }
+        let ranked: Vec<_> =
+            available.into_iter().map(|(node, precision)| (self.rank(node, precision, rows), node)).collect();
+        let best = ranked.iter().map(|(rank, _)| *rank).min();
+        ranked.into_iter().filter(|(rank, _)| Some(*rank) == best).map(|(_, node)| node).collect()
+    }
+}
+
+/// Assigns every pair of one layer to a node.
 ///
 /// # Errors
-/// [`Missing`] names every expert that has nobody left.
+/// [`MissingExperts`] names every expert that no available node holds; then nothing is assigned.
 pub fn assign(
-    layer: u16,
     pairs: &[Pair],
-    replicas: &dyn Replicas,
-    failed: &BTreeSet<NodeId>,
+    context: DispatchContext<'_>,
     rng: &mut impl Rng,
-) -> Result<Vec<Call>, Missing> {
-    let home = replicas.home();
+) -> Result<Vec<Assignment>, MissingExperts> {
+    let DispatchContext { replicas, excluded, contacted, .. } = context;
     let mut by_expert = BTreeMap::<u16, Vec<Pair>>::new();
     for &pair in pairs {
         by_expert.entry(pair.expert).or_default().push(pair);
     }
-    let mut calls = BTreeMap::<NodeId, Vec<Pair>>::new();
     let mut missing = BTreeMap::new();
-    let mut remote = Vec::new();
+    let mut choices = Vec::new();
     for (index, pairs) in by_expert {
-        let expert = ExpertId { layer, index };
-        let holders = replicas.of(expert);
-        let mut alive: Vec<_> = holders
-            .iter()
-            .copied()
-            .filter(|node| !failed.contains(node) && (*node == home || replicas.load(*node).is_some()))
-            .collect();
-        let trusted = |node: &NodeId| replicas.load(*node).is_some_and(|load| !load.shunned);
-        if alive.iter().any(trusted) {
-            alive.retain(|node| *node == home || trusted(node));
-        }
-        if alive.contains(&home) {
-            calls.entry(home).or_default().extend(pairs);
-        } else if alive.is_empty() {
-            missing.insert(expert, holders);
+        let best = context.best(index, pairs.len());
+        if best.is_empty() {
+            let holders = replicas.of(index).map(|(node, _)| node);
+            let holders = holders.filter(|node| !excluded.absent.contains(&(*node, index))).collect();
+            missing.insert(ExpertId { layer: replicas.layer, index }, holders);
         } else {
-            remote.push((alive, pairs));
+            choices.push((best, pairs));
         }
     }
     if !missing.is_empty() {
-        return Err(Missing { experts: missing });
+        return Err(MissingExperts { experts: missing });
     }
     // Experts with the fewest choices first: they decide which hosts are contacted anyway.
-    remote.sort_by_key(|(alive, pairs)| (alive.len(), pairs[0].expert));
-    for (alive, pairs) in remote {
-        let contacted = alive.iter().copied().filter(|node| calls.contains_key(node));
-        let host =
-            contacted.min_by_key(|node| calls[node].len()).unwrap_or_else(|| better_of_two(&alive, replicas, rng));
-        calls.entry(host).or_default().extend(pairs);
+    choices.sort_by_key(|(best, pairs)| (best.len(), pairs[0].expert));
+    let mut assigned = BTreeMap::<NodeId, Vec<Pair>>::new();
+    for (best, pairs) in choices {
+        let rows_of = |node: NodeId| assigned.get(&node).map_or(0, Vec::len) + pairs.len();
+        let estimate = |node: &NodeId| context.estimate(*node, rows_of(*node));
+        let (near, far): (Vec<_>, Vec<_>) =
+            best.iter().copied().partition(|node| assigned.contains_key(node) || contacted.contains(node));
+        let near = near.into_iter().min_by_key(estimate);
+        let host = match (near, better_of_two(&far, estimate, rng)) {
+            (Some(near), Some(far)) if estimate(&near) > estimate(&far).saturating_mul(SPREAD_FACTOR) => far,
+            (Some(near), _) => near,
+            (None, Some(far)) => far,
+            (None, None) => unreachable!("every expert that is left has a choice"),
+        };
+        assigned.entry(host).or_default().extend(pairs);
     }
-    Ok(calls
-        .into_iter()
-        .map(|(host, mut pairs)| {
-            pairs.sort_by_key(|pair| (pair.expert, pair.row));
-            Call { host, pairs }
-        })
-        .collect())
+    let each = assigned.into_iter().map(|(host, mut pairs)| {
+        pairs.sort_by_key(|pair| (pair.expert, pair.row));
+        Assignment { host, pairs }
+    });
+    Ok(each.collect())
 }
 
-/// Two random replicas, the cheaper one: stale load figures make no herd.
-fn better_of_two(alive: &[NodeId], replicas: &dyn Replicas, rng: &mut impl Rng) -> NodeId {
-    let cost = |node| replicas.load(node).map_or(f64::INFINITY, |load| load.cost());
-    let one = alive[rng.random_range(0..alive.len())];
-    let two = alive[rng.random_range(0..alive.len())];
-    if cost(two) < cost(one) { two } else { one }
+/// The one of two random nodes that answers sooner; `None` of none.
+fn better_of_two(nodes: &[NodeId], estimate: impl Fn(&NodeId) -> Duration, rng: &mut impl Rng) -> Option<NodeId> {
+    if nodes.is_empty() {
+        return None;
+    }
+    let (one, two) = (nodes[rng.random_range(0..nodes.len())], nodes[rng.random_range(0..nodes.len())]);
+    Some(if estimate(&two) < estimate(&one) { two } else { one })
 }
 
 #[cfg(test)]
@@ -176,32 +295,71 @@ mod tests {
     use rand::SeedableRng;
     use rand::rngs::SmallRng;
 
+    use super::super::hosts::Answered;
     use super::*;
 
+    /// Replicas and hosts as a test sets them; the home is node 1.
     struct World {
-        replicas: BTreeMap<u16, Vec<u64>>,
-        down: Vec<u64>,
-        shunned: Vec<u64>,
-        slow: Vec<u64>,
+        replicas: LayerReplicas,
+        hosts: HostTable,
+        excluded: Exclusions,
+        contacted: BTreeSet<NodeId>,
+        now: Instant,
     }
 
-    impl Replicas for World {
-        fn home(&self) -> NodeId {
-            NodeId(1)
-        }
-        fn of(&self, expert: ExpertId) -> Vec<NodeId> {
-            self.replicas.get(&expert.index).into_iter().flatten().map(|&id| NodeId(id)).collect()
-        }
-        fn load(&self, node: NodeId) -> Option<HostLoad> {
-            let rtt_s = if self.slow.contains(&node.0) { 0.5 } else { 0.001 };
-            let shunned = self.shunned.contains(&node.0);
-            (!self.down.contains(&node.0)).then_some(HostLoad { rtt_s, in_flight: 0, shunned })
+    /// A world of exact replicas on nodes 2 to 5, all a millisecond away.
+    fn world(holders: &[(u16, &[u64])]) -> World {
+        let exact = |nodes: &[u64]| nodes.iter().map(|&node| (NodeId(node), Precision::Exact)).collect();
+        let replicas = LayerReplicas {
+            home: NodeId(1),
+            layer: 2,
+            holders: holders.iter().map(|&(expert, nodes)| (expert, exact(nodes))).collect(),
+            live: (2..6).map(|node| (NodeId(node), Some(Duration::from_millis(1)))).collect(),
+            ..LayerReplicas::default()
+        };
+        World {
+            replicas,
+            hosts: HostTable::default(),
+            excluded: Exclusions::default(),
+            contacted: BTreeSet::new(),
+            now: Instant::now(),
         }
     }
 
-    fn world(replicas: &[(u16, &[u64])]) -> World {
-        let replicas = replicas.iter().map(|&(expert, nodes)| (expert, nodes.to_vec())).collect();
-        World { replicas, down: vec![], shunned: vec![], slow: vec![] }
+    impl World {
+        fn hold(&mut self, expert: u16, node: u64, precision: Precision) {
+            self.replicas.holders.entry(expert).or_default().insert(NodeId(node), precision);
+        }
+
+        /// Has the host take so long for a row.
+        fn pace(&mut self, node: u64, row: Duration) {
+            self.hosts.answered(NodeId(node), Answered { rows: 1, rows_ahead: 0, took: row, round_trip: None });
+        }
+
+        fn context(&self) -> DispatchContext<'_> {
+            let Self { replicas, hosts, excluded, contacted, now } = self;
+            DispatchContext { replicas, excluded, contacted, hosts, now: *now }
+        }
+
+        fn assign(&self, rows: &[&[u16]], seed: u64) -> Result<Vec<Assignment>, MissingExperts> {
+            assign(&pairs(rows), self.context(), &mut SmallRng::seed_from_u64(seed))
+        }
+
+        /// Host, and its (expert, row) pairs.
+        fn hosts(&self, rows: &[&[u16]]) -> Vec<(u64, Vec<(u16, u16)>)> {
+            let pair = |pair: &Pair| (pair.expert, pair.row);
+            let each = self.assign(rows, 1).unwrap().into_iter();
+            each.map(|call| (call.host.0, call.pairs.iter().map(pair).collect())).collect()
+        }
+
+        /// The hosts chosen for expert 0 in many draws.
+        fn chosen(&self) -> BTreeMap<u64, usize> {
+            let mut counts = BTreeMap::new();
+            for seed in 0..400 {
+                *counts.entry(self.assign(&[&[0]], seed).unwrap()[0].host.0).or_default() += 1;
+            }
+            counts
+        }
     }
 
     /// Pairs in decoder order from each row's experts.
@@ -210,72 +368,132 @@ mod tests {
         each.zip(0..).map(|((row, expert), slot)| Pair { row, expert, slot }).collect()
     }
 
-    /// Host, and its (expert, row) pairs.
-    type Asked = (u64, Vec<(u16, u16)>);
-
-    fn hosts(world: &World, rows: &[&[u16]], failed: &[u64]) -> Result<Vec<Asked>, Missing> {
-        let failed = failed.iter().map(|&id| NodeId(id)).collect();
-        let calls = assign(2, &pairs(rows), world, &failed, &mut SmallRng::seed_from_u64(1))?;
-        let pair = |pair: &Pair| (pair.expert, pair.row);
-        Ok(calls.into_iter().map(|call| (call.host.0, call.pairs.iter().map(pair).collect())).collect())
+    fn nodes<const N: usize>(nodes: [u64; N]) -> BTreeSet<NodeId> {
+        nodes.map(NodeId).into()
     }
 
     #[test]
     fn what_is_held_here_stays_here() {
-        let world = world(&[(0, &[1, 2]), (1, &[2, 3])]);
-        let calls = hosts(&world, &[&[0, 1]], &[2]).unwrap();
-        assert_eq!(calls, [(1, vec![(0, 0)]), (3, vec![(1, 0)])]);
+        let mut world = world(&[(0, &[1, 2]), (1, &[2, 3])]);
+        world.excluded.failed = nodes([2]);
+        assert_eq!(world.hosts(&[&[0, 1]]), [(1, vec![(0, 0)]), (3, vec![(1, 0)])]);
     }
 
     #[test]
     fn one_host_serves_all_it_can() {
         let world = world(&[(0, &[2]), (1, &[2, 3]), (2, &[2, 3])]);
-        assert_eq!(hosts(&world, &[&[0, 1, 2]], &[]).unwrap(), [(2, vec![(0, 0), (1, 0), (2, 0)])]);
+        assert_eq!(world.hosts(&[&[0, 1, 2]]), [(2, vec![(0, 0), (1, 0), (2, 0)])]);
     }
 
     #[test]
     fn a_row_goes_once_to_a_host_whatever_it_is_for() {
         let world = world(&[(0, &[2]), (1, &[2])]);
-        let calls = assign(0, &pairs(&[&[0, 1], &[1]]), &world, &BTreeSet::new(), &mut SmallRng::seed_from_u64(1));
-        let call = &calls.unwrap()[0];
+        let call = &world.assign(&[&[0, 1], &[1]], 1).unwrap()[0];
         assert_eq!(call.rows(), [0, 1]);
         assert_eq!(call.work(), [Work { expert: 0, rows: vec![0] }, Work { expert: 1, rows: vec![0, 1] }]);
     }
 
     #[test]
-    fn the_dead_and_the_failed_are_not_asked() {
+    fn the_dead_the_failed_and_those_without_the_expert_are_not_asked() {
         let mut world = world(&[(0, &[2, 3])]);
-        world.down = vec![2];
-        assert_eq!(hosts(&world, &[&[0]], &[]).unwrap()[0].0, 3);
-        world.down = vec![];
-        assert_eq!(hosts(&world, &[&[0]], &[3]).unwrap()[0].0, 2);
+        world.replicas.live.remove(&NodeId(2));
+        assert_eq!(world.chosen().into_keys().collect::<Vec<_>>(), [3]);
+        world.replicas.live.insert(NodeId(2), None);
+        world.excluded.failed = nodes([3]);
+        assert_eq!(world.chosen().into_keys().collect::<Vec<_>>(), [2]);
+        world.excluded = Exclusions { absent: [(NodeId(2), 0)].into(), ..Exclusions::default() };
+        assert_eq!(world.chosen().into_keys().collect::<Vec<_>>(), [3]);
     }
 
     #[test]
-    fn the_shunned_are_asked_last() {
+    fn hosts_that_cool_down_are_asked_last() {
         let mut world = world(&[(0, &[2, 3]), (1, &[2])]);
-        world.shunned = vec![2];
-        assert_eq!(hosts(&world, &[&[0]], &[]).unwrap(), [(3, vec![(0, 0)])]);
-        assert_eq!(hosts(&world, &[&[1]], &[]).unwrap(), [(2, vec![(1, 0)])]);
+        world.hosts.failed(NodeId(2), world.now);
+        assert_eq!(world.hosts(&[&[0]]), [(3, vec![(0, 0)])]);
+        assert_eq!(world.hosts(&[&[1]]), [(2, vec![(1, 0)])]);
     }
 
     #[test]
-    fn of_two_replicas_the_quicker_is_preferred() {
+    fn of_two_replicas_the_nearer_is_preferred() {
         let mut world = world(&[(0, &[2, 3])]);
-        world.slow = vec![2];
-        let mut rng = SmallRng::seed_from_u64(7);
-        let mut asked = |host| {
-            let picks = (0..400).map(|_| assign(0, &pairs(&[&[0]]), &world, &BTreeSet::new(), &mut rng).unwrap());
-            picks.filter(|calls| calls[0].host == NodeId(host)).count()
-        };
-        assert!(asked(3) > 2 * asked(2));
+        world.replicas.live.insert(NodeId(2), Some(Duration::from_millis(500)));
+        let chosen = world.chosen();
+        assert!(chosen[&3] > 2 * chosen[&2], "{chosen:?}");
     }
 
     #[test]
-    fn what_is_missing_is_named_with_who_had_it() {
+    fn of_two_replicas_the_faster_is_preferred() {
+        let mut world = world(&[(0, &[2, 3])]);
+        world.pace(2, Duration::from_millis(80));
+        world.pace(3, Duration::from_millis(2));
+        let chosen = world.chosen();
+        assert!(chosen[&3] > 2 * chosen[&2], "{chosen:?}");
+    }
+
+    #[test]
+    fn of_two_replicas_the_idle_one_is_preferred_even_before_anything_was_measured() {
+        let mut world = world(&[(0, &[2, 3])]);
+        world.replicas.live.extend([(NodeId(2), None), (NodeId(3), None)]);
+        world.hosts.sent(NodeId(2), 40);
+        let chosen = world.chosen();
+        assert!(chosen[&3] > 2 * chosen[&2], "{chosen:?}");
+    }
+
+    #[test]
+    fn a_contacted_host_is_left_only_for_one_that_is_twice_as_fast() {
+        let mut world = world(&[(0, &[2, 3])]);
+        world.contacted = nodes([2]);
+        world.pace(2, Duration::from_millis(5));
+        world.pace(3, Duration::from_millis(4));
+        assert_eq!(world.chosen(), [(2, 400)].into(), "another frame is not worth it");
+        world.pace(2, Duration::from_millis(90));
+        assert_eq!(world.chosen(), [(3, 400)].into());
+    }
+
+    #[test]
+    fn a_higher_precision_is_preferred_whatever_is_faster() {
+        let mut world = world(&[]);
+        world.hold(0, 2, Precision::Q4);
+        world.hold(0, 3, Precision::Exact);
+        world.hold(0, 4, Precision::Q8);
+        world.pace(3, Duration::from_millis(200));
+        world.contacted = nodes([2]);
+        assert_eq!(world.chosen(), [(3, 400)].into());
+        world.replicas.live.remove(&NodeId(3));
+        assert_eq!(world.chosen(), [(4, 400)].into(), "the next lower one");
+    }
+
+    #[test]
+    fn a_lower_precision_is_asked_before_an_exact_host_that_is_overloaded_or_cools_down() {
+        let mut world = world(&[]);
+        world.hold(0, 2, Precision::Q8);
+        world.hold(0, 3, Precision::Exact);
+        world.hosts.sent(NodeId(3), 10_000);
+        assert_eq!(world.chosen(), [(2, 400)].into(), "node 3 is overloaded");
+        world.hosts.failed(NodeId(2), world.now);
+        assert_eq!(world.chosen(), [(3, 400)].into(), "late is better than failed");
+        world.hosts.failed(NodeId(3), world.now);
+        assert_eq!(world.chosen(), [(3, 400)].into(), "of two that failed, the exact one");
+        world.hosts = HostTable::default();
+        world.hosts.failed(NodeId(3), world.now);
+        assert_eq!(world.chosen(), [(2, 400)].into(), "node 3 cools down");
+    }
+
+    #[test]
+    fn replicas_come_from_the_placement_and_from_what_is_held_here() {
+        let held = BTreeMap::from([(ExpertId::new(2, 0), Precision::Q8), (ExpertId::new(3, 0), Precision::Q4)]);
+        let live = BTreeMap::from([(NodeId(2), None)]);
+        let replicas = LayerReplicas::new(NodeId(1), 2, [0, 1], &State::default(), &held, live);
+        assert_eq!(replicas.of(0).collect::<Vec<_>>(), [(NodeId(1), Precision::Q8)]);
+        assert_eq!(replicas.of(1).count(), 0);
+        assert!(replicas.is_live(NodeId(1)) && replicas.is_live(NodeId(2)) && !replicas.is_live(NodeId(3)));
+    }
+
+    #[test]
+    fn what_is_missing_is_named_with_its_holders() {
         let mut world = world(&[(0, &[2]), (1, &[3])]);
-        world.down = vec![2];
-        let error = hosts(&world, &[&[0, 1, 5]], &[]).unwrap_err();
+        world.replicas.live.remove(&NodeId(2));
+        let error = world.assign(&[&[0, 1, 5]], 1).unwrap_err();
         assert_eq!(error.experts.len(), 2);
         let text = error.to_string();
         assert!(text.contains("2.0 (held by node 2") && text.contains("2.5 (no replica"), "{text}");
@@ -283,31 +501,44 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_pair_is_computed_exactly_once_by_a_live_holder(
-            holders in proptest::collection::vec(proptest::collection::btree_set(1u64..6, 1..4), 8),
+        fn every_pair_is_assigned_exactly_once_to_a_live_holder_of_the_best_precision(
+            holders in proptest::collection::vec(proptest::collection::btree_map(1u64..6, 0usize..3, 1..4), 8),
             routes in proptest::collection::vec(proptest::collection::btree_set(0u16..8, 1..4), 1..20),
             down in proptest::collection::btree_set(2u64..6, 0..3),
+            cooling in proptest::collection::btree_set(2u64..6, 0..3),
             seed in any::<u64>(),
         ) {
-            let replicas = holders.iter().zip(0..).map(|(nodes, e)| (e, nodes.iter().copied().collect())).collect();
-            let world = World { replicas, down: down.iter().copied().collect(), shunned: vec![], slow: vec![] };
+            let mut world = world(&[]);
+            for (nodes, expert) in holders.iter().zip(0..) {
+                nodes.iter().for_each(|(&node, &precision)| world.hold(expert, node, Precision::ALL[precision]));
+            }
+            down.iter().for_each(|&node| _ = world.replicas.live.remove(&NodeId(node)));
+            cooling.iter().for_each(|&node| world.hosts.failed(NodeId(node), world.now));
             let routes: Vec<Vec<u16>> = routes.into_iter().map(|r| r.into_iter().collect()).collect();
             let rows: Vec<&[u16]> = routes.iter().map(Vec::as_slice).collect();
-            let wanted = pairs(&rows);
-            match assign(0, &wanted, &world, &BTreeSet::new(), &mut SmallRng::seed_from_u64(seed)) {
+            match world.assign(&rows, seed) {
                 Ok(calls) => {
                     let mut got: Vec<_> = calls.iter().flat_map(|call| call.pairs.clone()).collect();
                     got.sort_by_key(|pair| pair.slot);
-                    prop_assert_eq!(got, wanted);
+                    prop_assert_eq!(got, pairs(&rows));
                     for call in &calls {
-                        prop_assert!(!down.contains(&call.host.0));
-                        prop_assert!(call.pairs.iter().all(|p| holders[usize::from(p.expert)].contains(&call.host.0)));
+                        let host = call.host.0;
+                        prop_assert!(!down.contains(&host));
+                        for pair in &call.pairs {
+                            let nodes = &holders[usize::from(pair.expert)];
+                            prop_assert!(nodes.contains_key(&host));
+                            prop_assert!(host == 1 || !nodes.contains_key(&1), "what is held here stays here");
+                            let better = nodes.iter().any(|(node, precision)| {
+                                !down.contains(node) && !cooling.contains(node) && *precision > nodes[&host]
+                            });
+                            prop_assert!(host == 1 || !better, "a healthy host holds it at a higher precision");
+                        }
                         let shown: usize = call.work().iter().map(|work| work.rows.len()).sum();
                         prop_assert_eq!(shown, call.pairs.len());
                     }
                 }
                 Err(missing) => for expert in missing.experts.keys() {
-                    prop_assert!(holders[usize::from(expert.index)].iter().all(|node| down.contains(node)));
+                    prop_assert!(holders[usize::from(expert.index)].keys().all(|node| down.contains(node)));
                 },
             }
         }

@@ -6,10 +6,12 @@
 //!
 //! It is pure, and does not know how a reply travels.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
 use coel_model::sequence::{Emitted, FinishReason};
+use coel_store::Precision;
 use serde::Serialize;
 
 use super::logprobs::{ChatToken, Listed, TextTokens, characters, chat_token};
@@ -100,25 +102,26 @@ struct UsageCounts {
     prompt_tokens: usize,
     completion_tokens: usize,
     total_tokens: usize,
-    coel: Work,
+    coel: CoelUsage,
 }
 
-/// Where the work was done: coel's own addition.
+/// Where an answer was computed and how exactly: coel's own addition.
 #[derive(Debug, Clone, Serialize)]
-struct Work {
+struct CoelUsage {
     rows_local: u64,
     rows_remote: u64,
+    precisions: BTreeSet<Precision>,
     other_classes: Vec<String>,
 }
 
 impl From<Usage> for UsageCounts {
     fn from(usage: Usage) -> Self {
-        let Usage { prompt_tokens, completion_tokens, rows_local, rows_remote, other_classes } = usage;
+        let Usage { prompt_tokens, completion_tokens, rows_local, rows_remote, precisions, other_classes } = usage;
         Self {
             prompt_tokens,
             completion_tokens,
             total_tokens: prompt_tokens + completion_tokens,
-            coel: Work { rows_local, rows_remote, other_classes },
+            coel: CoelUsage { rows_local, rows_remote, precisions, other_classes },
         }
     }
 }

@@ -20,7 +20,7 @@ fn settled(mut reply: Value, prefix: &str) -> Value {
 fn counts() -> Value {
     json!({
         "prompt_tokens": 12, "completion_tokens": 6, "total_tokens": 18,
-        "coel": {"rows_local": 40, "rows_remote": 24, "other_classes": ["avx2/exact"]},
+        "coel": {"rows_local": 40, "rows_remote": 24, "precisions": ["q8", "exact"], "other_classes": ["avx2/q8"]},
     })
 }
 

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use coel_model::sampling::Logprobs;
 use coel_model::sequence::{Emitted, FinishReason};
+use coel_store::Precision;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use reqwest::{Method, RequestBuilder, Response};
@@ -143,7 +144,8 @@ fn usage() -> Usage {
         completion_tokens: 6,
         rows_local: 40,
         rows_remote: 24,
-        other_classes: vec!["avx2/exact".into()],
+        precisions: [Precision::Q8, Precision::Exact].into(),
+        other_classes: vec!["avx2/q8".into()],
     }
 }
 
