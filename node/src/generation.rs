@@ -429,12 +429,12 @@ mod tests {
 
     #[test]
     fn every_precision_that_took_part_is_named() {
-        use Precision::{Bf16, Q4, Q8};
-        let usage = counted(&[Q4], &["cuda/q8 and cpu-avx512/exact"], Bf16);
-        assert_eq!(usage.precisions, [Q4, Q8, Bf16].into());
+        use Precision::{Exact, Q4, Q8};
+        let usage = counted(&[Q4], &["cuda/q8 and cpu-avx512/exact"], Exact);
+        assert_eq!(usage.precisions, [Q4, Q8, Exact].into());
         assert_eq!(usage.other_classes, ["cuda/q8 and cpu-avx512/exact", "cpu-avx2/q4"]);
-        assert_eq!(counted(&[Bf16], &["cpu-avx2/q4+q8"], Bf16).precisions, [Q4, Q8, Bf16].into());
-        assert_eq!(counted(&[Bf16], &[], Q8).precisions, [Q8, Bf16].into(), "the trunk takes part too");
+        assert_eq!(counted(&[Exact], &["cpu-avx2/q4+q8"], Exact).precisions, [Q4, Q8, Exact].into());
+        assert_eq!(counted(&[Exact], &[], Q8).precisions, [Q8, Exact].into(), "the trunk takes part too");
         assert_eq!(counted(&[Q4], &["of an unknown form"], Q4).precisions, [Q4].into());
     }
 
