@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use coel_model::folder::ModelFolder;
-use coel_model::inventory::{Fit, FormBytes, Inventory};
+use coel_model::inventory::{FormBytes, Inventory};
 use coel_model::slices::Precision;
 use coel_model::slicing::slice_checkpoint;
 use coel_model::synth::Recipe;
@@ -13,8 +13,8 @@ use serde::Serialize;
 
 use super::print::{self, Progress};
 use super::{Failure, Output};
-use crate::config::KV_TOKENS;
-use crate::size::Size;
+use crate::budget::{Fit, ModelSizes};
+use crate::config::{KV_TOKENS, Size};
 
 /// `coel model inspect`.
 #[derive(Debug, Args)]
@@ -66,7 +66,7 @@ impl Inspect {
         let inventory = Inventory::of(&folder);
         let kv_tokens = self.kv_tokens;
         let budget = self.memory.map(|Size(memory_bytes)| {
-            let fits = inventory.fits(memory_bytes, kv_tokens);
+            let fits = ModelSizes::of_folder(&folder).fits(memory_bytes, kv_tokens);
             Budget { memory_bytes, kv_tokens, fits }
         });
         let inspection = Inspection {

@@ -1,12 +1,13 @@
 //! The commands of `coel`. Data goes to stdout; progress, logs and errors to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
 
-mod alone;
 mod bench;
 mod chat;
 mod client;
 mod folders;
+mod local;
 mod policies;
 mod print;
+mod telemetry;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -16,10 +17,11 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use coel_store::Bounds;
 
-use crate::admission::invite::Invite;
 use crate::config::{DataArgs, NodeArgs};
+use crate::mesh::admission::invite::Invite;
 use crate::runtime::{self, Origin};
-use crate::telemetry::{self, LogFormat};
+use crate::system::end_on_closed_pipe;
+use telemetry::LogFormat;
 
 /// One Mixture-of-Experts language model, served by the machines you already have.
 #[derive(Debug, Parser)]
@@ -98,9 +100,9 @@ enum Command {
     #[command(subcommand)]
     Model(Model),
     /// Continue a prompt on this machine alone; no node is needed.
-    Generate(alone::Generate),
+    Generate(local::Generate),
     /// Compare a model on this machine with a reference, a text or questions; no node is needed.
-    Eval(alone::Eval),
+    Eval(local::Eval),
     /// Measure prefill and decode on this machine, beside llama.cpp where its programs are given; no node is needed.
     Bench(bench::BenchArgs),
 }
@@ -190,9 +192,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn execute(cli: Cli) -> Result<(), Failure> {
     let serves = matches!(cli.command, Command::Up { .. } | Command::Join { .. });
     if !serves {
-        // A reader that has had enough ends the command quietly, as it does others: `coel generate ... | head`.
-        // SAFETY: no other thread runs yet, and the default action needs no handler.
-        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+        end_on_closed_pipe();
     }
     telemetry::init(cli.log_format, if serves { None } else { Some("warn") });
     match cli.command {

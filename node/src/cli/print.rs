@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::Failure;
-use crate::size::Size;
+use crate::config::Size;
 use crate::status::Status;
 
 /// One JSON document.
@@ -57,6 +57,11 @@ pub fn status(status: &Status) -> Result<(), Failure> {
     }
     if let Some(problem) = &status.readiness.problem {
         writeln!(std::io::stdout(), "problem   {problem}")?;
+    }
+    let name_of = |id| status.nodes.iter().find(|node| node.node_id == id).map_or("?", |node| node.name.as_str());
+    if !status.awaited.is_empty() {
+        let names: Vec<_> = status.awaited.iter().map(|&id| name_of(id)).collect();
+        writeln!(std::io::stdout(), "waiting   for {}, before experts are placed elsewhere", names.join(", "))?;
     }
     if let Some(planner) = &status.planner {
         writeln!(std::io::stdout(), "planner   {planner}")?;

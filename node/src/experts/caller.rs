@@ -3,7 +3,7 @@
 //! Owns [`Caller`], the engine's source of experts. It knows flights' calls and hosts, not whose rows they are.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use coel_gossip::{Liveness, PeerId, PeerView};
@@ -21,8 +21,10 @@ use tracing::{debug, warn};
 use super::dispatch::{Call, HostLoad, Missing, Pair, Replicas, assign};
 use super::hosts::Hosts;
 use super::wire::{CallHeader, PROTOCOL, ReplyHeader, VERSION, decode_reply, encode_call};
+use crate::hosting::{HeldExperts, Loaded, LoadedModel, WeakLoaded};
 use crate::ids;
-use crate::shared::{Held, Serving, Shared};
+use crate::mesh::MeshView;
+use crate::metrics::Metrics;
 
 /// Times that hosts which failed are asked again when nobody else is left: a connection may have broken, not the host.
 const SECOND_CHANCES: u32 = 2;
@@ -31,16 +33,20 @@ const SECOND_CHANCE_AFTER: Duration = Duration::from_millis(200);
 
 /// A home's way to experts of other nodes.
 pub struct Caller {
-    /// Weak: the engine has the caller, and what is shared has the engine.
-    shared: Weak<Shared>,
+    /// Weak: the engine has the caller, and what is loaded has the engine.
+    loaded: WeakLoaded,
+    view: MeshView,
+    metrics: Arc<Metrics>,
     hosts: SharedHosts,
     runtime: Handle,
 }
 
 /// One call under way.
 struct Calling {
-    shared: Arc<Shared>,
-    serving: Serving,
+    loaded: Loaded,
+    view: MeshView,
+    metrics: Arc<Metrics>,
+    model: LoadedModel,
     hosts: SharedHosts,
 }
 
@@ -88,7 +94,7 @@ struct View<'a> {
     home: NodeId,
     state: &'a State,
     peers: &'a BTreeMap<PeerId, PeerView>,
-    held: &'a Held,
+    held: &'a HeldExperts,
     hosts: &'a SharedHosts,
     /// What hosts said during this call that they do not hold, whatever the placement says.
     absent: &'a BTreeSet<(NodeId, ExpertId)>,
@@ -126,19 +132,19 @@ impl Replicas for View<'_> {
 
 impl Caller {
     /// The caller of the node, whose calls run on `runtime`.
-    pub fn new(shared: Weak<Shared>, runtime: Handle) -> Self {
-        Self { shared, hosts: SharedHosts::default(), runtime }
+    pub fn new(loaded: WeakLoaded, view: MeshView, metrics: Arc<Metrics>, runtime: Handle) -> Self {
+        Self { loaded, view, metrics, hosts: SharedHosts::default(), runtime }
     }
 }
 
 impl ExpertSource for Caller {
     fn ask(&self, request: ExpertRequest) {
         // Where the node is ending the request is dropped, and fails.
-        let Some(shared) = self.shared.upgrade() else { return };
-        let hosts = self.hosts.clone();
+        let Some(loaded) = self.loaded.upgrade() else { return };
+        let (view, metrics, hosts) = (self.view.clone(), self.metrics.clone(), self.hosts.clone());
         self.runtime.spawn(async move {
-            let Some(serving) = shared.serving.borrow().clone() else { return };
-            let calling = Calling { shared, serving, hosts };
+            let Some(model) = loaded.model() else { return };
+            let calling = Calling { loaded, view, metrics, model, hosts };
             let ExpertRequest { call, mut reply } = request;
             let outputs = tokio::select! {
                 outputs = calling.run(&call) => outputs,
@@ -167,9 +173,9 @@ impl Calling {
         let mut reasons = Vec::new();
         let mut chances = SECOND_CHANCES;
         while !open.is_empty() {
-            let (state, peers, held) = (self.shared.state(), self.shared.peers(), self.shared.held.borrow().clone());
+            let (state, peers, held) = (self.view.state(), self.view.peers(), self.loaded.held());
             let view = View {
-                home: self.shared.log.node_id(),
+                home: self.view.node(),
                 state: &state,
                 peers: &peers,
                 held: &held,
@@ -224,7 +230,7 @@ impl Calling {
                     }
                     Err(Fault::Host(why)) => {
                         warn!(host = %part.host, layer, why, "an expert call failed; asking a replica");
-                        self.shared.metrics.expert_calls_failed.inc();
+                        self.metrics.expert_calls_failed.inc();
                         lock(&self.hosts).failed(part.host, Instant::now());
                         failed.insert(part.host);
                         note(&mut reasons, part.host, why);
@@ -254,7 +260,7 @@ impl Calling {
             let start = usize::from(row) * call.hidden;
             data.extend_from_slice(&call.rows[start..start + call.hidden]);
         }
-        let result = if part.host == self.shared.log.node_id() {
+        let result = if part.host == self.view.node() {
             self.here(&part, call, data).await
         } else {
             let _flight = Flight::begin(&self.hosts, part.host);
@@ -271,7 +277,7 @@ impl Calling {
     async fn here(&self, part: &Call, call: &ExpertCall, rows: Vec<f32>) -> Result<(Vec<f32>, Option<String>), Fault> {
         let work = part.work().into_iter();
         let work = work.map(|work| (work.expert, work.rows.into_iter().map(u32::from).collect::<Vec<_>>())).collect();
-        match self.serving.engine.run_experts(call.layer, rows, work).await {
+        match self.model.engine.run_experts(call.layer, rows, work).await {
             Ok(outputs) => Ok((outputs, None)),
             // Dropped since the view was taken: a replica has it.
             Err(EngineError::NotHeld(expert)) => Err(Fault::Absent(vec![ids::to_store(expert)])),
@@ -290,7 +296,7 @@ impl Calling {
     ) -> Result<(Vec<f32>, Option<String>), Fault> {
         let header = CallHeader {
             version: VERSION,
-            model: self.serving.known.id,
+            model: self.model.meta.id,
             epoch,
             layer: call.layer,
             hidden_size: call.hidden as u32,
@@ -298,7 +304,7 @@ impl Calling {
         };
         let peer = peer.ok_or_else(|| Fault::Host("has no valid peer id".into()))?;
         let frame = encode_call(&header, &rows);
-        let reply = self.shared.gossip.request(peer, PROTOCOL, frame, deadline).await;
+        let reply = self.view.gossip().request(peer, PROTOCOL, frame, deadline).await;
         let reply = reply.map_err(|error| Fault::Host(error.to_string()))?;
         let decoded = decode_reply(&reply, part.pairs.len(), call.hidden);
         match decoded.map_err(|error| Fault::Host(error.to_string()))? {
