@@ -107,3 +107,26 @@ fn a_folder_and_the_model_registered_from_it_have_the_same_sizes() {
     assert_eq!((q8.fixed_bytes, q8.experts[2]), (fixed, Some(10)));
     assert_eq!(sizes.fits(fixed - 1, 64)[1].experts, [None; 3], "not even the trunk");
 }
+
+#[test]
+fn what_is_too_small_is_named_with_both_numbers_and_the_remedy() {
+    let sizes = sizes();
+    let fixed = sizes.fixed_bytes(16, Precision::Q4);
+    let memory = |memory_bytes| sizes.check_memory("tiny", &Limits { memory_bytes, ..limits() });
+    assert_eq!(memory(fixed), Ok(()));
+    let said = memory(fixed - 1).unwrap_err().to_string();
+    for part in [&format!("({} bytes)", fixed - 1), &format!("({fixed} bytes)"), "'tiny'", "--memory", "--kv-tokens"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert_eq!(sizes.check_disk("tiny", 310, Precision::Q4), Ok(()));
+    let said = sizes.check_disk("tiny", 309, Precision::Q4).unwrap_err().to_string();
+    assert!(said.contains("(309 bytes)") && said.contains("(310 bytes)") && said.contains("--trunk"), "{said}");
+    let needed = sizes.offload_fixed_bytes(Precision::Q4) + sizes.paging_bytes_min(Precision::Q4);
+    let offload = |bytes, disk_bytes| {
+        let limits = Limits { offload_bytes: Some(bytes), disk_bytes, ..limits() };
+        sizes.check_offload(&limits, Precision::Q4)
+    };
+    assert_eq!((offload(needed, Some(1)), offload(0, None)), (Ok(()), Ok(())));
+    let said = offload(needed - 1, Some(1)).unwrap_err().to_string();
+    assert!(said.contains(&format!("({needed} bytes)")) && said.contains("leave --disk out"), "{said}");
+}

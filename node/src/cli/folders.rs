@@ -21,7 +21,7 @@ use crate::config::{KV_TOKENS, Size};
 pub struct Inspect {
     /// The directory: a checkpoint, or slices of one.
     dir: PathBuf,
-    /// What a node may use: says what fits, at which precision.
+    /// Memory of a node: also show what fits it, at which precision.
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
     /// KV cache of that node, in tokens.
@@ -120,7 +120,7 @@ impl Inspection {
         };
         writeln!(
             out,
-            "In {}, beside a KV cache of {} tokens, of {} experts fit:",
+            "In {}, beside a KV cache of {} tokens, so many of the {} experts fit:",
             Size(budget.memory_bytes),
             budget.kv_tokens,
             inventory.experts_total
@@ -138,7 +138,7 @@ impl Inspection {
         writeln!(out, "{}", print::table(&header, 1, rows))?;
         let least = budget.fits.iter().map(|fit| fit.fixed_bytes).min().filter(|least| *least > budget.memory_bytes);
         if let Some(least) = least {
-            writeln!(out, "nothing fits: trunk, cache and buffers alone take {} at least", Size(least))?;
+            writeln!(out, "nothing fits: trunk, cache and buffers alone take at least {}", Size(least))?;
         }
         Ok(())
     }
@@ -149,7 +149,7 @@ impl Inspection {
 pub struct Slice {
     /// The checkpoint directory.
     dir: PathBuf,
-    /// The directory to write; must not be another model. One that holds these slices already is mended.
+    /// The directory to write; must not be another model. In one that holds these slices already, damaged ones are replaced.
     out: PathBuf,
 }
 

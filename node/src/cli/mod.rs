@@ -55,20 +55,20 @@ enum Command {
         #[command(flatten)]
         node: NodeArgs,
     },
-    /// Print an invite to this node's mesh. Whoever has the line can join.
+    /// Print an invite to this node's mesh. Anyone who has the line can join.
     Invite {
         #[command(flatten)]
         data: DataArgs,
         /// How many nodes may join with it.
         #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
         uses: u32,
-        /// How long it is good: seconds, or with a unit: 90s, 30m, 24h, 7d.
+        /// How long it is valid: seconds, or with a unit: 90s, 30m, 24h, 7d.
         #[arg(long, default_value = "24h", value_parser = duration)]
         ttl: Duration,
         #[command(flatten)]
         output: Output,
     },
-    /// Hand over this node's experts, then leave the mesh. Answers that are being written here may go on for a minute.
+    /// Hand over this node's experts, then leave the mesh. Answers that are being written here may continue for a minute.
     Leave {
         #[command(flatten)]
         data: DataArgs,
@@ -128,16 +128,16 @@ enum Model {
         #[command(flatten)]
         output: Output,
     },
-    /// Show or say at which precision the mesh is to hold experts. Without a word from you the most exact that fits is chosen.
+    /// Show or set the precision at which the mesh holds experts. Unless it is set, the mesh chooses the most exact that fits.
     Precision {
         /// `auto`, `q4`, `q8`, `exact`, or bounds such as `q8..` (at least) or `..q8` (at most).
         bounds: Option<Bounds>,
         #[command(flatten)]
         data: DataArgs,
     },
-    /// What is in a model directory, in bytes per slice, and what of it fits a node.
+    /// Show what a model directory holds, in bytes per slice, and what of it fits a node.
     Inspect(folders::Inspect),
-    /// Make slices of a checkpoint directory, at 4 and 8 bits a weight. Goes on where it was stopped, and mends what is damaged.
+    /// Make slices of a checkpoint directory, at 4 and 8 bits a weight. Resumes where it was stopped, and replaces damaged slices.
     Slice(folders::Slice),
     /// Make a checkpoint of random weights, for measuring.
     Synth(folders::Synth),
@@ -151,7 +151,7 @@ struct Output {
     json: bool,
 }
 
-/// A command that failed: what to say, and with which exit code.
+/// A command that failed: the message, and the exit code.
 #[derive(Debug)]
 struct Failure {
     message: String,
@@ -175,7 +175,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are no faults; clap knows which stream they belong to.
+            // Help and version are not faults; clap knows which stream they belong to.
             let _ = error.print();
             return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
         }
@@ -222,7 +222,7 @@ fn execute(cli: Cli) -> Result<(), Failure> {
 fn up(data: DataArgs, node: NodeArgs, origin: Origin) -> Result<(), Failure> {
     let config = node.resolve(&data.data).map_err(Failure::usage)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        // One compute thread does the work; these only move bytes.
+        // The compute thread does the work; these threads only move bytes.
         .worker_threads(2)
         .enable_all()
         .build()?;
@@ -246,7 +246,7 @@ fn duration(text: &str) -> Result<Duration, String> {
         "m" | "min" => 60,
         "h" => 3600,
         "d" => 86400,
-        _ => return Err(format!("'{unit}' is no unit of time; write s, m, h or d")),
+        _ => return Err(format!("'{unit}' is not a unit of time; write s, m, h or d")),
     };
     let number: u64 = number.parse().map_err(|_| "write a number and a unit, e.g. 24h".to_owned())?;
     number.checked_mul(factor).map(Duration::from_secs).ok_or_else(|| "too long".to_owned())

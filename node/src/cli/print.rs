@@ -47,7 +47,7 @@ pub fn status(status: &Status) -> Result<(), Failure> {
     )?;
     writeln!(
         std::io::stdout(),
-        "experts   {:.1} % ready somewhere, at least {} replica(s) of each",
+        "experts   {:.1} % ready on some node, at least {} replica(s) of each",
         status.coverage * 100.0,
         status.replicas_min
     )?;
@@ -67,7 +67,7 @@ pub fn status(status: &Status) -> Result<(), Failure> {
         writeln!(std::io::stdout(), "planner   {planner}")?;
     }
     if status.precisions != Bounds::AUTO {
-        writeln!(std::io::stdout(), "precision {} is wanted", status.precisions)?;
+        writeln!(std::io::stdout(), "precision {} was set", status.precisions)?;
     }
     let rows = status.nodes.iter().map(|node| {
         let share = |share: Option<f64>| share.map_or("-".into(), |share| format!("{:.0} %", share * 100.0));

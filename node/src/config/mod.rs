@@ -18,9 +18,9 @@ pub use size::{BadSize, Size};
 
 /// Name of the configuration file in the data folder.
 pub const FILE_NAME: &str = "coel.toml";
-/// Share of the machine's memory that a node takes where nothing is said.
+/// Share of the machine's memory that a node takes by default.
 const MEMORY_SHARE: f64 = 0.75;
-/// KV cache of a node in tokens where nothing is said: enough for a few chats, small beside the experts.
+/// Default KV cache of a node in tokens: enough for a few chats, small beside the experts.
 pub const KV_TOKENS: usize = 4096;
 /// Longest name of a node, in bytes. Admission refuses a longer one.
 pub const NAME_BYTES_MAX: usize = 64;
@@ -59,14 +59,13 @@ pub struct NodeArgs {
     #[arg(long, env = "COEL_MEMORY", value_name = "SIZE")]
     #[serde(deserialize_with = "size")]
     pub memory: Option<Size>,
-    /// Memory of the GPU for models, where `--device` is one. With `--memory` as well, experts that do not fit lie in that much of the
-    /// machine's own memory, and are computed there or brought up [default: what `--memory` says, and nothing beneath].
+    /// Memory of the GPU for models, where `--device` is one. With `--memory` as well, experts that do not fit the GPU are kept in that
+    /// much of the machine's memory, and computed there or moved to the GPU [default: as --memory, without offload].
     #[arg(long, env = "COEL_VRAM", value_name = "SIZE")]
     #[serde(deserialize_with = "size")]
     pub vram: Option<Size>,
-    /// Disk for weights. With it, and only with it, this node may be given more experts than its memory holds: those come from
-    /// disk when they are needed. The checkpoint of a model that was imported here does not count [default: no bound, and
-    /// nothing beyond memory].
+    /// Disk for weights. Only with it may this node be assigned more experts than its memory holds; those are read from disk when
+    /// they are needed. The checkpoint of a model that was imported here does not count [default: no bound, and no paging].
     #[arg(long, env = "COEL_DISK", value_name = "SIZE")]
     #[serde(deserialize_with = "size")]
     pub disk: Option<Size>,
@@ -74,10 +73,10 @@ pub struct NodeArgs {
     /// is short, at most as many contexts as requests run at once].
     #[arg(long, env = "COEL_KV_TOKENS", value_name = "N")]
     pub kv_tokens: Option<usize>,
-    /// At which precision this node accepts experts: `auto`, `q4`, `q8`, `exact`, or bounds such as `q8..` or `..q8` [default: auto].
+    /// The precision at which this node accepts experts: `auto`, `q4`, `q8`, `exact`, or bounds such as `q8..` or `..q8` [default: auto].
     #[arg(long, env = "COEL_PRECISION", value_name = "PRECISION")]
     pub precision: Option<Bounds>,
-    /// At which precision this node holds the trunk, likewise; of several the most exact that leaves room for its share of the
+    /// The precision at which this node holds the trunk, likewise; of several, the most exact that leaves room for its share of the
     /// experts [default: auto].
     #[arg(long, env = "COEL_TRUNK", value_name = "PRECISION")]
     pub trunk: Option<Bounds>,

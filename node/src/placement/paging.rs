@@ -51,7 +51,7 @@ struct Paging<'a> {
 }
 
 impl Paging<'_> {
-    /// Gives experts that nobody holds to memories that have room: those that lie on these nodes already, or any.
+    /// Gives experts without a replica to memories that have room: with `only_held`, to nodes that hold them already.
     fn fill_memory(&mut self, ranked: &[ExpertId], only_held: bool) {
         for &expert in ranked {
             if self.table.count(expert) > 0 {

@@ -178,7 +178,7 @@ impl<'a> Table<'a> {
         (u128::from(self.room(node)) * 1_000_000 / u128::from(budget)) as u64
     }
 
-    /// Whether `node` is the only one that keeps the expert from before: everybody else would have to fetch it first.
+    /// Whether `node` is the only one that keeps the expert from before: every other node would have to fetch it first.
     pub fn is_last_that_has_it(&self, expert: ExpertId, node: NodeId) -> bool {
         let Some(had) = self.current.get(&expert).filter(|had| had.contains_key(&node)) else { return false };
         self.of(expert).all(|(other, _)| other == node || !had.contains_key(&other))

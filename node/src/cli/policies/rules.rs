@@ -35,7 +35,7 @@ impl Policy {
             Self::Uniform => "uniform",
             Self::Random { .. } => "random",
             Self::Popularity => "popularity",
-            Self::ExpectedLoss => "harm",
+            Self::ExpectedLoss => "expected loss",
         }
     }
 

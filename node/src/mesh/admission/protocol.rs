@@ -101,7 +101,7 @@ async fn host(stream: &mut FrameStream, stranger: PeerId, log: &Log, local: Peer
         return Err("expected Proof".into());
     };
     if name.is_empty() || name.len() > NAME_BYTES_MAX || addresses.len() > ADDRESSES_MAX {
-        return Err(format!("a name of 1 to {NAME_BYTES_MAX} bytes and at most {ADDRESSES_MAX} addresses, please"));
+        return Err(format!("a node has a name of 1 to {NAME_BYTES_MAX} bytes and at most {ADDRESSES_MAX} addresses"));
     }
     let state = log.state().borrow().clone();
     let token = find_invite(state.invites.keys(), &proof, mesh, stranger, local, &nonce)
