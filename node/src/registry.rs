@@ -15,7 +15,8 @@ use tokio::sync::watch;
 
 use crate::budget::ModelSizes;
 use crate::system::run_blocking;
-use crate::weights::fetch::{BlobSource, FetchError, Fetcher};
+use crate::weights::fetch::{FetchError, Fetcher};
+use crate::weights::sources::BlobSource;
 
 /// A model without its tensors.
 pub struct ModelMeta {

@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use coel_gossip::{Handle, PeerId, PeerView};
 use coel_store::{ExpertId, Log, ModelId, NodeId, Placement, Precision, Slice, State};
-use rand::seq::SliceRandom;
 use tokio::sync::watch;
 
 use super::advert::{OwnOffer, offer_of};
@@ -15,7 +14,7 @@ use crate::budget::Offer;
 use crate::ids;
 use crate::placement::{Liveness, MemberFacts, MeshFacts, ModelFacts, model_to_serve};
 use crate::registry::{ModelMeta, ModelRegistry};
-use crate::weights::fetch::BlobSource;
+use crate::weights::sources::{BlobSource, Likelihood, ranked};
 
 /// Handles on what this node knows of the mesh. Cloning is cheap.
 #[derive(Clone)]
@@ -121,17 +120,18 @@ impl MeshView {
             (None, _) => BTreeSet::new(),
         };
         let there = members.iter().filter(|(node, facts)| **node != self.node() && facts.liveness != Liveness::Down);
-        let mut ranked: Vec<_> = there
-            .filter_map(|(node, facts)| {
-                let member = state.members.get(node)?;
-                let complete = facts.offer.as_ref().is_some_and(|offer| offer.has_all_of(model));
-                let rank = if ready.contains(node) { 0 } else { 2 - i32::from(complete) };
-                Some((rank, BlobSource { peer: ids::peer_id(&member.peer)?, name: member.name.clone() }))
-            })
-            .collect();
-        ranked.shuffle(&mut rand::rng());
-        ranked.sort_by_key(|(rank, _)| *rank);
-        ranked.into_iter().map(|(_, source)| source).collect()
+        let sources = there.filter_map(|(node, facts)| {
+            let member = state.members.get(node)?;
+            let likelihood = if ready.contains(node) {
+                Likelihood::Serves
+            } else if facts.offer.as_ref().is_some_and(|offer| offer.has_all_of(model)) {
+                Likelihood::Complete
+            } else {
+                Likelihood::Unknown
+            };
+            Some((likelihood, BlobSource { peer: ids::peer_id(&member.peer)?, name: member.name.clone() }))
+        });
+        ranked(sources.collect(), &mut rand::rng())
     }
 
     /// For each expert the number of nodes that could compute it now: this node if it has it among `held`, and live nodes with a ready

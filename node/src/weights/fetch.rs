@@ -13,6 +13,7 @@ use coel_store::{BlobEntry, BlobError, BlobId, Blobs, CHUNK_BYTES, Manifest, Mod
 use tokio::time::timeout;
 use tracing::{debug, instrument, warn};
 
+use super::sources::BlobSource;
 use super::wire::{CHUNKS_MAX, ChunkReply, ChunkRequest, PROTOCOL, VERSION, decode, encode};
 use crate::budget::Holdings;
 use crate::metrics::Metrics;
@@ -80,15 +81,6 @@ impl FetchError {
             Self::Lost { .. } | Self::Store { .. } => true,
         }
     }
-}
-
-/// A peer to ask, and how to call it in messages.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BlobSource {
-    /// Whom to ask.
-    pub peer: PeerId,
-    /// Its name.
-    pub name: String,
 }
 
 impl Fetcher {
