@@ -3,21 +3,30 @@
 //! The three leaves do the work and never meet: [`coel_gossip`] knows who is here and carries bytes, [`coel_model`] turns
 //! tokens into tokens, [`coel_store`] knows what was agreed and keeps the weights. This crate wires them.
 //!
+//! Rooms from the bottom to the top; a room imports only rooms above it in this table:
+//!
 //! | room | what it decides or does |
 //! |---|---|
-//! | [`admission`], [`mesh`] | who gets in; the log's transport; the leader's duties |
-//! | [`placement`], [`policies`] | pure: which node holds which expert, how exactly; other rules to compare that with |
-//! | [`hosting`], [`weights`], [`library`] | gets, verifies, loads and reports what the placement assigned |
+//! | [`ids`], [`system`], [`metrics`], [`lifecycle`] | conversions between the leaves' ids; the operating system; counters; how a node ends |
+//! | [`service`], [`http`] | what a node offers its users, and OpenAI's words for it |
+//! | [`config`] | flags, file and environment, checked once |
+//! | [`budget`] | pure: what a model takes in bytes, what fits, what a node can offer |
+//! | [`placement`] | pure: which node holds which expert, how exactly; the leader's decisions |
+//! | [`weights`], [`registry`] | verified blobs from peers; the models this node knows |
+//! | [`mesh`] | the log's network, admission, the mesh as this node sees it, the leader's driver |
+//! | [`import`] | a checkpoint becomes a registered model |
+//! | [`hosting`] | gets, verifies, loads and reports the experts that the placement assigned |
 //! | [`experts`] | one layer's rows to their hosts and back; failover |
-//! | [`generation`], [`service`], [`http`] | a prompt to an answer, and OpenAI's words for it |
-//! | [`runtime`], [`shared`] | one node: its tasks and what they share |
-//! | [`cli`], [`config`], [`control`], [`commands`], [`status`] | people and their commands |
+//! | [`status`] | the status document, and whether a request would be served |
+//! | [`generation`] | a prompt to an answer |
+//! | [`control`] | commands on this machine |
+//! | [`runtime`] | one node: its tasks and the handles each of them gets |
+//! | [`cli`] | the commands of `coel` |
 //!
 //! Invariant: consensus is off the token's path. The log decides who holds experts; no token waits for it.
 
-pub mod admission;
+pub mod budget;
 pub mod cli;
-pub mod commands;
 pub mod config;
 pub mod control;
 pub mod experts;
@@ -26,16 +35,13 @@ pub mod hosting;
 pub mod http;
 pub mod ids;
 pub mod import;
-pub mod library;
+pub mod lifecycle;
 pub mod mesh;
 pub mod metrics;
 pub mod placement;
-pub mod policies;
-pub mod report;
+pub mod registry;
 pub mod runtime;
 pub mod service;
-pub mod shared;
-pub mod size;
 pub mod status;
-pub mod telemetry;
+pub mod system;
 pub mod weights;

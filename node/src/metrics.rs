@@ -46,6 +46,8 @@ pub struct Metrics {
     pub bytes_fetched: Counter,
     /// Bytes sent over the weight stream.
     pub bytes_sent: Counter,
+    /// Damaged blobs that were replaced.
+    pub blobs_repaired: Counter,
     /// Batches that went through the layers together.
     flights: Counter,
     /// Sessions in them; over flights, how many are computed at once.
@@ -90,6 +92,7 @@ impl Default for Metrics {
             tokens: Counter::default(),
             bytes_fetched: Counter::default(),
             bytes_sent: Counter::default(),
+            blobs_repaired: Counter::default(),
             flights: Counter::default(),
             flight_sessions: Counter::default(),
             flight_rows: Counter::default(),
@@ -113,6 +116,7 @@ impl Default for Metrics {
             ("requests", "Generations taken", &metrics.requests),
             ("requests_failed", "Generations that ended with an error", &metrics.requests_failed),
             ("tokens", "Tokens generated", &metrics.tokens),
+            ("blobs_repaired", "Damaged blobs of weights that were replaced", &metrics.blobs_repaired),
             ("flights", "Batches that went through the layers together", &metrics.flights),
             ("flight_sessions", "Sessions in those batches", &metrics.flight_sessions),
             ("flight_rows", "Rows in those batches", &metrics.flight_rows),

@@ -1,7 +1,7 @@
-//! One node, from the data folder to Ctrl-C: starts its parts in order, keeps them running, stops them in order.
+//! One node, from the data folder to Ctrl-C: starts its tasks in order, keeps them running, stops them in order.
 //!
-//! Invariants: one process per data folder; when a part fails the node stops rather than limp; what is announced as listening
-//! is listening.
+//! Here every task gets the handles that it needs, and no more. Invariants: one process per data folder; when a task fails the node
+//! stops instead of going on without it; an address that is announced is being listened on.
 
 use std::fs::{File, TryLockError};
 use std::future::Future;
@@ -11,32 +11,43 @@ use std::time::Duration;
 
 use coel_gossip::{Handle, Identity};
 use coel_model::device::Device;
-use coel_store::{Blobs, Command, Log, MemberInfo, Outcome, Timing};
+use coel_store::{Blobs, Log, MemberInfo, Timing};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
-use crate::admission::handshake::{ADDRESSES_MAX, Greeted};
-use crate::admission::invite::Invite;
-use crate::config::Config;
+use crate::config::{Config, Size};
+use crate::control::commands::{self, CommandHandles};
 use crate::control::{Listener, NodeFile};
-use crate::experts::{host, wire};
-use crate::generation::Generator;
+use crate::experts::caller::{Caller, CallerHandles};
+use crate::experts::host::{self, HostHandles};
+use crate::experts::wire;
+use crate::generation::{AnswerGate, Generator, GeneratorHandles};
+use crate::hosting::{self, HostingHandles, Loaded};
 use crate::http::{self, Auth};
-use crate::mesh::{PROPOSE_DEADLINE, admit, leader, members, raft};
+use crate::ids;
+use crate::import::{Importer, Imports};
+use crate::lifecycle::Lifecycle;
+use crate::mesh::admission::handshake::Greeted;
+use crate::mesh::admission::invite::Invite;
+use crate::mesh::admission::protocol;
+use crate::mesh::{MeshView, OwnOffer, advert, leader, members, raft_network};
 use crate::metrics::Metrics;
-use crate::shared::Shared;
-use crate::size::Size;
+use crate::placement::LeaderReport;
+use crate::registry::ModelRegistry;
+use crate::status::{ReadinessView, StatusView};
+use crate::system::{cpu_time, replace_file, resident_bytes};
+use crate::weights::fetch::Fetcher;
 use crate::weights::{self, wire as weight_wire};
-use crate::{commands, hosting, ids};
 
-/// How often load is looked at; gossip decides when it is worth sending.
+/// How often load is sampled; gossip decides when a change is worth sending.
 const LOAD_PERIOD: Duration = Duration::from_millis(250);
 /// Longest path of a Unix socket that every system accepts.
 const SOCKET_PATH_MAX: usize = 100;
 
-/// How a node comes to be in a mesh.
+/// How a node gets into a mesh.
 #[derive(Debug)]
 pub enum Origin {
     /// It creates one.
@@ -62,16 +73,16 @@ pub enum RunError {
     /// HTTP cannot listen.
     #[error("HTTP cannot listen on {address}: {source}; stop what uses that port, or name another address with --api")]
     Api { address: std::net::SocketAddr, source: std::io::Error },
-    /// Something of the operating system.
+    /// A fault of the operating system.
     #[error("{what}: {source}")]
     Io { what: String, source: std::io::Error },
-    /// The device asked for is not there.
+    /// The requested device does not exist.
     #[error("{0}")]
     Device(#[from] coel_model::device::DeviceError),
-    /// Memory of a GPU where there is none.
+    /// GPU memory was given and no GPU can be used.
     #[error(
-        "--vram {vram} and --device {device}: no GPU can be used here and this node computes on the CPU; leave --vram out, or say \
-         with --device cuda:N which GPU, to hear why it cannot be used"
+        "--vram {vram} and --device {device}: no GPU can be used here, so this node computes on the CPU; leave --vram out, or name the \
+         GPU with --device cuda:N to see why it cannot be used"
     )]
     VramOfCpu { vram: Size, device: String },
     /// The swarm did not start.
@@ -88,8 +99,8 @@ pub enum RunError {
     Blobs(#[from] coel_store::BlobError),
     /// Not admitted.
     #[error("{0}")]
-    Join(#[from] admit::JoinError),
-    /// A part of the running node failed for good.
+    Join(#[from] protocol::JoinError),
+    /// A task of the running node failed for good.
     #[error("{0}")]
     Fatal(String),
 }
@@ -99,7 +110,7 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> RunError {
     move |source| RunError::Io { what, source }
 }
 
-/// Runs a node until it is asked to stop: by a signal, by `coel leave`, or by a fault. `started` hears once it listens.
+/// Runs a node until it is asked to stop: by a signal, by `coel leave`, or by a fault. Calls `started` once the node listens.
 ///
 /// # Errors
 /// [`RunError`]; everything that was started has been stopped again.
@@ -107,7 +118,7 @@ pub async fn run(config: Config, origin: Origin, started: impl FnOnce(&NodeFile)
     let data = config.data.clone();
     std::fs::create_dir_all(&data).map_err(io(format!("the data folder {}", data.display())))?;
     let _lock = lock(&data)?;
-    if let (Some(vram), Device::Cpu) = (config.vram_bytes, config.device.resolve()?) {
+    if let (Some(vram), Device::Cpu) = (config.limits.vram_bytes, config.device.resolve()?) {
         return Err(RunError::VramOfCpu { vram: Size(vram), device: config.device.to_string() });
     }
     let newcomer = matches!(origin, Origin::Join(_));
@@ -132,23 +143,23 @@ pub async fn run(config: Config, origin: Origin, started: impl FnOnce(&NodeFile)
             return Err(error);
         }
     };
-    let shared = Arc::new(Shared::new(config, gossip, log, blobs, Arc::new(Metrics::default()), newcomer));
-    let outcome = serve(shared.clone(), api, &api_url, started).await;
+    let lifecycle = Lifecycle::default();
+    let node = Node { config, gossip: gossip.clone(), log: log.clone(), blobs, newcomer, lifecycle: lifecycle.clone() };
+    let outcome = serve(node, api, &api_url, started).await;
     NodeFile::remove(&data);
-    shared.log.clone().shutdown().await;
-    shared.gossip.clone().shutdown().await;
-    if *shared.left.borrow() {
+    log.shutdown().await;
+    gossip.shutdown().await;
+    if lifecycle.has_left() {
         forget_mesh(&data)?;
     }
-    let fatal = shared.fatal.borrow().clone();
-    match (outcome, fatal) {
+    match (outcome, lifecycle.fatal()) {
         (Err(error), _) => Err(error),
         (Ok(()), Some(why)) => Err(RunError::Fatal(why)),
         (Ok(()), None) => Ok(()),
     }
 }
 
-/// Makes the folder one that belongs to no mesh. Its weights stay: they are good in any mesh.
+/// Makes the folder one that belongs to no mesh. Its weights stay: they are valid in any mesh.
 fn forget_mesh(data: &Path) -> Result<(), RunError> {
     let log = data.join("log");
     std::fs::remove_dir_all(&log).map_err(io(log.display().to_string()))
@@ -164,14 +175,14 @@ fn lock(data: &Path) -> Result<File, RunError> {
 }
 
 async fn open(config: &Config, origin: Origin, gossip: &Handle, data: &Path) -> Result<(Log, Arc<Blobs>), RunError> {
-    let transport = Arc::new(raft::OverGossip(gossip.clone()));
+    let transport = Arc::new(raft_network::RaftNetwork(gossip.clone()));
     let timing = Timing::default();
     let log = match origin {
         Origin::New => {
             let me = MemberInfo {
                 peer: ids::peer_key(gossip.local_peer_id()),
                 name: config.name.clone(),
-                addresses: addresses(gossip),
+                addresses: members::own_addresses(gossip),
             };
             Log::create(data, me, transport, timing).await?
         }
@@ -186,26 +197,26 @@ async fn open(config: &Config, origin: Origin, gossip: &Handle, data: &Path) -> 
                 return Err(RunError::NoMesh(data.to_owned()));
             }
             if !admitted {
-                // It was stopped before its log had come to its own admission: what the welcome said is all it knows.
+                // It was stopped before its log had reached its own admission: the welcome is all it knows.
                 welcome(gossip, &read_welcome(data));
             }
             log
         }
         Origin::Join(invite) => {
-            let admitted = admit::join(gossip, &invite, &config.name, addresses(gossip)).await?;
+            let admitted = protocol::join(gossip, &invite, &config.name, members::own_addresses(gossip)).await?;
             write_welcome(data, &admitted.members).map_err(io("the members of the mesh"))?;
             welcome(gossip, &admitted.members);
             Log::join(data, admitted.node, invite.mesh, transport, timing).await?
         }
     };
     info!(node = %log.node_id(), mesh = %log.mesh_id(), peer = %gossip.local_peer_id(), "in the mesh");
-    Ok((log, Arc::new(Blobs::open_within(data, config.disk_bytes)?)))
+    Ok((log, Arc::new(Blobs::open_within(data, config.limits.disk_bytes)?)))
 }
 
-/// Lets the members in that a newcomer was told of, until its log tells it.
+/// Admits the members that the welcome named, until the log names them.
 fn welcome(gossip: &Handle, members: &[Greeted]) {
     let known = members.iter().filter_map(|member| {
-        let addresses = members::parse(&member.addresses);
+        let addresses = members::parse_addresses(&member.addresses);
         Some((ids::peer_id(&member.peer)?, addresses))
     });
     gossip.set_members(known.collect());
@@ -216,7 +227,7 @@ fn welcome_path(data: &Path) -> PathBuf {
 }
 
 fn write_welcome(data: &Path, members: &[Greeted]) -> std::io::Result<()> {
-    std::fs::write(welcome_path(data), serde_json::to_vec(members)?)
+    replace_file(&welcome_path(data), &serde_json::to_vec(members)?)
 }
 
 fn read_welcome(data: &Path) -> Vec<Greeted> {
@@ -224,63 +235,142 @@ fn read_welcome(data: &Path) -> Vec<Greeted> {
     read.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
 }
 
-/// Where this node listens, as others are told. A machine with many interfaces has many; those beyond itself come first.
-pub fn addresses(gossip: &Handle) -> Vec<String> {
-    let mut listening: Vec<_> = gossip.listen_addresses().iter().map(ToString::to_string).collect();
-    listening.sort_by_key(|address| address.starts_with("/ip4/127.") || address.starts_with("/ip6/::1/"));
-    listening.truncate(ADDRESSES_MAX);
-    listening
+/// What the tasks of a node are built on.
+struct Node {
+    config: Config,
+    gossip: Handle,
+    log: Log,
+    blobs: Arc<Blobs>,
+    newcomer: bool,
+    lifecycle: Lifecycle,
+}
+
+/// The handles of one node, wired once.
+struct Parts {
+    offer: OwnOffer,
+    view: MeshView,
+    loaded: Loaded,
+    metrics: Arc<Metrics>,
+    leader_report: Arc<watch::Sender<LeaderReport>>,
+    hosting: HostingHandles,
+    generator: GeneratorHandles,
+    commands: CommandHandles,
+}
+
+/// Gives each part of the node the handles it needs.
+fn wire_up(node: &Node, api_url: &str) -> Parts {
+    let Node { config, gossip, log, blobs, newcomer, lifecycle } = node;
+    let limits = config.limits;
+    let (metrics, loaded, imports) = (Arc::new(Metrics::default()), Loaded::default(), Imports::default());
+    let (offer, leader_report) = (OwnOffer::new(&limits), Arc::new(watch::Sender::new(LeaderReport::default())));
+    let fetcher = Fetcher::new(gossip.clone(), blobs.clone(), metrics.clone());
+    let registry = ModelRegistry::new(fetcher.clone(), blobs.clone());
+    let view = MeshView::new(log.clone(), gossip.clone(), offer.clone(), registry.clone());
+    let hosting = HostingHandles {
+        limits,
+        device: config.device,
+        view: view.clone(),
+        registry: registry.clone(),
+        blobs: blobs.clone(),
+        fetcher: fetcher.clone(),
+        offer: offer.clone(),
+        loaded: loaded.clone(),
+        imports: imports.clone(),
+        metrics: metrics.clone(),
+        lifecycle: lifecycle.clone(),
+        newcomer: *newcomer,
+        remote_experts: Arc::new(Caller::new(CallerHandles { loaded: loaded.downgrade(), view: view.clone(), metrics: metrics.clone() })),
+        rows_max: wire::rows_max,
+    };
+    let importer = Importer {
+        data: config.data.clone(),
+        limits,
+        view: view.clone(),
+        registry: registry.clone(),
+        blobs: blobs.clone(),
+        fetcher,
+        offer: offer.clone(),
+        imports: imports.clone(),
+        lifecycle: lifecycle.clone(),
+    };
+    let readiness =
+        ReadinessView { view: view.clone(), loaded: loaded.clone(), imports, leader_report: leader_report.clone() };
+    let status = StatusView {
+        name: config.name.clone(),
+        api: api_url.to_owned(),
+        view: view.clone(),
+        registry,
+        loaded: loaded.clone(),
+        blobs: blobs.clone(),
+        readiness: readiness.clone(),
+        metrics: metrics.clone(),
+        memory_bytes: limits.memory_bytes,
+        rss_before_bytes: resident_bytes(),
+    };
+    let answers = AnswerGate::default();
+    let generator = GeneratorHandles {
+        view: view.clone(),
+        loaded: loaded.clone(),
+        readiness,
+        answers: answers.clone(),
+        metrics: metrics.clone(),
+        lifecycle: lifecycle.clone(),
+        kv_tokens: limits.kv_tokens,
+        memory_bytes: limits.memory_bytes,
+    };
+    let commands = CommandHandles { view: view.clone(), status, importer, answers, lifecycle: lifecycle.clone() };
+    Parts { offer, view, loaded, metrics, leader_report, hosting, generator, commands }
 }
 
 /// Starts the node's tasks and waits until one of them, or a person, ends the node.
 async fn serve(
-    shared: Arc<Shared>,
+    node: Node,
     api: TcpListener,
     api_url: &str,
     started: impl FnOnce(&NodeFile) + Send,
 ) -> Result<(), RunError> {
-    let data = shared.config.data.clone();
+    let data = node.config.data.clone();
     let socket = socket_path(&data);
     let mut control = Listener::bind(&socket).map_err(io(format!("the control socket {}", socket.display())))?;
-    let gossip = &shared.gossip;
+    let parts = wire_up(&node, api_url);
+    let Node { config, gossip, log, blobs, lifecycle, .. } = node;
     let mut tasks = JoinSet::new();
-    let mut part = |name: &'static str, task: BoxTask| {
+    let mut task = |name: &'static str, task: BoxTask| {
         tasks.spawn(async move {
             task.await;
             name
         });
     };
-    let serve =
-        |protocol| gossip.serve(protocol, coel_gossip::Access::Members).map_err(|e| RunError::Fatal(e.to_string()));
-    let (raft_in, experts_in) = (serve(raft::PROTOCOL)?, serve(wire::PROTOCOL)?);
-    let weights_in = serve(weight_wire::PROTOCOL)?;
-    let join_in = gossip
-        .serve(admit::PROTOCOL, coel_gossip::Access::Anyone)
-        .map_err(|error| RunError::Fatal(error.to_string()))?;
-    part("members", Box::pin(members::follow(gossip.clone(), shared.log.clone())));
-    part("raft", Box::pin(raft::serve(raft_in, shared.log.clone())));
-    part("admission", Box::pin(admit::serve(join_in, shared.log.clone(), gossip.local_peer_id())));
-    part("experts", Box::pin(host::serve(experts_in, host::HostHandles::new(&shared))));
-    let (blobs, metrics) = (shared.blobs.clone(), shared.metrics.clone());
-    part("weights", Box::pin(weights::serve::serve(weights_in, blobs, metrics)));
-    part("hosting", Box::pin(hosting::run(shared.clone())));
-    part("leader", Box::pin(leader::run(shared.clone())));
-    part("load", Box::pin(publish(shared.clone())));
-    part("address", Box::pin(readdress(shared.clone())));
+    let fatal = |error: coel_gossip::ServeError| RunError::Fatal(error.to_string());
+    let accept = |protocol| gossip.serve(protocol, coel_gossip::Access::Members).map_err(fatal);
+    let (raft_in, experts_in) = (accept(raft_network::PROTOCOL)?, accept(wire::PROTOCOL)?);
+    let weights_in = accept(weight_wire::PROTOCOL)?;
+    let join_in = gossip.serve(protocol::PROTOCOL, coel_gossip::Access::Anyone).map_err(fatal)?;
+    let load = sample_load(gossip.clone(), parts.loaded.clone(), config.limits.memory_bytes, lifecycle.clone());
+    task("members", Box::pin(members::follow(gossip.clone(), log.clone())));
+    task("raft", Box::pin(raft_network::serve(raft_in, log.clone())));
+    task("admission", Box::pin(protocol::serve(join_in, log.clone(), gossip.local_peer_id())));
+    task("experts", Box::pin(host::serve(experts_in, HostHandles { loaded: parts.loaded, metrics: parts.metrics.clone() })));
+    task("weights", Box::pin(weights::serve::serve(weights_in, blobs, parts.metrics)));
+    task("hosting", Box::pin(hosting::run(parts.hosting)));
+    task("leader", Box::pin(leader::run(parts.view, parts.leader_report)));
+    task("offer", Box::pin(advert::publish(gossip.clone(), parts.offer)));
+    task("load", Box::pin(load));
+    task("entry", Box::pin(members::keep_own_entry(gossip.clone(), log, config.name.clone())));
 
-    let generator = Arc::new(Generator::new(shared.clone()));
-    let stopping = shared.stopping.clone();
-    let auth = Auth::new(shared.config.api_key.as_deref());
+    let generator = Arc::new(Generator::new(parts.generator));
+    let stopping = lifecycle.stopping().clone();
+    let auth = Auth::new(config.api_key.as_deref());
     let mut web = tokio::spawn(http::serve(api, generator, auth, stopping.clone().cancelled_owned()));
 
     let file = NodeFile {
         pid: std::process::id(),
         peer_id: gossip.local_peer_id().to_string(),
-        name: shared.config.name.clone(),
+        name: config.name,
         api: api_url.to_owned(),
         socket,
     };
-    // Whoever reads the file may send a signal at once.
+    // A reader of the file may send a signal at once.
     let (mut interrupt, mut terminate) = signals().map_err(io("signals"))?;
     file.write(&data).map_err(io("node.json"))?;
     info!(api = api_url, "listening");
@@ -289,20 +379,20 @@ async fn serve(
     loop {
         tokio::select! {
             () = stopping.cancelled() => break,
-            _ = interrupt.recv() => stopping.cancel(),
-            _ = terminate.recv() => stopping.cancel(),
+            _ = interrupt.recv() => lifecycle.stop(),
+            _ = terminate.recv() => lifecycle.stop(),
             conversation = control.next() => match conversation {
                 Ok(conversation) => {
-                    tokio::spawn(commands::converse(conversation, shared.clone(), api_url.to_owned()));
+                    tokio::spawn(commands::converse(conversation, parts.commands.clone()));
                 }
                 Err(error) => {
-                    warn!(%error, "the control socket");
+                    warn!(%error, "the control socket cannot accept a connection");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             },
             Some(ended) = tasks.join_next() => {
-                let why = ended.map_or_else(|error| error.to_string(), |name| format!("the part '{name}' ended"));
-                shared.fail(why);
+                let why = ended.map_or_else(|error| error.to_string(), |name| format!("the task '{name}' ended"));
+                lifecycle.fail(why);
             }
         }
     }
@@ -332,63 +422,20 @@ fn socket_path(data: &Path) -> PathBuf {
     std::env::temp_dir().join(format!("coel-{}.sock", &hash[..16]))
 }
 
-/// Tells gossip how loaded this node is, and what there is to know of it.
-async fn publish(shared: Arc<Shared>) {
-    let mut facts = None;
+/// Samples how loaded this node is and tells gossip; ends the node when the compute thread has stopped.
+async fn sample_load(gossip: Handle, loaded: Loaded, memory_bytes: u64, lifecycle: Lifecycle) {
     let mut busy = cpu_time();
-    let mut looked = tokio::time::Instant::now();
+    let mut sampled = tokio::time::Instant::now();
     loop {
-        if shared.serving.borrow().as_ref().is_some_and(|serving| serving.engine.is_stopped()) {
-            shared.fail("the compute thread has stopped, see the log; restart the node".into());
+        if loaded.model().is_some_and(|model| model.engine.is_stopped()) {
+            lifecycle.fail("the compute thread has stopped, see the log; restart the node".into());
         }
-        let now = shared.facts();
-        if facts.as_ref() != Some(&now) {
-            if let Err(error) = shared.gossip.set_facts(now.encode()) {
-                warn!(%error, "this node's facts cannot be told");
-            }
-            facts = Some(now);
-        }
-        let budget = shared.config.memory_bytes.max(1) as f64;
-        let memory = 1.0 - crate::generation::ledger_bytes(&shared) as f64 / budget;
+        let memory = 1.0 - loaded.ledger_bytes() as f64 / memory_bytes.max(1) as f64;
         let computed = cpu_time();
-        let (worked, elapsed) = (computed.saturating_sub(busy), looked.elapsed());
-        (busy, looked) = (computed, tokio::time::Instant::now());
+        let (worked, elapsed) = (computed.saturating_sub(busy), sampled.elapsed());
+        (busy, sampled) = (computed, tokio::time::Instant::now());
         let compute = 1.0 - worked.as_secs_f64() / elapsed.as_secs_f64().max(1e-3);
-        shared.gossip.set_status(coel_gossip::Status::from_shares(memory, compute));
+        gossip.set_status(coel_gossip::Status::from_shares(memory, compute));
         tokio::time::sleep(LOAD_PERIOD).await;
-    }
-}
-
-/// Processor time of this process so far; nearly all of it is the one compute thread's.
-fn cpu_time() -> Duration {
-    // SAFETY: getrusage fills the struct it is given, whose fields are plain integers.
-    let usage = unsafe {
-        let mut usage = std::mem::zeroed();
-        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
-        usage
-    };
-    let time = |t: libc::timeval| Duration::new(t.tv_sec.max(0) as u64, t.tv_usec.max(0) as u32 * 1000);
-    time(usage.ru_utime) + time(usage.ru_stime)
-}
-
-/// Keeps the log's idea of this node's name and addresses true: a restart may have moved it.
-async fn readdress(shared: Arc<Shared>) {
-    let node = shared.log.node_id();
-    let mut state = shared.log.state();
-    loop {
-        let (name, addresses) = (shared.config.name.clone(), addresses(&shared.gossip));
-        let known = state.borrow_and_update().members.get(&node).cloned();
-        if known.is_some_and(|member| member.name != name || member.addresses != addresses) {
-            let command = Command::Readdress { node, name, addresses };
-            match shared.log.propose(command, PROPOSE_DEADLINE).await {
-                Ok(Outcome::Refused(refusal)) => warn!(%refusal, "the log does not take this node's addresses"),
-                Ok(_) => {}
-                Err(error) => warn!(%error, "the log could not be told this node's addresses; trying again"),
-            }
-        }
-        tokio::select! {
-            changed = state.changed() => if changed.is_err() { return std::future::pending().await },
-            () = tokio::time::sleep(Duration::from_secs(5)) => {}
-        }
     }
 }

@@ -1,4 +1,4 @@
-//! What a node offers to whoever talks to it: generations, models, readiness.
+//! What a node offers its users: generations, models, readiness.
 //!
 //! HTTP (and the terminal) see a node only through [`Service`]; they never see the log, the swarm or the engine. So the
 //! OpenAI surface is tested with a scripted service, and the node without HTTP.

@@ -1,15 +1,14 @@
 //! How much memory a node of the testnet is given.
 //!
-//! Owns the arithmetic only: trunk, KV cache and buffers whole, since every node runs the trunk, and a share of the expert
-//! bytes. The invariant that makes the mesh worth having: below 100 % no node can hold every expert.
+//! Owns the shares: trunk, KV cache and buffers whole, since every node runs the trunk, and a part of the expert bytes. What a model
+//! takes, `coel_node::budget` says. The invariant that makes the mesh worth having: below 100 % no node can hold every expert.
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use coel_model::checkpoint::Checkpoint;
-use coel_model::footprint::Footprint;
-use coel_model::parts::{Part, parts};
-use coel_node::experts::wire;
+use coel_model::folder::ModelFolder;
+use coel_node::budget::ModelSizes;
+use coel_store::Precision;
 
 /// KV cache of a testnet node, in tokens: one full context of the bundled model.
 const KV_TOKENS: usize = 2048;
@@ -35,23 +34,16 @@ impl Budget {
     /// # Errors
     /// The checkpoint's own faults.
     pub fn of(dir: &Path) -> Result<Self> {
-        let opened = Checkpoint::open(dir);
-        let checkpoint = opened.with_context(|| format!("the model in {} cannot be opened", dir.display()))?;
-        let config = checkpoint.config();
-        let footprint = Footprint::of(config, config.dtype);
-        let kv_tokens = KV_TOKENS.min(config.max_position_embeddings);
-        let rows_max = wire::rows_max(config.hidden_size, config.num_experts_per_tok);
-        // As blobs, since that is what nodes hold: a little more than the tensors.
-        let (experts, trunk): (Vec<_>, Vec<_>) =
-            parts(&checkpoint).into_iter().partition(|part| part.expert().is_some());
-        let trunk_bytes: u64 = trunk.iter().map(blob_bytes).sum();
-        let kv_bytes = kv_tokens as u64 * footprint.kv_bytes_per_token;
+        let opened = ModelFolder::open(dir);
+        let folder = opened.with_context(|| format!("the model in {} cannot be opened", dir.display()))?;
+        let kv_tokens = KV_TOKENS.min(folder.config().max_position_embeddings);
+        let sizes = ModelSizes::of_folder(&folder);
         Ok(Self {
-            fixed_bytes: trunk_bytes + kv_bytes + footprint.buffer_bytes(rows_max),
+            fixed_bytes: sizes.fixed_bytes(kv_tokens, Precision::Exact),
             kv_tokens,
-            expert_bytes: experts.iter().map(blob_bytes).max().unwrap_or(0),
-            experts: experts.len(),
-            pairs_per_token: (config.sparse_layers().count() * config.num_experts_per_tok) as u64,
+            expert_bytes: sizes.largest_expert_bytes(Precision::Exact),
+            experts: sizes.experts().len(),
+            pairs_per_token: sizes.pairs_per_token(),
         })
     }
 
@@ -70,11 +62,6 @@ impl Budget {
         let places = nodes * self.experts_in(self.bytes(percent)).min(self.experts);
         (places / self.experts.max(1)).min(2)
     }
-}
-
-/// Length of a part as a blob.
-fn blob_bytes(part: &Part) -> u64 {
-    part.header().len() as u64 + part.data_bytes()
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! Owns the document's shape and its making from the nodes' statuses. It judges nothing (`checks` does) and its figures are
 //! the nodes' own, but for `rss_bytes` and `bytes_assigned`, which are found out without asking them.
 
-use coel_node::size::Size;
+use coel_node::config::Size;
 use coel_node::status::{Counts, Status};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::{Deserialize, Serialize};

@@ -106,11 +106,21 @@ async fn a_short_absence_makes_nothing_less_exact() {
     let before = mesh.nodes()[1].status().await.unwrap();
     let away = mesh.nodes()[2].name().to_owned();
     mesh.node(2).kill();
-    // Whoever leads has looked at what is to be done without it, and left all as it is.
-    let logs = [0, 1].map(|index| mesh.nodes()[index].log().to_owned());
-    let said = |line: &str| line.contains("waited for before experts") && line.contains(&away);
-    let waits = |log: &std::path::PathBuf| std::fs::read_to_string(log).unwrap().lines().any(said);
-    until(&mut mesh, 0, "its being waited for", |_| logs.iter().any(waits)).await;
+    // The leader has looked at what is to be done without it, and left all as it is.
+    let led = until(&mut mesh, 0, "a leader that is there", |status| {
+        status.leader.is_some_and(|leader| {
+            status.nodes.iter().any(|node| node.node_id == leader && node.name != away && node.liveness != "down")
+        })
+    });
+    let led = led.await;
+    let leader = mesh.nodes().iter().position(|node| {
+        led.nodes.iter().any(|status| Some(status.node_id) == led.leader && status.name == node.name())
+    });
+    let awaited = |status: &Status| {
+        let is_awaited = |node: &&coel_node::status::NodeStatus| status.awaited.contains(&node.node_id);
+        status.nodes.iter().filter(is_awaited).any(|node| node.name == away)
+    };
+    until(&mut mesh, leader.unwrap(), "the wait for the absent node", awaited).await;
     mesh.node(2).start(&Start::Again).await.unwrap();
     if let Err(error) = settle(&mut mesh, wanted, &mut Progress::new()).await {
         panic!("{error:#}\n{}", mesh.last_words().await);

@@ -2,7 +2,7 @@
 
 use std::net::TcpListener;
 
-use coel_node::admission::invite::Invite;
+use coel_node::mesh::admission::invite::Invite;
 use coel_testnet::ask;
 use coel_testnet::mesh::Mesh;
 use coel_testnet::node::{NodeSpec, Start};

@@ -37,7 +37,7 @@ async fn policies_are_compared_at_equal_bytes() {
     let rows: BTreeMap<&str, &Value> =
         report["policies"].as_array().unwrap().iter().map(|row| (row["policy"].as_str().unwrap(), row)).collect();
     let kl = |policy: &str| rows[policy]["kl_divergence"].as_f64().unwrap();
-    let mixed = ["uniform", "random", "popularity", "harm"];
+    let mixed = ["uniform", "random", "popularity", "expected loss"];
     for policy in mixed {
         assert_eq!(rows[policy]["expert_bytes"], rows["uniform"]["expert_bytes"], "{policy}");
         assert_eq!(rows[policy]["raised"], 54, "{policy}");
@@ -45,7 +45,7 @@ async fn policies_are_compared_at_equal_bytes() {
     }
     assert_eq!((kl("exact"), &rows["exact"]["accuracy"]), (0.0, &Value::from(1.0)));
     assert_eq!(&rows["random"]["runs"], 2);
-    assert!(kl("harm") < kl("popularity") && kl("popularity") < kl("uniform"), "{report:#}");
+    assert!(kl("expected loss") < kl("popularity") && kl("popularity") < kl("uniform"), "{report:#}");
 }
 
 #[tokio::test]

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use coel_gossip::{Config, Frame, Handle, Identity, Multiaddr, OpenError, PeerId, Protocol};
-use coel_node::admission::handshake::{MESSAGE_BYTES_MAX, Message, VERSION};
 use coel_node::experts::wire as experts;
-use coel_node::mesh::{admit, raft};
+use coel_node::mesh::admission::handshake::{MESSAGE_BYTES_MAX, Message, VERSION};
+use coel_node::mesh::admission::protocol as admit;
+use coel_node::mesh::raft_network as raft;
 use coel_node::weights::wire as weights;
 use coel_store::{MeshId, cbor};
 use coel_testnet::mesh::Mesh;

@@ -181,3 +181,70 @@ fn every_module_says_what_it_is_for() {
         }
     }
 }
+
+/// The rooms of `node`, from the bottom to the top: each imports only itself and rooms before it.
+const ROOMS: [&str; 20] = [
+    "ids",
+    "system",
+    "metrics",
+    "lifecycle",
+    "service",
+    "http",
+    "config",
+    "budget",
+    "placement",
+    "weights",
+    "registry",
+    "mesh",
+    "import",
+    "hosting",
+    "experts",
+    "status",
+    "generation",
+    "control",
+    "runtime",
+    "cli",
+];
+
+/// The first segments of every `crate::` path in the code of `text`, its tests aside.
+fn rooms_named_in(text: &str) -> Vec<String> {
+    let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+    let code: String = code.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+    let mut named = Vec::new();
+    for path in code.split("crate::").skip(1) {
+        let group = path.strip_prefix('{').map(|group| group.split("};").next().unwrap_or_default());
+        let mut depth = 0;
+        // In a group, names at its own level; else the one name that follows.
+        let names = group.unwrap_or(path).split(|c: char| {
+            depth += i32::from(c == '{') - i32::from(c == '}');
+            (c == ',' && depth == 0) || (group.is_none() && !c.is_alphanumeric() && c != '_')
+        });
+        let first =
+            |name: &str| name.trim().split(|c: char| !c.is_alphanumeric() && c != '_').next().map(str::to_owned);
+        let names = names.filter_map(first).filter(|name| !name.is_empty());
+        named.extend(names.take(if group.is_some() { usize::MAX } else { 1 }));
+    }
+    named
+}
+
+#[test]
+fn the_rooms_of_a_node_import_one_another_in_one_direction() {
+    assert_eq!(
+        rooms_named_in("use crate::{ids, mesh::{self, MeshView}, system};\nlet x = crate::http::serve();"),
+        ["ids", "mesh", "system", "http"]
+    );
+    let source = root().join("node/src");
+    let rank = |room: &str| ROOMS.iter().position(|one| *one == room);
+    let files = sources("node").into_iter().filter_map(|(path, text)| {
+        let inside = path.strip_prefix(&source).ok()?;
+        let room = inside.components().next()?.as_os_str().to_str()?.trim_end_matches(".rs").to_owned();
+        (!["lib", "main"].contains(&room.as_str())).then_some((path, room, text))
+    });
+    for (path, room, text) in files {
+        let own = rank(&room).unwrap_or_else(|| panic!("{}: not among the rooms listed here", path.display()));
+        for named in rooms_named_in(&text) {
+            let other = rank(&named).unwrap_or_else(|| panic!("{}: crate::{named} is no room", path.display()));
+            assert!(other <= own, "{} imports crate::{named}, which is above it", path.display());
+        }
+    }
+}

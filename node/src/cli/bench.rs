@@ -14,9 +14,9 @@ use coel_model::tiers::meter::{DeviceStats, LayerRecall, TierStats};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::alone::Local;
+use super::local::LocalArgs;
 use super::{Failure, Output, print};
-use crate::size::Size;
+use crate::config::Size;
 
 /// Bytes read to find what memory gives: far beyond any cache.
 const READ_BYTES: usize = 1 << 30;
@@ -26,7 +26,7 @@ const READ_ROUNDS: usize = 5;
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     #[command(flatten)]
-    local: Local,
+    local: LocalArgs,
     /// Tokens of the prompt.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = tokens)]
     prompt: usize,
@@ -251,7 +251,7 @@ impl BenchArgs {
             memory_gb_s: memory,
             read_gb_s,
             memory_share: memory / read_gb_s,
-            resident_bytes: crate::hosting::resident_bytes(),
+            resident_bytes: crate::system::resident_bytes(),
             peak_rss_bytes: peak_rss_bytes(),
             packed_bytes: ledger.trunk_bytes
                 + ledger.expert_bytes

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use coel_model::folder::ModelFolder;
-use coel_model::inventory::{Fit, FormBytes, Inventory};
+use coel_model::inventory::{FormBytes, Inventory};
 use coel_model::slices::Precision;
 use coel_model::slicing::slice_checkpoint;
 use coel_model::synth::Recipe;
@@ -13,15 +13,15 @@ use serde::Serialize;
 
 use super::print::{self, Progress};
 use super::{Failure, Output};
-use crate::config::KV_TOKENS;
-use crate::size::Size;
+use crate::budget::{Fit, ModelSizes};
+use crate::config::{KV_TOKENS, Size};
 
 /// `coel model inspect`.
 #[derive(Debug, Args)]
 pub struct Inspect {
     /// The directory: a checkpoint, or slices of one.
     dir: PathBuf,
-    /// What a node may use: says what fits, at which precision.
+    /// Memory of a node: also show what fits it, at which precision.
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
     /// KV cache of that node, in tokens.
@@ -66,7 +66,7 @@ impl Inspect {
         let inventory = Inventory::of(&folder);
         let kv_tokens = self.kv_tokens;
         let budget = self.memory.map(|Size(memory_bytes)| {
-            let fits = inventory.fits(memory_bytes, kv_tokens);
+            let fits = ModelSizes::of_folder(&folder).fits(memory_bytes, kv_tokens);
             Budget { memory_bytes, kv_tokens, fits }
         });
         let inspection = Inspection {
@@ -120,7 +120,7 @@ impl Inspection {
         };
         writeln!(
             out,
-            "In {}, beside a KV cache of {} tokens, of {} experts fit:",
+            "In {}, beside a KV cache of {} tokens, so many of the {} experts fit:",
             Size(budget.memory_bytes),
             budget.kv_tokens,
             inventory.experts_total
@@ -138,7 +138,7 @@ impl Inspection {
         writeln!(out, "{}", print::table(&header, 1, rows))?;
         let least = budget.fits.iter().map(|fit| fit.fixed_bytes).min().filter(|least| *least > budget.memory_bytes);
         if let Some(least) = least {
-            writeln!(out, "nothing fits: trunk, cache and buffers alone take {} at least", Size(least))?;
+            writeln!(out, "nothing fits: trunk, cache and buffers alone take at least {}", Size(least))?;
         }
         Ok(())
     }
@@ -149,7 +149,7 @@ impl Inspection {
 pub struct Slice {
     /// The checkpoint directory.
     dir: PathBuf,
-    /// The directory to write; must not be another model. One that holds these slices already is mended.
+    /// The directory to write; must not be another model. In one that holds these slices already, damaged ones are replaced.
     out: PathBuf,
 }
 

@@ -1,12 +1,13 @@
 //! The commands of `coel`. Data goes to stdout; progress, logs and errors to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
 
-mod alone;
 mod bench;
 mod chat;
 mod client;
 mod folders;
+mod local;
 mod policies;
 mod print;
+mod telemetry;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -16,10 +17,11 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use coel_store::Bounds;
 
-use crate::admission::invite::Invite;
 use crate::config::{DataArgs, NodeArgs};
+use crate::mesh::admission::invite::Invite;
 use crate::runtime::{self, Origin};
-use crate::telemetry::{self, LogFormat};
+use crate::system::end_on_closed_pipe;
+use telemetry::LogFormat;
 
 /// One Mixture-of-Experts language model, served by the machines you already have.
 #[derive(Debug, Parser)]
@@ -53,20 +55,20 @@ enum Command {
         #[command(flatten)]
         node: NodeArgs,
     },
-    /// Print an invite to this node's mesh. Whoever has the line can join.
+    /// Print an invite to this node's mesh. Anyone who has the line can join.
     Invite {
         #[command(flatten)]
         data: DataArgs,
         /// How many nodes may join with it.
         #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
         uses: u32,
-        /// How long it is good: seconds, or with a unit: 90s, 30m, 24h, 7d.
+        /// How long it is valid: seconds, or with a unit: 90s, 30m, 24h, 7d.
         #[arg(long, default_value = "24h", value_parser = duration)]
         ttl: Duration,
         #[command(flatten)]
         output: Output,
     },
-    /// Hand over this node's experts, then leave the mesh. Answers that are being written here may go on for a minute.
+    /// Hand over this node's experts, then leave the mesh. Answers that are being written here may continue for a minute.
     Leave {
         #[command(flatten)]
         data: DataArgs,
@@ -98,9 +100,9 @@ enum Command {
     #[command(subcommand)]
     Model(Model),
     /// Continue a prompt on this machine alone; no node is needed.
-    Generate(alone::Generate),
+    Generate(local::Generate),
     /// Compare a model on this machine with a reference, a text or questions; no node is needed.
-    Eval(alone::Eval),
+    Eval(local::Eval),
     /// Measure prefill and decode on this machine, beside llama.cpp where its programs are given; no node is needed.
     Bench(bench::BenchArgs),
 }
@@ -126,16 +128,16 @@ enum Model {
         #[command(flatten)]
         output: Output,
     },
-    /// Show or say at which precision the mesh is to hold experts. Without a word from you the most exact that fits is chosen.
+    /// Show or set the precision at which the mesh holds experts. Unless it is set, the mesh chooses the most exact that fits.
     Precision {
         /// `auto`, `q4`, `q8`, `exact`, or bounds such as `q8..` (at least) or `..q8` (at most).
         bounds: Option<Bounds>,
         #[command(flatten)]
         data: DataArgs,
     },
-    /// What is in a model directory, in bytes per slice, and what of it fits a node.
+    /// Show what a model directory holds, in bytes per slice, and what of it fits a node.
     Inspect(folders::Inspect),
-    /// Make slices of a checkpoint directory, at 4 and 8 bits a weight. Goes on where it was stopped, and mends what is damaged.
+    /// Make slices of a checkpoint directory, at 4 and 8 bits a weight. Resumes where it was stopped, and replaces damaged slices.
     Slice(folders::Slice),
     /// Make a checkpoint of random weights, for measuring.
     Synth(folders::Synth),
@@ -149,7 +151,7 @@ struct Output {
     json: bool,
 }
 
-/// A command that failed: what to say, and with which exit code.
+/// A command that failed: the message, and the exit code.
 #[derive(Debug)]
 struct Failure {
     message: String,
@@ -173,7 +175,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are no faults; clap knows which stream they belong to.
+            // Help and version are not faults; clap knows which stream they belong to.
             let _ = error.print();
             return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
         }
@@ -190,9 +192,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn execute(cli: Cli) -> Result<(), Failure> {
     let serves = matches!(cli.command, Command::Up { .. } | Command::Join { .. });
     if !serves {
-        // A reader that has had enough ends the command quietly, as it does others: `coel generate ... | head`.
-        // SAFETY: no other thread runs yet, and the default action needs no handler.
-        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+        end_on_closed_pipe();
     }
     telemetry::init(cli.log_format, if serves { None } else { Some("warn") });
     match cli.command {
@@ -222,7 +222,7 @@ fn execute(cli: Cli) -> Result<(), Failure> {
 fn up(data: DataArgs, node: NodeArgs, origin: Origin) -> Result<(), Failure> {
     let config = node.resolve(&data.data).map_err(Failure::usage)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        // One compute thread does the work; these only move bytes.
+        // The compute thread does the work; these threads only move bytes.
         .worker_threads(2)
         .enable_all()
         .build()?;
@@ -246,7 +246,7 @@ fn duration(text: &str) -> Result<Duration, String> {
         "m" | "min" => 60,
         "h" => 3600,
         "d" => 86400,
-        _ => return Err(format!("'{unit}' is no unit of time; write s, m, h or d")),
+        _ => return Err(format!("'{unit}' is not a unit of time; write s, m, h or d")),
     };
     let number: u64 = number.parse().map_err(|_| "write a number and a unit, e.g. 24h".to_owned())?;
     number.checked_mul(factor).map(Duration::from_secs).ok_or_else(|| "too long".to_owned())

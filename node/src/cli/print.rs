@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::Failure;
-use crate::size::Size;
+use crate::config::Size;
 use crate::status::Status;
 
 /// One JSON document.
@@ -47,7 +47,7 @@ pub fn status(status: &Status) -> Result<(), Failure> {
     )?;
     writeln!(
         std::io::stdout(),
-        "experts   {:.1} % ready somewhere, at least {} replica(s) of each",
+        "experts   {:.1} % ready on some node, at least {} replica(s) of each",
         status.coverage * 100.0,
         status.replicas_min
     )?;
@@ -58,11 +58,16 @@ pub fn status(status: &Status) -> Result<(), Failure> {
     if let Some(problem) = &status.readiness.problem {
         writeln!(std::io::stdout(), "problem   {problem}")?;
     }
+    let name_of = |id| status.nodes.iter().find(|node| node.node_id == id).map_or("?", |node| node.name.as_str());
+    if !status.awaited.is_empty() {
+        let names: Vec<_> = status.awaited.iter().map(|&id| name_of(id)).collect();
+        writeln!(std::io::stdout(), "waiting   for {}, before experts are placed elsewhere", names.join(", "))?;
+    }
     if let Some(planner) = &status.planner {
         writeln!(std::io::stdout(), "planner   {planner}")?;
     }
     if status.precisions != Bounds::AUTO {
-        writeln!(std::io::stdout(), "precision {} is wanted", status.precisions)?;
+        writeln!(std::io::stdout(), "precision {} was set", status.precisions)?;
     }
     let rows = status.nodes.iter().map(|node| {
         let share = |share: Option<f64>| share.map_or("-".into(), |share| format!("{:.0} %", share * 100.0));

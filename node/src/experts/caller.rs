@@ -5,7 +5,7 @@
 //! one outcome, unless the call is over first.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use coel_gossip::{Frame, Handle, Liveness, PeerId, Peers, RequestError};
@@ -25,40 +25,19 @@ use super::call::{AttemptId, CallEffect, CallError, CallInput, HostFailure, Laye
 use super::dispatch::LayerReplicas;
 use super::hosts::HostTable;
 use super::wire::PROTOCOL;
+use crate::hosting::{HeldExperts, Loaded, LoadedModel, WeakLoaded};
 use crate::ids;
+use crate::mesh::MeshView;
 use crate::metrics::Metrics;
-use crate::shared::{Held, Serving, Shared};
 
 /// What the caller needs of its node.
 pub struct CallerHandles {
-    /// This node.
-    pub home: NodeId,
-    /// The model that is served, with its engine; `None` once the node ends. It must not keep the engine alive: the engine owns
-    /// the caller.
-    pub serving: Box<dyn Fn() -> Option<Serving> + Send + Sync>,
-    /// Experts held in the engine.
-    pub held: watch::Receiver<Arc<Held>>,
-    /// The agreed state.
-    pub state: watch::Receiver<Arc<State>>,
-    /// Reaches the hosts.
-    pub gossip: Handle,
+    /// The model that is loaded, with its engine. Weak: the engine owns the caller.
+    pub loaded: WeakLoaded,
+    /// The agreed state, who is there, and the way to the hosts.
+    pub view: MeshView,
     /// Counts failed calls.
     pub metrics: Arc<Metrics>,
-}
-
-impl CallerHandles {
-    /// The handles, from what the node's tasks share.
-    pub fn new(shared: &Arc<Shared>) -> Self {
-        let weak: Weak<Shared> = Arc::downgrade(shared);
-        Self {
-            home: shared.log.node_id(),
-            serving: Box::new(move || weak.upgrade()?.serving.borrow().clone()),
-            held: shared.held.subscribe(),
-            state: shared.log.state(),
-            gossip: shared.gossip.clone(),
-            metrics: shared.metrics.clone(),
-        }
-    }
 }
 
 /// A home's way to experts of other nodes.
@@ -84,8 +63,9 @@ impl ExpertSource for Caller {
         let (handles, hosts) = (self.handles.clone(), self.hosts.clone());
         self.runtime.spawn(async move {
             // A node that is ending drops the request, which fails it.
-            let Some(serving) = (handles.serving)() else { return };
-            drive(&handles, &serving, &hosts, request).await;
+            let Some(loaded) = handles.loaded.upgrade() else { return };
+            let Some(model) = loaded.model() else { return };
+            drive(&handles, &loaded, &model, &hosts, request).await;
         });
     }
 }
@@ -97,11 +77,17 @@ fn lock(hosts: &Mutex<HostTable>) -> MutexGuard<'_, HostTable> {
 }
 
 /// Runs one call to its end.
-async fn drive(handles: &CallerHandles, serving: &Serving, hosts: &Mutex<HostTable>, request: ExpertRequest) {
+async fn drive(
+    handles: &CallerHandles,
+    loaded: &Loaded,
+    model: &LoadedModel,
+    hosts: &Mutex<HostTable>,
+    request: ExpertRequest,
+) {
     let ExpertRequest { call, mut reply } = request;
     let layer = call.layer;
-    let mut mesh = MeshWatch::new(handles, &call);
-    let mut machine = LayerCall::new(serving.known.id, call, mesh.replicas());
+    let mut mesh = MeshWatch::new(&handles.view, loaded, &call);
+    let mut machine = LayerCall::new(model.meta.id, call, mesh.replicas());
     let mut pending = FuturesUnordered::<BoxFuture<'static, CallInput>>::new();
     let mut rng = SmallRng::from_os_rng();
     let mut input = CallInput::Start;
@@ -110,11 +96,11 @@ async fn drive(handles: &CallerHandles, serving: &Serving, hosts: &Mutex<HostTab
         for effect in effects {
             match effect {
                 CallEffect::Send { attempt, host, frame, deadline } => {
-                    let (gossip, peer) = (handles.gossip.clone(), mesh.peer(host));
+                    let (gossip, peer) = (handles.view.gossip().clone(), mesh.peer(host));
                     pending.push(send(gossip, peer, attempt, frame, deadline).boxed());
                 }
                 CallEffect::Compute { attempt, rows, work } => {
-                    pending.push(compute(serving.engine.clone(), layer, attempt, rows, work).boxed());
+                    pending.push(compute(model.engine.clone(), layer, attempt, rows, work).boxed());
                 }
                 CallEffect::ArmSecondChance { chance, after } => {
                     let due = tokio::time::sleep(after).map(move |()| CallInput::SecondChanceDue { chance });
@@ -176,23 +162,23 @@ struct MeshWatch {
     home: NodeId,
     layer: u16,
     experts: Vec<u16>,
-    held: watch::Receiver<Arc<Held>>,
+    held: watch::Receiver<Arc<HeldExperts>>,
     state: watch::Receiver<Arc<State>>,
     peers: watch::Receiver<Peers>,
 }
 
 impl MeshWatch {
-    fn new(handles: &CallerHandles, call: &ExpertCall) -> Self {
+    fn new(view: &MeshView, loaded: &Loaded, call: &ExpertCall) -> Self {
         let mut experts: Vec<_> = call.routes.iter().flatten().map(|route| route.expert).collect();
         experts.sort_unstable();
         experts.dedup();
         Self {
-            home: handles.home,
+            home: view.node(),
             layer: call.layer,
             experts,
-            held: handles.held.clone(),
-            state: handles.state.clone(),
-            peers: handles.gossip.peers(),
+            held: loaded.held_changes(),
+            state: view.log().state(),
+            peers: view.gossip().peers(),
         }
     }
 

@@ -8,14 +8,14 @@ use std::sync::Arc;
 use coel_gossip::{Frame, FrameStream, Incoming, PeerId};
 use coel_model::engine::{Computed, EngineError};
 use coel_store::ExpertId;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tracing::{debug, debug_span, warn};
 
 use super::class;
 use super::wire::{CallHeader, ReplyHeader, decode_call, encode_reply, pairs};
+use crate::hosting::Loaded;
 use crate::ids;
 use crate::metrics::Metrics;
-use crate::shared::{Held, Serving, Shared};
 
 /// Streams served at once, each with at most one call in memory. A home uses a few. Streams beyond that are dropped, and their
 /// homes ask a replica.
@@ -24,20 +24,10 @@ const STREAMS_MAX: usize = 64;
 /// What a host needs of its node.
 #[derive(Clone)]
 pub struct HostHandles {
-    /// The model that is served, with its engine.
-    pub serving: watch::Receiver<Option<Serving>>,
-    /// Experts held in the engine.
-    pub held: watch::Receiver<Arc<Held>>,
+    /// The model that is loaded, with its engine, and the experts held in it.
+    pub loaded: Loaded,
     /// Counts the rows that were served.
     pub metrics: Arc<Metrics>,
-}
-
-impl HostHandles {
-    /// The handles, from what the node's tasks share.
-    pub fn new(shared: &Shared) -> Self {
-        let (serving, held) = (shared.serving.subscribe(), shared.held.subscribe());
-        Self { serving, held, metrics: shared.metrics.clone() }
-    }
 }
 
 /// Serves expert calls until the swarm stops. The calls of one stream are answered in order.
@@ -75,18 +65,17 @@ async fn compute(peer: PeerId, frame: &Frame, handles: &HostHandles) -> (ReplyHe
     let span = debug_span!("experts", %peer, %epoch, layer);
     let id = |expert: u16| ExpertId { layer, index: expert };
     let all = || work.iter().map(|work| id(work.expert)).collect();
-    let serving = handles.serving.borrow().clone();
-    let Some(serving) = serving.filter(|serving| serving.known.id == model) else {
+    let Some(serving) = handles.loaded.model().filter(|loaded| loaded.meta.id == model) else {
         return (ReplyHeader::NotHeld(all()), Vec::new());
     };
-    if hidden_size as usize != serving.known.config.hidden_size {
-        let expected = serving.known.config.hidden_size;
+    if hidden_size as usize != serving.meta.config.hidden_size {
+        let expected = serving.meta.config.hidden_size;
         return (
             ReplyHeader::Refused(format!("rows of {hidden_size} values; this model has rows of {expected}")),
             Vec::new(),
         );
     }
-    let held = handles.held.borrow().clone();
+    let held = handles.loaded.held();
     let missing: Vec<_> = work.iter().map(|work| id(work.expert)).filter(|expert| !held.contains_key(expert)).collect();
     if !missing.is_empty() {
         return (ReplyHeader::NotHeld(missing), Vec::new());

@@ -1,24 +1,25 @@
-//! Gets the blobs of a part: from this node's disk, made of exact weights that lie there, or from peers.
+//! Gets the blobs of a part: from this node's disk, sliced from exact weights that lie there, or from peers.
 //!
-//! The invariants: to hold blobs takes no memory, only to read them does; what is read was verified as it was read, and what is
-//! damaged is replaced. Slices are made where exact weights lie, whoever else has them: reading the part once is less than
-//! its way over a network. Where nobody has a slice any more, the exact weights are fetched for it.
+//! Invariants: holding blobs takes no memory, only reading them does; blobs are verified as they are read, and damaged ones are
+//! replaced. Slices are made wherever exact weights lie, even if peers have them: reading the part once costs less than sending it
+//! over a network. Where no peer has a slice any more, the exact weights are fetched and sliced.
 
 use coel_model::bytes::WeightBytes;
 use coel_model::parts::PartKind;
 use coel_model::slices::blob::PartBlobs;
 use coel_model::tiers::buffer::Buffer;
-use coel_store::{BlobEntry, BlobError, Blobs, ExpertId, ModelId, PartEntry, Precision, Slice, Slices, State};
+use coel_store::{BlobEntry, BlobError, Blobs, ExpertId, PartEntry, Precision, Slice, Slices, State};
 use tracing::{debug, info, warn};
 
 use super::slicing::make;
-use super::{Hosting, Setback};
+use super::{Hosting, HostingError};
 use crate::ids;
-use crate::library::{Known, run_blocking};
+use crate::registry::ModelMeta;
+use crate::system::run_blocking;
 use crate::weights::fetch::FetchError;
 
 /// A part of the model at a precision.
-pub(super) struct Wanted<'a> {
+pub(super) struct WantedPart<'a> {
     /// For messages.
     pub what: String,
     /// The expert, if it is one.
@@ -28,11 +29,15 @@ pub(super) struct Wanted<'a> {
     pub precision: Precision,
 }
 
-impl<'a> Wanted<'a> {
-    pub fn expert(known: &'a Known, expert: ExpertId, precision: Precision) -> Result<Self, Setback> {
+impl<'a> WantedPart<'a> {
+    /// An expert.
+    ///
+    /// # Errors
+    /// The model does not have it.
+    pub fn expert(meta: &'a ModelMeta, expert: ExpertId, precision: Precision) -> Result<Self, HostingError> {
         let what = format!("expert {expert}");
-        let Some(slices) = known.manifest.experts.get(&expert) else {
-            return Err(Setback::Load { what, why: "the manifest does not have it".into() });
+        let Some(slices) = meta.manifest.experts.get(&expert) else {
+            return Err(HostingError::load(what, "the manifest does not list it"));
         };
         Ok(Self { what, expert: Some(expert), kind: PartKind::Expert(ids::to_model(expert)), slices, precision })
     }
@@ -45,48 +50,58 @@ impl<'a> Wanted<'a> {
     }
 
     /// Its blobs, the base before its refine slice.
-    pub fn blobs(&self) -> Result<Vec<(Slice, &'a BlobEntry)>, Setback> {
+    pub fn blobs(&self) -> Result<Vec<(Slice, &'a BlobEntry)>, HostingError> {
         let why = || format!("the model has no slices for {}", self.precision);
-        self.slices.at(self.precision).ok_or_else(|| Setback::Load { what: self.what.clone(), why: why() })
+        self.slices.at(self.precision).ok_or_else(|| HostingError::load(&self.what, why()))
     }
 }
 
 impl Hosting {
     /// The part's blobs, verified.
-    pub(super) async fn get(&self, wanted: &Wanted<'_>, state: &State, model: ModelId) -> Result<PartBlobs, Setback> {
+    pub(super) async fn get(
+        &self,
+        wanted: &WantedPart<'_>,
+        state: &State,
+        meta: &ModelMeta,
+    ) -> Result<PartBlobs, HostingError> {
         // Not on the heap: what is dropped later, by another thread, has to go back to the system for --memory to be hard.
         let read = |blobs: &Blobs, entry: &BlobEntry| blobs.read_verified_into(entry, Buffer::new);
-        let mut read = self.checked(wanted, state, model, read).await?.into_iter().map(WeightBytes::from);
-        let why = || Setback::Load { what: wanted.what.clone(), why: "it has no blobs".into() };
-        Ok(PartBlobs { main: read.next().ok_or_else(why)?, refine: read.next() })
+        let mut read = self.checked(wanted, state, meta, read).await?.into_iter().map(WeightBytes::from);
+        let none = || HostingError::load(&wanted.what, "it has no blobs");
+        Ok(PartBlobs { main: read.next().ok_or_else(none)?, refine: read.next() })
     }
 
-    /// What `read` makes of each of the part's blobs. One that turns out to be damaged is replaced, once.
+    /// What `read` makes of each of the part's blobs. A blob that turns out to be damaged is replaced, once.
     pub(super) async fn checked<T: Send + 'static>(
         &self,
-        wanted: &Wanted<'_>,
+        wanted: &WantedPart<'_>,
         state: &State,
-        model: ModelId,
+        meta: &ModelMeta,
         read: fn(&Blobs, &BlobEntry) -> Result<T, BlobError>,
-    ) -> Result<Vec<T>, Setback> {
+    ) -> Result<Vec<T>, HostingError> {
         let blobs = wanted.blobs()?;
         let mut found: Vec<Option<T>> = blobs.iter().map(|_| None).collect();
         for _ in 0..2 {
-            self.hold(wanted, state, model).await?;
+            self.hold(wanted, state, meta).await?;
             for ((_, entry), found) in blobs.iter().zip(&mut found).filter(|(_, found)| found.is_none()) {
-                *found = self.shared.fetcher.held(&wanted.what, entry, read).await?;
+                *found = self.node.fetcher.held(&wanted.what, entry, read).await?;
             }
             if found.iter().all(Option::is_some) {
                 break;
             }
         }
-        let why = "what replaced its damaged weights is damaged too; is this node's disk?";
-        let damaged = || Setback::Load { what: wanted.what.clone(), why: why.into() };
+        let why = "the copy that replaced its damaged weights is damaged too; check this node's disk";
+        let damaged = || HostingError::load(&wanted.what, why);
         found.into_iter().collect::<Option<_>>().ok_or_else(damaged)
     }
 
     /// Gets to the disk what is missing of the part.
-    pub(super) async fn hold(&self, wanted: &Wanted<'_>, state: &State, model: ModelId) -> Result<(), Setback> {
+    pub(super) async fn hold(
+        &self,
+        wanted: &WantedPart<'_>,
+        state: &State,
+        meta: &ModelMeta,
+    ) -> Result<(), HostingError> {
         let (mut missing, mut bytes) = (Vec::new(), 0);
         for (slice, entry) in wanted.blobs()? {
             if !self.has(entry).await {
@@ -97,18 +112,18 @@ impl Hosting {
         if missing.is_empty() {
             return Ok(());
         }
-        if let Some(known) = self.shared.library.cached(model).filter(|_| self.disk_is_tight(bytes)) {
-            self.make_disk_room(&known, bytes).await;
+        if self.disk_is_tight(bytes) {
+            self.make_disk_room(meta, bytes).await;
         }
         if self.has(&wanted.slices.exact).await && self.make(wanted, &missing).await {
             return Ok(());
         }
         for (slice, entry) in missing {
-            match self.fetch(wanted, slice, entry, state, model).await {
-                // Nobody has the slice. Who has exact weights has what it takes.
+            match self.fetch(wanted, slice, entry, state, meta).await {
+                // No peer has the slice. A peer with exact weights has what it takes.
                 Err(FetchError::NoSource { .. } | FetchError::Lost { .. })
                     if slice != Slice::Exact
-                        && self.fetch(wanted, Slice::Exact, &wanted.slices.exact, state, model).await.is_ok()
+                        && self.fetch(wanted, Slice::Exact, &wanted.slices.exact, state, meta).await.is_ok()
                         && self.make(wanted, &[(slice, entry)]).await => {}
                 fetched => fetched?,
             }
@@ -117,44 +132,44 @@ impl Hosting {
     }
 
     async fn has(&self, entry: &BlobEntry) -> bool {
-        let (fetcher, entry) = (self.shared.fetcher.clone(), entry.clone());
+        let (fetcher, entry) = (self.node.fetcher.clone(), entry.clone());
         run_blocking(move || fetcher.has(&entry)).await
     }
 
     async fn fetch(
         &self,
-        wanted: &Wanted<'_>,
+        wanted: &WantedPart<'_>,
         slice: Slice,
         entry: &BlobEntry,
         state: &State,
-        model: ModelId,
+        meta: &ModelMeta,
     ) -> Result<(), FetchError> {
-        let sources = self.shared.sources(state, model, wanted.expert.map(|expert| (expert, slice)));
-        self.shared.fetcher.replace(&wanted.what, entry, &sources).await
+        let sources = self.node.view.sources(state, meta.id, wanted.expert.map(|expert| (expert, slice)));
+        self.node.fetcher.replace(&wanted.what, entry, &sources).await
     }
 
-    /// Makes slices of the exact weights that lie here; whether that worked.
-    async fn make(&self, wanted: &Wanted<'_>, missing: &[(Slice, &BlobEntry)]) -> bool {
+    /// Makes slices from the exact weights that lie here. Returns whether that worked.
+    async fn make(&self, wanted: &WantedPart<'_>, missing: &[(Slice, &BlobEntry)]) -> bool {
         let which: Vec<_> = missing.iter().map(|(slice, _)| *slice).filter(|slice| *slice != Slice::Exact).collect();
         if which.len() < missing.len() {
             return false;
         }
         // One at a time: requests are computed on the same cores.
         let _slicing = self.slicing.lock().await;
-        let (blobs, kind, slices) = (self.shared.blobs.clone(), wanted.kind.clone(), wanted.slices.clone());
+        let (blobs, kind, slices) = (self.node.blobs.clone(), wanted.kind.clone(), wanted.slices.clone());
         let made = run_blocking(move || make(&blobs, kind, &slices, &which)).await;
         match made {
             Ok(()) => {
-                let mended = missing.iter().filter(|(_, entry)| self.shared.fetcher.mended(entry)).count();
-                if mended > 0 {
-                    info!(part = wanted.what, slices = mended, "damaged slices were made anew of exact weights");
+                let repaired = missing.iter().filter(|(_, entry)| self.node.fetcher.note_repaired(entry)).count();
+                if repaired > 0 {
+                    info!(part = wanted.what, slices = repaired, "damaged slices were made again from exact weights");
                 } else {
                     debug!(part = wanted.what, slices = missing.len(), "sliced here");
                 }
                 true
             }
             Err(error) => {
-                warn!(part = wanted.what, %error, "its slices cannot be made of the exact weights here; asking peers");
+                warn!(part = wanted.what, %error, "its slices cannot be made from the exact weights here; asking peers");
                 false
             }
         }

@@ -22,8 +22,9 @@ use coel_store::{
 use tracing::warn;
 
 use super::Progress;
+use crate::config::Size;
 use crate::ids;
-use crate::size::Size;
+use crate::system::free_disk_bytes;
 
 /// Slices written before they are kept: what an interruption may cost, against a sync of the disk for each part.
 const BATCH_BYTES: u64 = 64 << 20;
@@ -277,7 +278,7 @@ impl<'a> Cut<'a> {
         let needed: u64 = open.filter_map(|(sizes, _)| sizes.map(|sizes| sizes.base + sizes.refine)).sum();
         let needed_bytes = if needed == 0 { 0 } else { needed + INDEX_BYTES };
         let free_bytes =
-            free_bytes(self.folder).map_err(|source| CutError::Read { path: self.folder.to_owned(), source })?;
+            free_disk_bytes(self.folder).map_err(|source| CutError::Read { path: self.folder.to_owned(), source })?;
         let usage = self.blobs.usage();
         let room = usage.budget_bytes.zip(usage.room_bytes()).filter(|(_, room)| needed > *room);
         let (done, total) =
@@ -312,21 +313,6 @@ impl<'a> Cut<'a> {
 
 fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
-}
-
-/// Bytes that this process may still write in `folder`.
-fn free_bytes(folder: &Path) -> io::Result<u64> {
-    use std::os::unix::ffi::OsStrExt;
-    let path = std::ffi::CString::new(folder.as_os_str().as_bytes())?;
-    // SAFETY: the path is a C string, and statvfs fills the struct it is given, whose fields are plain integers.
-    let (done, found) = unsafe {
-        let mut found: libc::statvfs = std::mem::zeroed();
-        (libc::statvfs(path.as_ptr(), &mut found), found)
-    };
-    match done {
-        0 => Ok(found.f_bavail * found.f_frsize),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 /// Parts that are finished and not kept yet.

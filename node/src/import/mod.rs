@@ -1,13 +1,14 @@
 //! Registers a checkpoint directory with the mesh: cuts it into blobs, measures its experts, and tells the log.
 //!
-//! Nothing is registered before everything is checked and kept, so a bad checkpoint or a full disk leaves no trace in the mesh;
-//! and what an import that was interrupted had kept, the next one finds ([`cut`]). The exact weights are not copied: they
-//! stay in the checkpoint's files, which must stay where they are.
+//! Nothing is registered before everything is checked and kept, so a bad checkpoint or a full disk leaves no trace in the mesh. The next
+//! import finds what an interrupted one had kept ([`cut`]). The exact weights are not copied: they stay in the checkpoint's files,
+//! which must stay where they are.
 
 mod cut;
+mod running;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use coel_model::bytes::WeightBytes;
@@ -22,31 +23,55 @@ use coel_model::tensors::{LoadError, Tensors};
 use coel_model::text::TextModel;
 use coel_model::tiers::buffer::Buffer;
 use coel_store::manifest::FORMAT;
-use coel_store::{BlobId, Command, FileEntry, Loss, Manifest, Model, ModelId, Outcome, PartEntry};
-use tokio::sync::MutexGuard;
+use coel_store::{BlobId, Blobs, Command, FileEntry, Loss, Manifest, Model, ModelId, PartEntry};
 use tracing::{info, instrument, warn};
 
-use crate::hosting::{check_budget, trim_heap};
+pub use running::{ImportProgress, Imports};
+
+use crate::config::Limits;
 use crate::ids;
-use crate::library::{Known, LibraryError, run_blocking};
-use crate::mesh::PROPOSE_DEADLINE;
-use crate::placement::Popularity;
-use crate::policies::Measured;
+use crate::lifecycle::Lifecycle;
+use crate::mesh::{self, MeshView, OwnOffer, ProposalError};
+use crate::placement::model_to_serve;
+use crate::registry::{ModelMeta, ModelRegistry, RegistryError};
 use crate::service::ModelInfo;
-use crate::shared::Shared;
-use crate::status::Importing;
+use crate::system::{run_blocking, trim_heap};
+use crate::weights::fetch::Fetcher;
 use cut::{Cut, CutError};
 
 /// A step of the import, for progress: what is counted, how many are done, of how many.
 pub type Progress<'a> = &'a mut (dyn FnMut(&str, u64, u64) + Send);
 
+/// What an import needs of the node.
+#[derive(Clone)]
+pub struct Importer {
+    /// The data folder.
+    pub data: PathBuf,
+    /// What the node may take.
+    pub limits: Limits,
+    /// The mesh.
+    pub view: MeshView,
+    /// Models without tensors.
+    pub registry: ModelRegistry,
+    /// Weights on disk.
+    pub blobs: Arc<Blobs>,
+    /// Weights from peers.
+    pub fetcher: Fetcher,
+    /// What this node offers the mesh.
+    pub offer: OwnOffer,
+    /// The import that runs.
+    pub imports: Imports,
+    /// How the node ends.
+    pub lifecycle: Lifecycle,
+}
+
 /// Imports `dir` under `name`; without one, under the name that the mesh knows the model by, or under the directory's.
 ///
 /// # Errors
 /// In words: what is wrong with the checkpoint, the budget or the mesh, and what to do.
-#[instrument(skip(shared, progress))]
+#[instrument(skip(importer, progress))]
 pub async fn import(
-    shared: &Arc<Shared>,
+    importer: &Importer,
     dir: &Path,
     name: Option<String>,
     mut progress: impl FnMut(&str, u64, u64) + Send + 'static,
@@ -54,114 +79,69 @@ pub async fn import(
     let dir = std::fs::canonicalize(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
     let folder = dir.file_name().map(|folder| folder.to_string_lossy().into_owned());
     let called = name.clone().or(folder).filter(|name| !name.is_empty()).ok_or("give the model a --name")?;
-    let _importing = turn(shared, &dir, &mut progress).await?;
-    let _told = Told::begin(shared, &dir);
-    let served = served(shared).await?;
-    let importing = shared.clone();
+    let _guard = importer.imports.begin(&dir, |same| progress(&same.what, same.done, same.total)).await?;
+    let served = served(importer).await?;
+    let imports = importer.imports.clone();
     let mut progress = move |what: &str, done, total| {
-        importing.import.send_if_modified(|import| {
-            let Some(import) = import else { return false };
-            (import.what, import.done, import.total) = (what.to_owned(), done, total);
-            true
-        });
+        imports.set(what, done, total);
         progress(what, done, total);
     };
-    let importing = shared.clone();
-    let (known, found) = run_blocking(move || {
+    let importing = importer.clone();
+    let (meta, found) = run_blocking(move || {
         let checkpoint = Checkpoint::open(&dir).map_err(|error| error.to_string())?;
-        let known = cut(&importing, &checkpoint, &called, served.as_ref(), &mut progress)?;
-        let registered = importing.state().models.get(&known.id).cloned();
+        let meta = cut(&importing, &checkpoint, &called, served.as_ref(), &mut progress)?;
+        let registered = importing.view.state().models.get(&meta.id).cloned();
         let model = match registered {
             Some(model) => model,
-            None => registration(called, &known, &measure(&importing, &checkpoint, &known, &mut progress)?),
+            None => registration(called, &meta, &measure(&importing, &checkpoint, &meta, &mut progress)?),
         };
-        Ok::<_, String>((known, model))
+        Ok::<_, String>((meta, model))
     })
     .await?;
     run_blocking(trim_heap).await;
-    let (id, model) = (known.id, Model { name: name.unwrap_or(found.name.clone()), ..found });
+    let (id, model) = (meta.id, Model { name: name.unwrap_or(found.name.clone()), ..found });
     let name = model.name.clone();
-    check_budget(&known, &name, &shared.config)?;
+    meta.sizes.check_memory(&name, &importer.limits).map_err(|short| short.to_string())?;
     // Another one may have been registered meanwhile.
-    let state = shared.state();
-    if let Some((other, model)) = shared.model_to_place(&state).filter(|(other, _)| *other != id) {
+    let state = importer.view.state();
+    if let Some((other, model)) = model_to_serve(&state).filter(|(other, _)| *other != id) {
         return Err(another_model(other, &model.name, &name));
     }
-    let known = shared.library.insert(known);
-    let (looking, seen) = (shared.clone(), known.clone());
-    run_blocking(move || looking.look_for_all_of(&seen)).await;
-    match shared.log.propose(Command::RegisterModel { id, model }, PROPOSE_DEADLINE).await {
-        Ok(Outcome::Refused(refusal)) => Err(format!("{refusal}; {}", refusal.remedy())),
+    let meta = importer.registry.insert(meta);
+    let (fetcher, seen) = (importer.fetcher.clone(), meta.clone());
+    let (complete, holds) = run_blocking(move || fetcher.inventory(seen.id, &seen.manifest)).await;
+    importer.offer.set_inventory(id, complete, holds);
+    match mesh::propose(importer.view.log(), Command::RegisterModel { id, model }).await {
         Ok(_) => {
             info!(%id, name, "registered");
             Ok(ModelInfo { id: id.to_string(), name })
         }
+        Err(error @ ProposalError::Refused { .. }) => Err(error.to_string()),
         Err(error) => Err(format!("the model could not be registered: {error}")),
-    }
-}
-
-/// Waits for an import of the same directory that runs already, showing how far it is: what it has done is found then.
-///
-/// # Errors
-/// Another directory's import runs.
-async fn turn<'a>(
-    shared: &'a Shared,
-    dir: &Path,
-    progress: &mut impl FnMut(&str, u64, u64),
-) -> Result<MutexGuard<'a, ()>, String> {
-    let mut running = shared.import.subscribe();
-    loop {
-        match running.borrow_and_update().as_ref() {
-            Some(other) if other.dir != dir => {
-                return Err(format!("this node imports another model ({other}); wait until it is done"));
-            }
-            Some(same) => progress(&same.what, same.done, same.total),
-            None => {}
-        }
-        tokio::select! {
-            turn = shared.importing.lock() => return Ok(turn),
-            changed = running.changed() => changed.map_err(|error| error.to_string())?,
-        }
-    }
-}
-
-/// The import that runs, for everybody to see while it does.
-struct Told<'a>(&'a Shared);
-
-impl<'a> Told<'a> {
-    fn begin(shared: &'a Shared, dir: &Path) -> Self {
-        let (dir, what) = (dir.to_owned(), "reading the checkpoint's headers".to_owned());
-        shared.import.send_replace(Some(Importing { dir, what, done: 0, total: 0 }));
-        Self(shared)
-    }
-}
-
-impl Drop for Told<'_> {
-    fn drop(&mut self) {
-        self.0.import.send_replace(None);
     }
 }
 
 /// What the mesh serves already.
 struct Served {
-    known: Arc<Known>,
+    meta: Arc<ModelMeta>,
     name: String,
 }
 
-/// `None` where it serves nothing, or nobody can say any more what that consists of: then an import may bring it back.
-async fn served(shared: &Shared) -> Result<Option<Served>, String> {
-    let state = shared.state();
-    let Some((id, model)) = shared.model_to_place(&state) else { return Ok(None) };
-    let sources = shared.sources(&state, id, None);
-    match shared.library.get(id, model, &shared.fetcher, &shared.blobs, &sources).await {
-        Ok(known) => Ok(Some(Served { known, name: model.name.clone() })),
-        Err(LibraryError::Unusable(why)) => Err(format!(
+/// The model that the mesh serves. `None` where it serves nothing, or where no member has the manifest any more: then an import may
+/// bring the model back.
+async fn served(importer: &Importer) -> Result<Option<Served>, String> {
+    let state = importer.view.state();
+    let Some((id, model)) = model_to_serve(&state) else { return Ok(None) };
+    let sources = importer.view.sources(&state, id, None);
+    match importer.registry.obtain(id, model, &sources).await {
+        Ok(meta) => Ok(Some(Served { meta, name: model.name.clone() })),
+        Err(RegistryError::Unusable(why)) => Err(format!(
             "this mesh serves the model '{}', which this coel cannot run: {why}; use the version that imported it, or start another mesh \
              with `coel up --new --data DIR`",
             model.name
         )),
         Err(error) => {
-            warn!(%error, "it cannot be said beforehand whether this is the model that the mesh serves");
+            warn!(%error, "whether this is the model that the mesh serves is only known once it is cut");
             Ok(None)
         }
     }
@@ -174,10 +154,10 @@ fn another_model(id: ModelId, name: &str, wanted: &str) -> String {
     )
 }
 
-fn registration(name: String, known: &Known, found: &Survey) -> Model {
+fn registration(name: String, meta: &ModelMeta, found: &Survey) -> Model {
     Model {
         name,
-        manifest_bytes: known.manifest_bytes,
+        manifest_bytes: meta.manifest_bytes,
         popularity: counts(found),
         popularity_text: CALIBRATION_NAME.into(),
         sensitivity: losses(found),
@@ -186,32 +166,32 @@ fn registration(name: String, known: &Known, found: &Survey) -> Model {
 
 /// Cuts the checkpoint into blobs and writes its manifest. Refuses at once what cannot be the model that is `served`.
 fn cut(
-    shared: &Shared,
+    importer: &Importer,
     checkpoint: &Checkpoint,
     name: &str,
     served: Option<&Served>,
     progress: Progress<'_>,
-) -> Result<Known, String> {
+) -> Result<ModelMeta, String> {
     let words = |error: &dyn std::fmt::Display| error.to_string();
     let mut files = BTreeMap::new();
     for (name, path) in checkpoint.files() {
         let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
         files.insert(name, bytes);
     }
-    // What is wrong with these is said before hours of cutting.
+    // Faults of these are reported before hours of cutting.
     TextModel::from_files(checkpoint.config(), &files).map_err(|error| words(&error))?;
-    let blobs = &shared.blobs;
-    let cut = Cut::new(checkpoint, blobs, &shared.config.data).map_err(|error| words(&error))?;
+    let blobs = &importer.blobs;
+    let cut = Cut::new(checkpoint, blobs, &importer.data).map_err(|error| words(&error))?;
     if let Some(served) = served {
-        let manifest = &served.known.manifest;
+        let manifest = &served.meta.manifest;
         let same_files = files.len() == manifest.files.len()
             && files.iter().all(|(name, bytes)| manifest.file(name).is_some_and(|blob| blob.id == BlobId::of(bytes)));
         if !same_files || !cut.could_be(manifest).map_err(|error| words(&error))? {
-            return Err(another_model(served.known.id, &served.name, name));
+            return Err(another_model(served.meta.id, &served.name, name));
         }
     }
-    let stopped = || shared.stopping.is_cancelled();
-    let before = served.map(|served| &served.known.manifest);
+    let stopped = || importer.lifecycle.stopping().is_cancelled();
+    let before = served.map(|served| &*served.meta.manifest);
     let slices = cut.run(before, progress, &stopped).map_err(|error| words(&error))?;
     let put = |bytes: &[u8]| blobs.put(bytes).map_err(|error| words(&error));
     let listed = files.iter().map(|(name, bytes)| Ok(FileEntry { name: name.clone(), blob: put(bytes)? }));
@@ -232,16 +212,21 @@ fn cut(
     }
     let (encoded, id) = manifest.encode().map_err(|error| words(&error))?;
     put(&encoded)?;
-    Known::new(id, manifest, encoded.len() as u64, &files)
+    ModelMeta::new(id, manifest, encoded.len() as u64, &files)
         .map_err(|why| format!("{}: {why}", checkpoint.dir().display()))
 }
 
 /// Counts and measures the experts on the built-in text, layer by layer, each read once more.
-fn measure(shared: &Shared, checkpoint: &Checkpoint, known: &Known, progress: Progress<'_>) -> Result<Survey, String> {
-    let tokens = known.text.tokenizer.encode(CALIBRATION_TEXT, true).map_err(|error| error.to_string())?;
-    let mut experts = Experts { shared, checkpoint, manifest: &known.manifest, progress };
-    experts.go_on(0, known.config.num_hidden_layers);
-    let found = survey(&known.config, &checkpoint.trunk(), &tokens, 0, &mut experts);
+fn measure(
+    importer: &Importer,
+    checkpoint: &Checkpoint,
+    meta: &ModelMeta,
+    progress: Progress<'_>,
+) -> Result<Survey, String> {
+    let tokens = meta.text.tokenizer.encode(CALIBRATION_TEXT, true).map_err(|error| error.to_string())?;
+    let mut experts = CutExperts { importer, checkpoint, manifest: &meta.manifest, progress };
+    experts.go_on(0, meta.config.num_hidden_layers);
+    let found = survey(&meta.config, &checkpoint.trunk(), &tokens, 0, &mut experts);
     found.map_err(|error| match error {
         SurveyError::Stopped => CutError::Stopped.to_string(),
         error => error.to_string(),
@@ -249,14 +234,14 @@ fn measure(shared: &Shared, checkpoint: &Checkpoint, known: &Known, progress: Pr
 }
 
 /// The experts of a checkpoint that was just cut.
-struct Experts<'a> {
-    shared: &'a Shared,
+struct CutExperts<'a> {
+    importer: &'a Importer,
     checkpoint: &'a Checkpoint,
     manifest: &'a Manifest,
     progress: Progress<'a>,
 }
 
-impl Source for Experts<'_> {
+impl Source for CutExperts<'_> {
     fn expert(&mut self, id: ExpertId, precision: Precision) -> Result<Option<Tensors>, LoadError> {
         if precision == Precision::Exact {
             return Ok(Some(self.checkpoint.expert(id)));
@@ -266,7 +251,7 @@ impl Source for Experts<'_> {
             return Ok(None);
         };
         let file = || format!("{precision} of {id}");
-        let read = |entry| match self.shared.blobs.read_verified_into(entry, Buffer::new) {
+        let read = |entry| match self.importer.blobs.read_verified_into(entry, Buffer::new) {
             Ok(buffer) => Ok(WeightBytes::from(buffer)),
             Err(error) => Err(LoadError::Io { file: file(), source: std::io::Error::other(error) }),
         };
@@ -277,13 +262,13 @@ impl Source for Experts<'_> {
 
     fn go_on(&mut self, done: usize, total: usize) -> bool {
         (self.progress)("measuring experts, layers", done as u64, total as u64);
-        !self.shared.stopping.is_cancelled()
+        !self.importer.lifecycle.stopping().is_cancelled()
     }
 }
 
-/// What a survey found, as the planner reads it.
-pub fn measured(found: &Survey) -> Measured {
-    Measured { popularity: Popularity::new(counts(found)), sensitivity: losses(found) }
+/// Routed rows and losses of a survey, both `[layers][experts]`, as the log keeps them and the planner reads them.
+pub fn measurements(found: &Survey) -> (Vec<Vec<u32>>, Vec<Vec<Loss>>) {
+    (counts(found), losses(found))
 }
 
 fn counts(found: &Survey) -> Vec<Vec<u32>> {

@@ -1,62 +1,139 @@
-//! The admitted members: the log lists them, gossip enforces the list. This module keeps the two equal.
+//! Who is admitted: the log says it, gossip enforces it. Keeps the two equal, and this node's own entry in the log true.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use coel_gossip::{Handle, Multiaddr, PeerId};
-use coel_store::{Log, NodeId};
+use coel_store::{Command, Log, NodeId};
 use tokio::sync::broadcast::error::RecvError;
+use tracing::warn;
 
+use super::admission::handshake::ADDRESSES_MAX;
+use super::{ProposalError, propose};
 use crate::ids;
 
-/// How often it is looked whether a node that left still votes.
+/// How often to look whether a node that left still votes: the log does not tell.
 const VOTERS_PERIOD: Duration = Duration::from_secs(1);
+/// How often to look at this node's addresses: gossip does not tell.
+const ADDRESSES_PERIOD: Duration = Duration::from_secs(5);
 
-/// Addresses that can be used; others were written by a newer coel, or a liar.
-pub fn parse(addresses: &[String]) -> Vec<Multiaddr> {
+/// The addresses that parse. Others were written by a newer coel, or made up.
+pub fn parse_addresses(addresses: &[String]) -> Vec<Multiaddr> {
     addresses.iter().filter_map(|address| address.parse().ok()).collect()
 }
 
-/// Follows the log until it stops.
+/// The addresses this node tells others that it listens on. A machine with many interfaces has many; those that reach beyond the
+/// machine come first.
+pub fn own_addresses(gossip: &Handle) -> Vec<String> {
+    let mut listening: Vec<_> = gossip.listen_addresses().iter().map(ToString::to_string).collect();
+    listening.sort_by_key(|address| address.starts_with("/ip4/127.") || address.starts_with("/ip6/::1/"));
+    listening.truncate(ADDRESSES_MAX);
+    listening
+}
+
+/// Gossip's members, and what they were made from: who may call this node.
+#[derive(Default)]
+struct AdmissionCache {
+    /// Members of the log, and nodes that left and still vote.
+    members: BTreeMap<NodeId, (PeerId, Vec<Multiaddr>)>,
+    /// Peers for which known members vouched, and that this node's own log does not know yet.
+    vouched: BTreeSet<PeerId>,
+}
+
+impl AdmissionCache {
+    /// Takes over what the log says now, and returns the peers to admit.
+    fn update(&mut self, state: &coel_store::State, voters: &BTreeSet<NodeId>) -> BTreeMap<PeerId, Vec<Multiaddr>> {
+        self.members.retain(|node, _| voters.contains(node));
+        let members = state.members.iter();
+        self.members.extend(members.filter_map(|(&node, member)| {
+            Some((node, (ids::peer_id(&member.peer)?, parse_addresses(&member.addresses))))
+        }));
+        let mut admitted: BTreeMap<_, _> = self.members.values().cloned().collect();
+        self.vouched.retain(|peer| !admitted.contains_key(peer));
+        admitted.extend(self.vouched.iter().map(|&peer| (peer, Vec::new())));
+        admitted
+    }
+}
+
+/// Keeps gossip's members equal to the log's, until the log stops.
 ///
-/// A newcomer's log is empty at first and then catches up. Until it contains this node's own admission, the members that the
-/// welcome named stay, or nobody could send it the log. A node that left stays until its vote has passed on, which it could
-/// not do otherwise. And a node that was away may be called by a leader it has never heard of: after an unauthorized attempt
-/// the members that this node knows are asked to vouch for the stranger.
+/// A newcomer's log is empty at first and then catches up. Until it has reached this node's own admission, the members named in the
+/// welcome stay admitted, or nobody could send the log. A node that left stays admitted until its vote has passed on, or it could
+/// not pass it on. And a node that was down may be called by a leader it has never heard of: after an unauthorized attempt the members
+/// it does know are asked to vouch for the caller.
 pub async fn follow(gossip: Handle, log: Log) {
     let mut state = log.state();
-    let mut attempts = gossip.unauthorized_attempts();
+    let mut unauthorized = gossip.unauthorized_attempts();
     let mut told = BTreeMap::new();
-    let mut vouched = BTreeSet::new();
-    let mut peers = BTreeMap::<NodeId, (PeerId, Vec<Multiaddr>)>::new();
+    let mut cache = AdmissionCache::default();
     loop {
         let now = state.borrow_and_update().clone();
-        let voters = log.voters();
-        peers.retain(|node, _| voters.contains(node));
-        peers.extend(
-            now.members
-                .iter()
-                .filter_map(|(&node, member)| Some((node, (ids::peer_id(&member.peer)?, parse(&member.addresses))))),
-        );
-        let mut members: BTreeMap<_, _> = peers.values().cloned().collect();
-        vouched.retain(|peer| !members.contains_key(peer));
-        members.extend(vouched.iter().map(|&peer| (peer, Vec::new())));
+        let admitted = cache.update(&now, &log.voters());
         let caught_up = now.members.contains_key(&log.node_id()) || !told.is_empty();
-        if caught_up && told != members {
-            gossip.set_members(members.clone());
-            told = members;
+        if caught_up && told != admitted {
+            gossip.set_members(admitted.clone());
+            told = admitted;
         }
         tokio::select! {
             changed = state.changed() => if changed.is_err() { return },
-            attempt = attempts.recv() => match attempt {
+            attempt = unauthorized.recv() => match attempt {
                 // Before its own admission this node knows nobody who could vouch.
                 Ok(peer) if caught_up && log.admits(&ids::peer_key(peer)).await => {
-                    vouched.insert(peer);
+                    cache.vouched.insert(peer);
                 }
                 Ok(_) | Err(RecvError::Lagged(_)) => {}
                 Err(RecvError::Closed) => return,
             },
             () = tokio::time::sleep(VOTERS_PERIOD) => {}
         }
+    }
+}
+
+/// Keeps the log's entry of this node's name and addresses true: a restart may have changed them.
+pub async fn keep_own_entry(gossip: Handle, log: Log, name: String) {
+    let node = log.node_id();
+    let mut state = log.state();
+    loop {
+        let addresses = own_addresses(&gossip);
+        let known = state.borrow_and_update().members.get(&node).cloned();
+        if known.is_some_and(|member| member.name != name || member.addresses != addresses) {
+            match propose(&log, Command::Readdress { node, name: name.clone(), addresses }).await {
+                Ok(_) => {}
+                Err(ProposalError::Refused { refusal }) => warn!(%refusal, "the log refuses this node's addresses"),
+                Err(error) => warn!(%error, "the log does not have this node's addresses yet; trying again"),
+            }
+        }
+        tokio::select! {
+            changed = state.changed() => if changed.is_err() { return std::future::pending().await },
+            () = tokio::time::sleep(ADDRESSES_PERIOD) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use coel_store::{Member, State};
+
+    use super::*;
+
+    #[test]
+    fn a_node_that_left_stays_admitted_while_it_votes_and_a_vouched_peer_until_the_log_knows_it() {
+        let [one, two, stranger] = [PeerId::random(), PeerId::random(), PeerId::random()];
+        let member =
+            |peer| Member { peer: ids::peer_key(peer), name: String::new(), addresses: vec![], leaving: false };
+        let mut state =
+            State { members: [(NodeId(1), member(one)), (NodeId(2), member(two))].into(), ..State::default() };
+        let mut cache = AdmissionCache::default();
+        let voters = BTreeSet::from([NodeId(1), NodeId(2)]);
+        cache.vouched.insert(stranger);
+        let admitted = |cache: &mut AdmissionCache, state: &State, voters: &BTreeSet<NodeId>| {
+            cache.update(state, voters).into_keys().collect::<BTreeSet<_>>()
+        };
+        assert_eq!(admitted(&mut cache, &state, &voters), BTreeSet::from([one, two, stranger]));
+        state.members.remove(&NodeId(2));
+        state.members.insert(NodeId(3), member(stranger));
+        assert_eq!(admitted(&mut cache, &state, &voters), BTreeSet::from([one, two, stranger]), "it still votes");
+        assert!(cache.vouched.is_empty(), "the log knows it now");
+        assert_eq!(admitted(&mut cache, &state, &BTreeSet::from([NodeId(1)])), BTreeSet::from([one, stranger]));
     }
 }

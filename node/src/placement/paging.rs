@@ -1,9 +1,8 @@
-//! Where the memories of the mesh do not hold every expert even once: the hottest in memory, the coldest on disks.
+//! The plan where the memories of the mesh do not hold every expert even once: the hottest in memory, the coldest on disks.
 //!
-//! Owns [`paged`]. A node that pages keeps everything it is given on its disk and has it in memory by turns, so what counts is by how
-//! much it is given more than its memory holds. The invariants: all memories together hold the hottest experts there is room
-//! for, save that what lies in a memory already stays there (a move is a download); what exceeds a memory is shared
-//! out by what each memory bears; no disk and no memory is given more than it has.
+//! Owns [`paged`]. A node that pages keeps all its experts on disk and some of them in memory, so what counts is the excess over its
+//! memory. Invariants: all memories together hold the hottest experts that fit, except that an expert already in a memory stays there
+//! (a move is a download); the excess is shared out in proportion to the memories; no disk and no memory is given more than it has.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -11,16 +10,17 @@ use std::collections::BTreeMap;
 use coel_store::{ExpertId, NodeId};
 
 use super::table::Table;
-use super::{Candidate, Current, Experts};
+use super::{Candidate, Current};
+use crate::budget::ExpertSizes;
 
 /// Load of a memory is counted in millionths.
 const WHOLE: u128 = 1_000_000;
 
-/// Every expert once at the least that is accepted, on disk where memory does not suffice; second replicas only in memory that is
-/// left. `ranked` are all experts, the most popular first; `exchange_bytes` is what each memory keeps free. With the experts
-/// that nobody has room for.
+/// A table with every expert once at the fewest bits accepted, on disk where memory does not suffice, and second replicas only in the
+/// remaining memory; and the experts for which no node has room. `ranked` are all experts, the most popular first; `exchange_bytes` is
+/// what each memory keeps free.
 pub(super) fn paged<'a>(
-    experts: &'a Experts,
+    experts: &'a ExpertSizes,
     candidates: &[Candidate],
     current: &'a Current,
     ranked: &[ExpertId],
@@ -51,7 +51,7 @@ struct Paging<'a> {
 }
 
 impl Paging<'_> {
-    /// Gives experts that nobody holds to memories that have room: those that lie on these nodes already, or any.
+    /// Gives experts without a replica to memories that have room: with `only_held`, to nodes that hold them already.
     fn fill_memory(&mut self, ranked: &[ExpertId], only_held: bool) {
         for &expert in ranked {
             if self.table.count(expert) > 0 {

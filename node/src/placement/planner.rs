@@ -1,5 +1,5 @@
-//! The planner: cover every expert, then replicate by popularity, within byte budgets, moving as little as possible; where not
-//! everything fits exactly, choose precisions; and where not everything fits at all, use disks.
+//! The planner: covers every expert, then replicates by popularity, within byte budgets, moving as little as possible. Where not
+//! everything fits exactly, it chooses precisions; where not everything fits in memory, it uses disks.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -7,38 +7,39 @@ use std::collections::BTreeSet;
 use coel_store::{Bounds, ExpertId, NodeId, Precision, Replica};
 
 use super::paging::paged;
-use super::raise::{raise, relieve};
 use super::table::Table;
-use super::{Candidate, Current, Experts, Harm, Plan};
+use super::upgrade::{rebalance, upgrade};
+use super::{Candidate, Current, ExpectedLoss, Plan};
+use crate::budget::ExpertSizes;
 
-/// How many replicas an expert gets where there is room: one to serve, one to outlive a death.
+/// Replicas of an expert where there is room: one to serve, one to survive a node's death.
 const REPLICAS_WANTED: usize = 2;
-/// How much less room by share of its budget a node may have than the emptiest one and keep what it holds, in millionths.
+/// How far a node's share of free room may lag behind the emptiest node's before it gives experts up, in millionths.
 const LAG_MAX: u64 = 30_000;
-/// What moving experts for the sake of balance must save of a plan's harm, as a share.
+/// Share of a plan's expected loss that moving experts for the sake of balance must save.
 const GAIN_MIN: f64 = 0.02;
-/// Times that a plan is taken for what is held, to see whether moving more is worth it again.
+/// Rounds of planning from the previous plan's result, to see whether moving more is worth it again.
 const MOVES_MAX: usize = 4;
-/// Times that nodes with room may take over from others before the plan is taken as it is. Each makes it better; one or two do.
-const RELIEFS_MAX: usize = 8;
+/// Rounds of rebalancing before a plan is taken as it is. Each round improves it; one or two suffice in practice.
+const REBALANCES_MAX: usize = 8;
 
 /// The budgets cannot hold every expert once.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the budgets of {nodes} node(s) leave {available_bytes} bytes for experts, the model's experts need {needed_bytes} at the \
-     least that is accepted: {missing_bytes} bytes are missing; raise --memory on a node, add a node, accept a lower precision or \
-     give a node --disk"
+    "the budgets of {nodes} node(s) leave {available_bytes} bytes for experts, but the model's experts need {needed_bytes} bytes at \
+     the lowest accepted precision: {missing_bytes} bytes are missing; raise --memory on a node, add a node, accept a lower precision \
+     or give a node --disk"
 )]
 pub struct Shortfall {
     /// Nodes that were counted.
     pub nodes: usize,
-    /// What all experts need, once each, at the least that any node accepts.
+    /// What all experts need, once each, at the fewest bits that any node accepts.
     pub needed_bytes: u64,
     /// What the budgets leave in memory and on disks, in whole experts.
     pub available_bytes: u64,
     /// The difference.
     pub missing_bytes: u64,
-    /// The best that can be done: a table in which some experts are held by nobody.
+    /// The best possible table, in which some experts have no replica.
     pub partial: Plan,
 }
 
@@ -47,28 +48,28 @@ pub struct Shortfall {
 /// # Errors
 /// [`Shortfall`] when not every expert can be held once; its `partial` plan still fits the budgets.
 pub fn plan(
-    experts: &Experts,
+    experts: &ExpertSizes,
     candidates: &[Candidate],
     current: &Current,
-    harm: &Harm,
+    loss: &ExpectedLoss,
 ) -> Result<Plan, Box<Shortfall>> {
-    plan_again(experts, candidates, current, harm, MOVES_MAX)
+    plan_again(experts, candidates, current, loss, MOVES_MAX)
 }
 
 fn plan_again(
-    experts: &Experts,
+    experts: &ExpertSizes,
     candidates: &[Candidate],
     current: &Current,
-    harm: &Harm,
+    loss: &ExpectedLoss,
     moves: usize,
 ) -> Result<Plan, Box<Shortfall>> {
     let planner =
-        Planner { experts, candidates, current, harm, ranked: harm.popularity().ranked(experts.keys().copied()) };
+        Planner { experts, candidates, current, loss, ranked: loss.popularity().ranked(experts.keys().copied()) };
     if let Some(exact) = planner.exact() {
         return Ok(exact.into_plan());
     }
-    // As few moves as possible, if that leaves nothing to be wished for.
-    let hot = harm.popularity().hot(experts.keys().copied());
+    // As few moves as possible, if every replica is then as exact as accepted.
+    let hot = loss.popularity().hot(experts.keys().copied());
     let (mut table, missing) = planner.mixed(&hot, |_| REPLICAS_WANTED);
     if !missing.is_empty() {
         if candidates.iter().all(|candidate| candidate.page_bytes_max == 0) {
@@ -81,7 +82,7 @@ fn plan_again(
             Err(Box::new(planner.shortfall(table, &missing)))
         };
     }
-    raise(&mut table, harm);
+    upgrade(&mut table, loss);
     if table.is_saturated() {
         planner.fill(&mut table);
         return Ok(table.into_plan());
@@ -89,14 +90,14 @@ fn plan_again(
     // Else a cold expert's second replica is worth less than the bits it takes.
     let kept = |expert| if hot.contains(&expert) { REPLICAS_WANTED } else { 1 };
     let stay = planner.refine(planner.mixed(&hot, kept).0);
-    // What everybody has to hold anyway, shared out by the budgets, leaves each node room for what it holds badly: a node that came
-    // late has a share of that too.
+    // Sharing the fewest bits out by budget leaves each node room to upgrade what it holds. So a node that joined late has a share of
+    // that too.
     let levelled = planner.levelled(&hot, kept).or_else(|| planner.levelled(&hot, |_| 1));
     let moved = levelled.map(|table| planner.refine(table));
-    match moved.filter(|moved| harm.of_plan(moved) < harm.of_plan(&stay) * (1.0 - GAIN_MIN)) {
+    match moved.filter(|moved| loss.of_plan(moved) < loss.of_plan(&stay) * (1.0 - GAIN_MIN)) {
         None => Ok(stay),
-        // As it will be when everything has arrived: what is planned is to stay so then.
-        Some(moved) if moves > 0 => plan_again(experts, candidates, &held_as(&moved), harm, moves - 1),
+        // Plan from what will be held when everything has arrived, so that the plan is stable then.
+        Some(moved) if moves > 0 => plan_again(experts, candidates, &held_as(&moved), loss, moves - 1),
         Some(moved) => Ok(moved),
     }
 }
@@ -109,16 +110,16 @@ fn held_as(plan: &Plan) -> Current {
 }
 
 struct Planner<'a> {
-    experts: &'a Experts,
+    experts: &'a ExpertSizes,
     candidates: &'a [Candidate],
     current: &'a Current,
-    harm: &'a Harm,
+    loss: &'a ExpectedLoss,
     /// The most popular first.
     ranked: Vec<ExpertId>,
 }
 
 impl<'a> Planner<'a> {
-    /// Everything as in the checkpoint, with second replicas as there is room; `None` if not every expert fits so.
+    /// Everything as in the checkpoint, with second replicas where there is room; `None` if not every expert fits.
     fn exact(&self) -> Option<Table<'a>> {
         let (exact, others): (Vec<_>, Vec<_>) =
             self.candidates.iter().cloned().partition(|candidate| candidate.accepts.has(Precision::Exact));
@@ -130,7 +131,7 @@ impl<'a> Planner<'a> {
             return None;
         }
         self.second(&mut table, |_| true);
-        // Nodes that accept less only hold what the others have too.
+        // Nodes that do not accept exact weights hold second replicas only.
         table.admit(&others);
         self.keep(&mut table, |_| REPLICAS_WANTED);
         for &expert in &self.ranked {
@@ -138,16 +139,16 @@ impl<'a> Planner<'a> {
                 place(&mut table, expert);
             }
         }
-        raise(&mut table, self.harm);
+        upgrade(&mut table, self.loss);
         Some(table)
     }
 
-    /// While a replica is exchanged for one of another precision both are there: each node keeps room for that.
+    /// Room that each node keeps for exchanging a replica: during the exchange both forms are in memory.
     fn exchange_bytes(&self) -> u64 {
         self.experts.values().filter_map(|choices| choices.bytes(Precision::Q8)).max().unwrap_or(0)
     }
 
-    /// Nobody holds anything, and each keeps room for an exchange.
+    /// A table without replicas, in which each node keeps room for an exchange.
     fn empty(&self) -> Table<'a> {
         let exchange_bytes = self.exchange_bytes();
         let less = |c: &Candidate| c.expert_bytes_max.saturating_sub(exchange_bytes);
@@ -155,8 +156,8 @@ impl<'a> Planner<'a> {
         Table::new(self.experts, &candidates.collect::<Vec<_>>(), self.current)
     }
 
-    /// Everything at the least that is accepted, the hot ones twice, of what is held already as many as are `kept`; and what
-    /// nobody has room for.
+    /// Everything at the fewest bits accepted, the hot experts twice, with as many present replicas of each as are `kept`; and the
+    /// experts for which no node has room.
     fn mixed(&self, hot: &BTreeSet<ExpertId>, kept: impl Fn(ExpertId) -> usize) -> (Table<'a>, Vec<ExpertId>) {
         let mut table = self.empty();
         self.keep(&mut table, kept);
@@ -167,9 +168,9 @@ impl<'a> Planner<'a> {
         (table, missing)
     }
 
-    /// The same with budgets used alike: an expert stays only where its node is not far behind in room. One after the other, so that
-    /// what stays and what goes are alike popular; and of a plan that was levelled everything stays. `None` if that leaves something
-    /// without a place.
+    /// The same with budgets used evenly: an expert stays only where its node's share of free room is not far behind. Experts are
+    /// considered one after the other, so that those that stay and those that move are equally popular. A levelled plan stays as it is.
+    /// `None` if some expert then has no place.
     fn levelled(&self, hot: &BTreeSet<ExpertId>, kept: impl Fn(ExpertId) -> usize) -> Option<Table<'a>> {
         let mut table = self.empty();
         for &expert in &self.by_weight() {
@@ -188,24 +189,24 @@ impl<'a> Planner<'a> {
         Some(table)
     }
 
-    /// The table with its room spent on precision, first by moving what is held badly to where there is room.
+    /// The plan with the table's room spent on precision, first by moving experts with a great loss to where there is room.
     fn refine(&self, mut table: Table<'_>) -> Plan {
-        for _ in 0..RELIEFS_MAX {
+        for _ in 0..REBALANCES_MAX {
             table.lower_all();
-            raise(&mut table, self.harm);
-            if !relieve(&mut table, self.harm) {
+            upgrade(&mut table, self.loss);
+            if !rebalance(&mut table, self.loss) {
                 break;
             }
         }
         table.lower_all();
-        raise(&mut table, self.harm);
+        upgrade(&mut table, self.loss);
         if table.is_saturated() {
             self.fill(&mut table);
         }
         table.into_plan()
     }
 
-    /// The emptiest of those that hold the expert now and may go on, one that serves it rather than one that is to get it.
+    /// The emptiest of the nodes that hold the expert now and may keep it; one that serves it rather than one that is to receive it.
     fn holder(&self, table: &Table<'_>, expert: ExpertId) -> Option<NodeId> {
         let holders = self.current.get(&expert).into_iter().flatten();
         let (ready, coming): (Vec<_>, Vec<_>) = holders
@@ -215,7 +216,7 @@ impl<'a> Planner<'a> {
         table.emptiest(nodes.into_iter().map(|(&node, _)| node))
     }
 
-    /// What is held stays: what has one holder first, then the hot ones, in case a budget shrank.
+    /// Keeps present replicas: experts with one holder first, then the hot ones, in case a budget shrank.
     fn keep(&self, table: &mut Table<'_>, kept: impl Fn(ExpertId) -> usize) {
         let holders = |expert: &ExpertId| self.current.get(expert).map_or(0, |nodes| nodes.len());
         let mut ranked = self.ranked.clone();
@@ -232,7 +233,7 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// One replica of each, the heaviest first so that the last gaps are filled by the lightest.
+    /// One replica of each expert, the heaviest first so that the lightest fill the last gaps. Returns the experts without a place.
     fn cover(&self, table: &mut Table<'_>) -> Vec<ExpertId> {
         let mut missing = self.by_weight();
         missing.retain(|&expert| {
@@ -248,7 +249,7 @@ impl<'a> Planner<'a> {
         by_weight
     }
 
-    /// Then a second one of those that are to have one, the hot ones first; ranked by popularity, so the hot set comes before the rest.
+    /// A second replica of the experts that are `wanted` twice, the most popular first.
     fn second(&self, table: &mut Table<'_>, wanted: impl Fn(ExpertId) -> bool) {
         for &expert in &self.ranked {
             if wanted(expert) && table.count(expert) < REPLICAS_WANTED && !place(table, expert) {
@@ -257,7 +258,7 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Second replicas of the rest, where there is room for them as exact as can be.
+    /// Second replicas of the rest, where there is room for them at the highest precision.
     fn fill(&self, table: &mut Table<'_>) {
         for &expert in &self.ranked {
             if table.count(expert) < REPLICAS_WANTED {
@@ -272,7 +273,7 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// The plan, saying which nodes page and how much.
+    /// The plan with the nodes that page and by how much.
     fn with_paging(&self, mut plan: Plan) -> Plan {
         let memories = self.candidates.iter().map(|c| (c.node, c.expert_bytes_max));
         let overrun = memories.map(|(node, memory)| (node, plan.bytes_on(self.experts, node).saturating_sub(memory)));
@@ -306,7 +307,7 @@ fn place(table: &mut Table<'_>, expert: ExpertId) -> bool {
     emptiest.map(|node| table.put_floor(expert, node)).is_some()
 }
 
-/// Makes room for an expert that nobody holds by giving up one spare replica of another, the least popular first.
+/// Makes room for an expert without a replica by giving up one spare replica of another, the least popular first.
 fn evict_spare_for(table: &mut Table<'_>, expert: ExpertId, ranked: &[ExpertId]) -> bool {
     let spares = ranked.iter().rev().filter(|&&other| table.count(other) > 1);
     let mut spares = spares.flat_map(|&other| table.of(other).map(move |(node, precision)| (other, node, precision)));

@@ -1,18 +1,19 @@
-//! A placement under construction: replicas with their precisions, and the room that is left on each node.
+//! A placement under construction: replicas with their precisions, and the room left on each node.
 //!
-//! The invariant: the room of a node is its budget less the bytes of what it holds, and never below zero. What is worth placing
-//! where is the planner's business.
+//! Invariant: the room of a node is its budget less the bytes of its replicas, and never below zero. The table does not decide what
+//! is worth placing where; the planner does.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use coel_store::{ExpertId, NodeId, Precision};
 
-use super::{Candidate, Current, Experts, Plan};
+use super::{Candidate, Current, Plan};
+use crate::budget::ExpertSizes;
 
 /// Replicas under construction.
 pub(super) struct Table<'a> {
-    experts: &'a Experts,
+    experts: &'a ExpertSizes,
     candidates: BTreeMap<NodeId, Candidate>,
     current: &'a Current,
     room: BTreeMap<NodeId, u64>,
@@ -21,7 +22,7 @@ pub(super) struct Table<'a> {
 }
 
 impl<'a> Table<'a> {
-    pub fn new(experts: &'a Experts, candidates: &[Candidate], current: &'a Current) -> Self {
+    pub fn new(experts: &'a ExpertSizes, candidates: &[Candidate], current: &'a Current) -> Self {
         let least = experts.values().flat_map(|choices| choices.sensible().next().and_then(|p| choices.bytes(p)));
         let mut table = Self {
             experts,
@@ -177,7 +178,7 @@ impl<'a> Table<'a> {
         (u128::from(self.room(node)) * 1_000_000 / u128::from(budget)) as u64
     }
 
-    /// Whether `node` is the only one that keeps the expert from before: everybody else would have to fetch it first.
+    /// Whether `node` is the only one that keeps the expert from before: every other node would have to fetch it first.
     pub fn is_last_that_has_it(&self, expert: ExpertId, node: NodeId) -> bool {
         let Some(had) = self.current.get(&expert).filter(|had| had.contains_key(&node)) else { return false };
         self.of(expert).all(|(other, _)| other == node || !had.contains_key(&other))

@@ -6,15 +6,16 @@ use coel_store::{Bounds, Epoch, ExpertId, Loss, ModelId, NodeId, Placement, Prec
 use proptest::prelude::*;
 
 use super::*;
+use crate::budget::SizeByPrecision;
 
 /// An expert takes 16 exactly, 9 at Q8, 5 at Q4, as one of BF16 does.
 const EXACT: u64 = 16;
 
-fn choices(weight: u64) -> Choices {
-    Choices { bytes: [5, 9, EXACT].map(|bytes| Some(bytes * weight)) }
+fn choices(weight: u64) -> SizeByPrecision {
+    SizeByPrecision::new([5, 9, EXACT].map(|bytes| Some(bytes * weight)))
 }
 
-fn experts(layers: u16, per_layer: u16) -> Experts {
+fn experts(layers: u16, per_layer: u16) -> ExpertSizes {
     let ids = (0..layers).flat_map(|layer| (0..per_layer).map(move |index| ExpertId { layer, index }));
     ids.map(|expert| (expert, choices(1))).collect()
 }
@@ -45,11 +46,11 @@ fn mesh_with_disks(nodes: &[(u64, u64)]) -> Vec<Candidate> {
 }
 
 /// Expected misses: the popularity of what exceeds each node's memory, beside the exchange.
-fn misses(plan: &Plan, experts: &Experts, nodes: &[Candidate], harm: &Harm) -> u64 {
+fn misses(plan: &Plan, experts: &ExpertSizes, nodes: &[Candidate], loss: &ExpectedLoss) -> u64 {
     if plan.paged_bytes.is_empty() {
         return 0;
     }
-    let popularity = |expert: &ExpertId| u64::from(harm.popularity().of(*expert));
+    let popularity = |expert: &ExpertId| u64::from(loss.popularity().of(*expert));
     let mut missed: BTreeMap<ExpertId, u64> = BTreeMap::new();
     for candidate in nodes {
         let given = plan.replicas.iter().filter_map(|(e, nodes)| Some((*e, *nodes.get(&candidate.node)?)));
@@ -68,9 +69,9 @@ fn misses(plan: &Plan, experts: &Experts, nodes: &[Candidate], harm: &Harm) -> u
     missed.values().sum()
 }
 
-fn rising(layers: u16, per_layer: u16) -> Harm {
+fn rising(layers: u16, per_layer: u16) -> ExpectedLoss {
     let counts = (0..layers).map(|_| (0..u32::from(per_layer)).collect()).collect();
-    Harm::new(Popularity::new(counts), Vec::new())
+    ExpectedLoss::new(Popularity::new(counts), Vec::new())
 }
 
 /// The replicas of a plan, all ready as wanted or none.
@@ -90,7 +91,7 @@ fn counts(plan: &Plan) -> [usize; 3] {
     Precision::ALL.map(|precision| all().filter(|p| **p == precision).count())
 }
 
-fn used(plan: &Plan, experts: &Experts, node: NodeId) -> u64 {
+fn used(plan: &Plan, experts: &ExpertSizes, node: NodeId) -> u64 {
     let each = plan.replicas.iter().filter_map(|(expert, nodes)| experts[expert].bytes(*nodes.get(&node)?));
     each.sum()
 }
@@ -105,9 +106,9 @@ fn three_budgets_of_seventy_percent_hold_everything_twice_and_exactly() {
 
 #[test]
 fn a_third_node_completes_the_mesh_without_a_single_move() {
-    let (experts, harm) = (experts(6, 24), rising(6, 24));
-    let two = plan(&experts, &mesh(&[100, 100]), &Current::new(), &harm).unwrap();
-    let three = plan(&experts, &mesh(&[100, 100, 100]), &replicas_of(&two, true), &harm).unwrap();
+    let (experts, loss) = (experts(6, 24), rising(6, 24));
+    let two = plan(&experts, &mesh(&[100, 100]), &Current::new(), &loss).unwrap();
+    let three = plan(&experts, &mesh(&[100, 100, 100]), &replicas_of(&two, true), &loss).unwrap();
     for (expert, nodes) in &two.replicas {
         assert!(nodes.iter().all(|(node, p)| three.replicas[expert].get(node) == Some(p)), "{expert} moved");
     }
@@ -116,10 +117,10 @@ fn a_third_node_completes_the_mesh_without_a_single_move() {
 
 #[test]
 fn budgets_of_half_cover_everything_and_double_the_hot() {
-    let (experts, harm) = (experts(6, 24), rising(6, 24));
-    let plan = plan(&experts, &mesh(&[72, 72, 72]), &Current::new(), &harm).unwrap();
+    let (experts, loss) = (experts(6, 24), rising(6, 24));
+    let plan = plan(&experts, &mesh(&[72, 72, 72]), &Current::new(), &loss).unwrap();
     assert!(plan.replicas.values().all(|nodes| !nodes.is_empty()));
-    let hot = harm.popularity().hot(experts.keys().copied());
+    let hot = loss.popularity().hot(experts.keys().copied());
     assert!(!hot.is_empty());
     assert!(hot.iter().all(|expert| plan.replicas[expert].len() == 2));
     assert_eq!(counts(&plan), [0, 0, 216], "what fits once exactly is exact");
@@ -127,12 +128,12 @@ fn budgets_of_half_cover_everything_and_double_the_hot() {
 
 #[test]
 fn a_death_is_mended_with_what_is_left() {
-    let (experts, harm) = (experts(6, 24), rising(6, 24));
-    let whole = plan(&experts, &mesh(&[100, 100, 100]), &Current::new(), &harm).unwrap();
-    let mended = plan(&experts, &mesh(&[100, 100]), &replicas_of(&whole, true), &harm).unwrap();
+    let (experts, loss) = (experts(6, 24), rising(6, 24));
+    let whole = plan(&experts, &mesh(&[100, 100, 100]), &Current::new(), &loss).unwrap();
+    let mended = plan(&experts, &mesh(&[100, 100]), &replicas_of(&whole, true), &loss).unwrap();
     assert_eq!((mended.replicas.len(), counts(&mended)), (144, [0, 0, 200]));
     // With one more gone it no longer fits exactly, and everything is still served.
-    let last = plan(&experts, &mesh(&[100]), &replicas_of(&mended, true), &harm).unwrap();
+    let last = plan(&experts, &mesh(&[100]), &replicas_of(&mended, true), &loss).unwrap();
     assert_eq!(held(&last, 1), 144);
     assert!(counts(&last)[1] > 0 && counts(&last)[2] > 0, "{:?}", counts(&last));
 }
@@ -150,10 +151,10 @@ fn a_shortfall_is_named_in_bytes() {
 
 #[test]
 fn disks_are_used_only_where_memories_do_not_suffice() {
-    let (experts, harm) = (experts(6, 24), rising(6, 24));
+    let (experts, loss) = (experts(6, 24), rising(6, 24));
     let enough = mesh_with_disks(&[(72, 200), (72, 200)]);
     let without = mesh_with_disks(&[(72, 0), (72, 0)]);
-    let plan_of = |nodes: &[Candidate]| plan(&experts, nodes, &Current::new(), &harm);
+    let plan_of = |nodes: &[Candidate]| plan(&experts, nodes, &Current::new(), &loss);
     assert_eq!(plan_of(&enough), plan_of(&without));
     assert!(plan_of(&enough).unwrap().paged_bytes.is_empty());
     // One expert short: without a disk that is refused, and the remedy is named.
@@ -167,35 +168,35 @@ fn disks_are_used_only_where_memories_do_not_suffice() {
 
 #[test]
 fn the_hottest_are_in_memory_and_the_coldest_are_shared_out() {
-    let (experts, harm) = (experts(1, 100), rising(1, 100));
+    let (experts, loss) = (experts(1, 100), rising(1, 100));
     // Memory for 60 of 100: the node without a disk gets hot ones only; the others page as their memories bear.
     let nodes = mesh_with_disks(&[(10, 0), (20, 100), (30, 100)]);
-    let cold = plan(&experts, &nodes, &Current::new(), &harm).unwrap();
+    let cold = plan(&experts, &nodes, &Current::new(), &loss).unwrap();
     assert_eq!(counts(&cold), [100, 0, 0]);
     assert_eq!([1, 2, 3].map(|node| held(&cold, node)), [10, 36, 54]);
     let hot = |expert: &ExpertId| expert.index >= 40;
     assert!(cold.replicas.iter().all(|(expert, nodes)| !nodes.contains_key(&NodeId(1)) || hot(expert)));
-    assert_eq!(misses(&cold, &experts, &nodes, &harm), (0..40).sum::<u64>(), "the coldest forty");
+    assert_eq!(misses(&cold, &experts, &nodes, &loss), (0..40).sum::<u64>(), "the coldest forty");
     // 16 and 24 beyond memory, less the room of an exchange.
     assert_eq!(cold.paged_bytes, BTreeMap::from([(NodeId(2), 16 * 5 - 9), (NodeId(3), 24 * 5 - 9)]));
-    let again = plan(&experts, &nodes, &replicas_of(&cold, true), &harm).unwrap();
+    let again = plan(&experts, &nodes, &replicas_of(&cold, true), &loss).unwrap();
     assert_eq!(again, cold, "and there it stays");
 }
 
 #[test]
 fn a_node_that_joins_takes_its_share_of_what_is_paged_and_memory_ends_it() {
-    let (experts, harm) = (experts(1, 100), rising(1, 100));
-    let alone = plan(&experts, &mesh_with_disks(&[(30, 100)]), &Current::new(), &harm).unwrap();
+    let (experts, loss) = (experts(1, 100), rising(1, 100));
+    let alone = plan(&experts, &mesh_with_disks(&[(30, 100)]), &Current::new(), &loss).unwrap();
     assert_eq!(alone.paged_bytes[&NodeId(1)], 70 * 5 - 9);
     let two = mesh_with_disks(&[(30, 100), (30, 100)]);
-    let joined = plan(&experts, &two, &replicas_of(&alone, true), &harm).unwrap();
+    let joined = plan(&experts, &two, &replicas_of(&alone, true), &loss).unwrap();
     assert_eq!([1, 2].map(|node| held(&joined, node)), [50, 50]);
     let mut hottest = (70..100).map(|index| ExpertId::new(0, index));
     assert!(hottest.all(|e| joined.replicas[&e].contains_key(&NodeId(1))), "what lay in memory has moved");
-    assert_eq!(misses(&joined, &experts, &two, &harm), (0..40).sum::<u64>());
+    assert_eq!(misses(&joined, &experts, &two, &loss), (0..40).sum::<u64>());
     // A third one with memory alone: paging ends, and nothing goes to a node that pages.
     let three = mesh_with_disks(&[(30, 100), (30, 100), (40, 0)]);
-    let ended = plan(&experts, &three, &replicas_of(&joined, true), &harm).unwrap();
+    let ended = plan(&experts, &three, &replicas_of(&joined, true), &loss).unwrap();
     assert!(ended.paged_bytes.is_empty());
     assert_eq!([1, 2, 3].map(|node| held(&ended, node)), [30, 30, 40]);
     for (expert, nodes) in &ended.replicas {
@@ -206,15 +207,15 @@ fn a_node_that_joins_takes_its_share_of_what_is_paged_and_memory_ends_it() {
 
 #[test]
 fn a_death_is_mended_from_disk_without_moving_what_is_left() {
-    let (experts, harm) = (experts(1, 100), rising(1, 100));
+    let (experts, loss) = (experts(1, 100), rising(1, 100));
     let two = mesh_with_disks(&[(60, 100), (60, 0)]);
-    let whole = plan(&experts, &two, &Current::new(), &harm).unwrap();
+    let whole = plan(&experts, &two, &Current::new(), &loss).unwrap();
     assert!(whole.paged_bytes.is_empty());
-    let mended = plan(&experts, &two[..1], &replicas_of(&whole, true), &harm).unwrap();
+    let mended = plan(&experts, &two[..1], &replicas_of(&whole, true), &loss).unwrap();
     assert_eq!(held(&mended, 1), 100);
     assert!(mended.paged_bytes.contains_key(&NodeId(1)));
     // Disks too small as well: as much as there is room for, and what is missing is said.
-    let error = plan(&experts, &mesh_with_disks(&[(60, 90)]), &replicas_of(&whole, true), &harm).unwrap_err();
+    let error = plan(&experts, &mesh_with_disks(&[(60, 90)]), &replicas_of(&whole, true), &loss).unwrap_err();
     assert_eq!((error.missing_bytes, error.available_bytes), (10 * 5, 90 * 5));
     assert_eq!(held(&error.partial, 1), 90);
 }
@@ -231,28 +232,28 @@ fn spare_replicas_give_way_to_experts_nobody_holds() {
 
 #[test]
 fn nodes_hold_only_what_they_accept() {
-    let (experts, harm) = (experts(1, 4), rising(1, 4));
+    let (experts, loss) = (experts(1, 4), rising(1, 4));
     let only = Bounds::only;
     // The exact node suffices; the other one holds spares in its own way.
     let nodes = mesh_of(&[(4 * EXACT, Bounds::AUTO), (4 * EXACT, only(Precision::Q8))]);
-    let both = plan(&experts, &nodes, &Current::new(), &harm).unwrap();
+    let both = plan(&experts, &nodes, &Current::new(), &loss).unwrap();
     assert_eq!(counts(&both), [0, 4, 4]);
     assert!(both.replicas.values().all(|nodes| nodes[&NodeId(1)] == Precision::Exact));
     // A mesh that wants no more than Q8 has it twice, and not exactly although there is room.
     let nodes = mesh_of(&[(8 * EXACT, "..q8".parse().unwrap()), (8 * EXACT, "..q8".parse().unwrap())]);
-    assert_eq!(counts(&plan(&experts, &nodes, &Current::new(), &harm).unwrap()), [0, 8, 0]);
-    let exact_only = BTreeMap::from([(ExpertId::new(0, 0), Choices { bytes: [None, None, Some(16)] })]);
-    assert!(plan(&exact_only, &mesh_of(&[(99, only(Precision::Q4))]), &Current::new(), &harm).is_err());
-    assert!(plan(&exact_only, &mesh_of(&[(99, "q8..".parse().unwrap())]), &Current::new(), &harm).is_ok());
+    assert_eq!(counts(&plan(&experts, &nodes, &Current::new(), &loss).unwrap()), [0, 8, 0]);
+    let exact_only = BTreeMap::from([(ExpertId::new(0, 0), SizeByPrecision::new([None, None, Some(16)]))]);
+    assert!(plan(&exact_only, &mesh_of(&[(99, only(Precision::Q4))]), &Current::new(), &loss).is_err());
+    assert!(plan(&exact_only, &mesh_of(&[(99, "q8..".parse().unwrap())]), &Current::new(), &loss).is_ok());
 }
 
 #[test]
-fn a_raise_keeps_every_expert_where_it_is() {
-    let (experts, harm) = (experts(2, 8), rising(2, 8));
+fn an_upgrade_keeps_every_expert_where_it_is() {
+    let (experts, loss) = (experts(2, 8), rising(2, 8));
     let accept = |bounds: &str| mesh_of(&[(8 * EXACT, bounds.parse().unwrap()), (8 * EXACT, bounds.parse().unwrap())]);
-    let low = plan(&experts, &accept("q4"), &Current::new(), &harm).unwrap();
+    let low = plan(&experts, &accept("q4"), &Current::new(), &loss).unwrap();
     assert_eq!(counts(&low), [32, 0, 0]);
-    let raised = plan(&experts, &accept("q8"), &replicas_of(&low, true), &harm).unwrap();
+    let raised = plan(&experts, &accept("q8"), &replicas_of(&low, true), &loss).unwrap();
     let places = |plan: &Plan| {
         let each = plan.replicas.iter();
         each.map(|(expert, nodes)| (*expert, nodes.keys().copied().collect::<BTreeSet<_>>())).collect::<Vec<_>>()
@@ -266,54 +267,54 @@ fn a_raise_keeps_every_expert_where_it_is() {
 
 #[test]
 fn a_node_with_room_takes_over_what_others_hold_badly() {
-    let (experts, harm) = (experts(1, 16), rising(1, 16));
-    let alone = plan(&experts, &mesh(&[7]), &Current::new(), &harm).unwrap();
-    let joined = plan(&experts, &mesh(&[7, 8]), &replicas_of(&alone, true), &harm).unwrap();
-    assert!(harm.of_plan(&joined) < harm.of_plan(&alone) / 4.0);
+    let (experts, loss) = (experts(1, 16), rising(1, 16));
+    let alone = plan(&experts, &mesh(&[7]), &Current::new(), &loss).unwrap();
+    let joined = plan(&experts, &mesh(&[7, 8]), &replicas_of(&alone, true), &loss).unwrap();
+    assert!(loss.of_plan(&joined) < loss.of_plan(&alone) / 4.0);
     assert!(held(&joined, 1) < 16 && held(&joined, 2) > 0);
-    let again = plan(&experts, &mesh(&[7, 8]), &replicas_of(&joined, true), &harm).unwrap();
+    let again = plan(&experts, &mesh(&[7, 8]), &replicas_of(&joined, true), &loss).unwrap();
     assert_eq!(again, joined, "and then it stays so");
 }
 
 #[test]
 fn it_matters_little_in_which_order_nodes_come() {
-    let (experts, harm) = (experts(6, 24), rising(6, 24));
+    let (experts, loss) = (experts(6, 24), rising(6, 24));
     // Room for 0.55 of the experts as they are on the first, 0.5 on the second; then in other proportions, and a third.
     for budgets in [&[80, 72][..], &[72, 80], &[60, 30], &[50, 90], &[60, 40, 30]] {
         let nodes = mesh(budgets);
-        let at_once = harm.of_plan(&plan(&experts, &nodes, &Current::new(), &harm).unwrap());
+        let at_once = loss.of_plan(&plan(&experts, &nodes, &Current::new(), &loss).unwrap());
         let mut current = Current::new();
         for count in 1..=nodes.len() {
-            let arrived = plan(&experts, &nodes[..count], &current, &harm).unwrap();
-            let again = plan(&experts, &nodes[..count], &replicas_of(&arrived, true), &harm).unwrap();
+            let arrived = plan(&experts, &nodes[..count], &current, &loss).unwrap();
+            let again = plan(&experts, &nodes[..count], &replicas_of(&arrived, true), &loss).unwrap();
             assert_eq!(again, arrived, "{budgets:?}: and there it stays");
             current = replicas_of(&arrived, true);
-            let harm = harm.of_plan(&arrived);
-            assert!(count < nodes.len() || harm <= at_once * 1.1, "{budgets:?}: {harm} and not {at_once}");
+            let loss = loss.of_plan(&arrived);
+            assert!(count < nodes.len() || loss <= at_once * 1.1, "{budgets:?}: {loss} and not {at_once}");
         }
     }
 }
 
 /// Popularity falls steeply; what is popular is robust, as shared habits are, and a few rare experts are not.
-fn skewed() -> (Experts, Harm, Harm) {
+fn skewed() -> (ExpertSizes, ExpectedLoss, ExpectedLoss) {
     let experts = experts(1, 32);
     let counts: Vec<u32> = (0..32).map(|index| 4000 / (index + 1)).collect();
     let q4 = |index: u16| if index.is_multiple_of(5) { 0.002 } else { 0.0002 * f32::from(index + 1) };
     let losses = (0..32).map(|index| Loss { q4: q4(index), q8: q4(index) / 200.0 }).collect();
-    let measured = Harm::new(Popularity::new(vec![counts.clone()]), vec![losses]);
-    (experts, measured, Harm::new(Popularity::new(vec![counts]), Vec::new()))
+    let measured = ExpectedLoss::new(Popularity::new(vec![counts.clone()]), vec![losses]);
+    (experts, measured, ExpectedLoss::new(Popularity::new(vec![counts]), Vec::new()))
 }
 
 #[test]
 fn mixed_precision_beats_uniform_and_popularity_alone_at_equal_bytes() {
-    let (experts, harm, popularity_alone) = skewed();
-    let uniform = |precision: Precision| -> f64 { experts.keys().map(|&expert| harm.of(expert, precision)).sum() };
+    let (experts, loss, popularity_alone) = skewed();
+    let uniform = |precision: Precision| -> f64 { experts.keys().map(|&expert| loss.of(expert, precision)).sum() };
     // Beside the exchange there is room for 6 bits a weight, where uniform is Q4; and for 11, where it is Q8.
     for (budget, uniform_at) in [(32 * 6 + 9, Precision::Q4), (32 * 11 + 9, Precision::Q8)] {
         let node = mesh_of(&[(budget, Bounds::AUTO)]);
-        let mixed = plan(&experts, &node, &Current::new(), &harm).unwrap();
+        let mixed = plan(&experts, &node, &Current::new(), &loss).unwrap();
         let popular = plan(&experts, &node, &Current::new(), &popularity_alone).unwrap();
-        let [mixed, popular] = [mixed, popular].map(|plan| harm.of_plan(&plan));
+        let [mixed, popular] = [mixed, popular].map(|plan| loss.of_plan(&plan));
         assert!(mixed < popular && mixed < uniform(uniform_at), "{budget}: {mixed} {popular}");
     }
 }
@@ -331,10 +332,10 @@ fn capacity(candidate: &Candidate) -> u64 {
 /// A mesh in the middle of something: a model, nodes, and replicas of which some are ready as they may be.
 #[derive(Debug, Clone)]
 struct World {
-    experts: Experts,
+    experts: ExpertSizes,
     nodes: Vec<Candidate>,
     current: Current,
-    harm: Harm,
+    loss: ExpectedLoss,
 }
 
 prop_compose! {
@@ -356,8 +357,8 @@ prop_compose! {
         }
         let losses = losses.into_iter().map(|(q4, q8)| Loss { q4, q8 }).collect();
         let sensitivity = if measured { vec![losses] } else { Vec::new() };
-        let harm = Harm::new(Popularity::new(vec![popularity]), sensitivity);
-        let mut world = World { experts, nodes, current: Current::new(), harm };
+        let loss = ExpectedLoss::new(Popularity::new(vec![popularity]), sensitivity);
+        let mut world = World { experts, nodes, current: Current::new(), loss };
         for (index, node, wanted, ready) in replicas {
             let (expert, precision) = (ExpertId::new(0, index), Precision::ALL[wanted]);
             if !world.experts.contains_key(&expert) {
@@ -390,7 +391,7 @@ impl World {
     }
 
     fn plan(&self) -> Result<Plan, Box<Shortfall>> {
-        plan(&self.experts, &self.nodes, &self.current, &self.harm)
+        plan(&self.experts, &self.nodes, &self.current, &self.loss)
     }
 
     fn placement(&self) -> Placement {
@@ -398,7 +399,7 @@ impl World {
         Placement { epoch: Epoch(1), model: ModelId([0; 32]), replicas, trunk_ready: BTreeSet::new() }
     }
 
-    /// Experts that a node which is there serves now.
+    /// ExpertSizes that a node which is there serves now.
     fn live(&self) -> BTreeSet<ExpertId> {
         let there = |node: &NodeId| self.nodes.iter().any(|c| c.node == *node);
         let served = |nodes: &BTreeMap<NodeId, Replica>| nodes.iter().any(|(node, r)| there(node) && r.ready.is_some());
@@ -408,7 +409,7 @@ impl World {
     /// As the log would, given what may be proposed now; nodes drop what is no longer theirs. Whether anything changed.
     fn place(&mut self, plan: Plan) -> bool {
         let placed = self.placement();
-        let next = within_reach(plan, &placed, &self.nodes, &BTreeSet::new(), &self.experts);
+        let next = next_safe_step(plan, &placed, &self.nodes, &BTreeSet::new(), &self.experts);
         let ready = |expert: &ExpertId, node: &NodeId| placed.replicas[expert].get(node).and_then(|r| r.ready);
         let now: Current = next
             .replicas
@@ -472,7 +473,7 @@ proptest! {
             prop_assert!(plan.paged_bytes.is_empty() || mixed < count, "it pages without need: {plan:?}");
             let once = plan.replicas.values().all(|nodes| nodes.len() == 1);
             prop_assert!(mixed >= count || exact >= count || once || paged > mixed);
-            let lossless = counts(&plan)[2] as u64 >= count && world.harm.of_plan(&plan) == 0.0;
+            let lossless = counts(&plan)[2] as u64 >= count && world.loss.of_plan(&plan) == 0.0;
             prop_assert!(lossless || exact < count || world.nodes.iter().any(|c| !c.accepts.has(Precision::Exact)));
         }
     }
@@ -482,7 +483,7 @@ proptest! {
         world.current.clear();
         // Of nodes that accept the same, so that an expert takes the same room everywhere.
         world.nodes.iter_mut().for_each(|node| node.accepts = Bounds::AUTO);
-        let misses = |world: &World, plan: &Plan| misses(plan, &world.experts, &world.nodes, &world.harm);
+        let misses = |world: &World, plan: &Plan| misses(plan, &world.experts, &world.nodes, &world.loss);
         let small = world.plan();
         let node = node.index(world.nodes.len());
         let mut large = world.clone();
@@ -504,11 +505,11 @@ proptest! {
             return Ok(());
         }
         let in_memory: u64 = world.nodes.iter().map(|c| c.expert_bytes_max.saturating_sub(9) / 5).sum();
-        let mut popularity: Vec<_> = world.experts.keys().map(|&e| u64::from(world.harm.popularity().of(e))).collect();
+        let mut popularity: Vec<_> = world.experts.keys().map(|&e| u64::from(world.loss.popularity().of(e))).collect();
         popularity.sort_unstable();
         let coldest = popularity.len().saturating_sub(in_memory as usize);
         let least: u64 = popularity[..coldest].iter().sum();
-        prop_assert!(misses(&plan, &world.experts, &world.nodes, &world.harm) <= least);
+        prop_assert!(misses(&plan, &world.experts, &world.nodes, &world.loss) <= least);
         // No memory is overrun while another could take an expert more, and none much more than another.
         let overrun = |c: &Candidate| used(&plan, &world.experts, c.node) as f64 / c.expert_bytes_max.saturating_sub(9).max(1) as f64;
         for one in world.nodes.iter().filter(|c| plan.paged_bytes.contains_key(&c.node)) {
@@ -528,7 +529,7 @@ proptest! {
         world.nodes[0].expert_bytes_max += more;
         if let Ok(small) = small {
             let large = world.plan().unwrap();
-            prop_assert!(world.harm.of_plan(&large) <= world.harm.of_plan(&small) * (1.0 + 1e-12));
+            prop_assert!(world.loss.of_plan(&large) <= world.loss.of_plan(&small) * (1.0 + 1e-12));
         }
     }
 
@@ -546,14 +547,14 @@ proptest! {
                     table.put_floor(expert, node);
                 }
             }
-            raise::raise(&mut table, &world.harm);
+            upgrade::upgrade(&mut table, &world.loss);
             table.into_plan()
         };
         let small = raised(&world.nodes);
         let mut nodes = world.nodes.clone();
         nodes[node.index(world.nodes.len())].expert_bytes_max += more;
         let large = raised(&nodes);
-        prop_assert!(world.harm.of_plan(&large) <= world.harm.of_plan(&small) * (1.0 + 1e-12));
+        prop_assert!(world.loss.of_plan(&large) <= world.loss.of_plan(&small) * (1.0 + 1e-12));
     }
 
     #[test]
@@ -588,7 +589,7 @@ proptest! {
     }
 }
 
-fn check_reach(held: &[(u64, Option<Precision>)], planned: &[u64], expected: &[u64]) {
+fn check_safe_step(held: &[(u64, Option<Precision>)], planned: &[u64], expected: &[u64]) {
     let expert = ExpertId::new(0, 0);
     let replica =
         |&(node, ready): &(u64, Option<Precision>)| (NodeId(node), Replica { precision: Precision::Exact, ready });
@@ -601,7 +602,7 @@ fn check_reach(held: &[(u64, Option<Precision>)], planned: &[u64], expected: &[u
     let nodes = planned.iter().map(|&node| (NodeId(node), Precision::Exact)).collect();
     let plan = Plan { replicas: BTreeMap::from([(expert, nodes)]), ..Plan::default() };
     let leaving = BTreeSet::from([NodeId(9)]);
-    let plan = within_reach(plan, &placed, &mesh(&[1, 1, 1]), &leaving, &experts(1, 1));
+    let plan = next_safe_step(plan, &placed, &mesh(&[1, 1, 1]), &leaving, &experts(1, 1));
     let found: Vec<_> = plan.replicas[&expert].keys().map(|node| node.0).collect();
     assert_eq!(found, expected, "{held:?} {planned:?}");
 }
@@ -609,12 +610,12 @@ fn check_reach(held: &[(u64, Option<Precision>)], planned: &[u64], expected: &[u
 #[test]
 fn the_last_ready_replica_stays_until_another_is_ready() {
     let (ready, q4) = (Some(Precision::Exact), Some(Precision::Q4));
-    check_reach(&[(9, ready)], &[1], &[1, 9]);
-    check_reach(&[(9, ready), (1, None)], &[1], &[1, 9]);
-    check_reach(&[(9, ready), (1, q4)], &[1], &[1]);
-    check_reach(&[(9, ready), (2, ready)], &[1], &[1, 2, 9]);
-    check_reach(&[(9, None)], &[1], &[1, 9]);
-    check_reach(&[(2, q4)], &[1], &[1, 2]);
-    check_reach(&[(2, ready), (3, q4)], &[3], &[3]);
-    check_reach(&[(2, q4), (3, ready)], &[1], &[1, 3]);
+    check_safe_step(&[(9, ready)], &[1], &[1, 9]);
+    check_safe_step(&[(9, ready), (1, None)], &[1], &[1, 9]);
+    check_safe_step(&[(9, ready), (1, q4)], &[1], &[1]);
+    check_safe_step(&[(9, ready), (2, ready)], &[1], &[1, 2, 9]);
+    check_safe_step(&[(9, None)], &[1], &[1, 9]);
+    check_safe_step(&[(2, q4)], &[1], &[1, 2]);
+    check_safe_step(&[(2, ready), (3, q4)], &[3], &[3]);
+    check_safe_step(&[(2, q4), (3, ready)], &[1], &[1, 3]);
 }

@@ -1,21 +1,23 @@
-//! Gets whole blobs: from this node's disk, or from peers, verified chunk by chunk, resumed where an earlier try ended, from the
-//! next source when one fails. A copy that was damaged on disk is replaced.
+//! Gets whole blobs: from this node's disk, or from peers. A fetch verifies every chunk, resumes where an earlier one ended, and goes on
+//! to the next source when one fails. A copy that was damaged on disk is replaced.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use coel_gossip::{FrameStream, Handle, PeerId};
 use coel_store::manifest::MANIFEST_BYTES_MAX;
-use coel_store::{BlobEntry, BlobError, BlobId, Blobs, CHUNK_BYTES};
+use coel_store::{BlobEntry, BlobError, BlobId, Blobs, CHUNK_BYTES, Manifest, ModelId};
 use tokio::time::timeout;
 use tracing::{debug, instrument, warn};
 
-use super::wire::{CHUNKS_MAX, PROTOCOL, Reply, Request, VERSION, decode, encode};
-use crate::library::run_blocking;
+use super::sources::BlobSource;
+use super::wire::{CHUNKS_MAX, ChunkReply, ChunkRequest, PROTOCOL, VERSION, decode, encode};
+use crate::budget::Holdings;
 use crate::metrics::Metrics;
+use crate::system::run_blocking;
 
 /// Longest wait for one chunk: 1 MiB over the slowest link worth having (about 300 kbit/s).
 const CHUNK_DEADLINE: Duration = Duration::from_secs(30);
@@ -31,23 +33,23 @@ pub struct Fetcher {
     damaged: Arc<Mutex<BTreeMap<BlobId, String>>>,
 }
 
-/// Why a blob could not be had. Retryable, unless every source had it wrong.
+/// Why a blob could not be obtained. Retryable, unless [`is_lasting`](Self::is_lasting) says otherwise.
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
-    /// Nobody who was asked could give it.
+    /// None of the sources could deliver it.
     #[error("{what} could not be fetched: {}", list_tried(.tried))]
-    NoSource { what: String, tried: Vec<(String, Fault)> },
-    /// It lay here, damaged, and nobody could give a good copy.
+    NoSource { what: String, tried: Vec<(String, SourceFault)> },
+    /// The copy here is damaged, and no source could deliver a good one.
     #[error("{what} on this node's disk cannot be used ({fault}), and no peer could replace it: {}", list_tried(.tried))]
-    Lost { what: String, fault: String, tried: Vec<(String, Fault)> },
-    /// It could not be kept, or not be read.
+    Lost { what: String, fault: String, tried: Vec<(String, SourceFault)> },
+    /// It could not be stored or read.
     #[error("{what} could not be stored: {source}")]
     Store { what: String, source: BlobError },
 }
 
 /// What was wrong with one source.
 #[derive(Debug)]
-pub enum Fault {
+pub enum SourceFault {
     /// It does not have it.
     NotHeld,
     /// What it sent does not match the manifest.
@@ -56,7 +58,7 @@ pub enum Fault {
     Unreachable(String),
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for SourceFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotHeld => f.write_str("does not hold it"),
@@ -66,28 +68,19 @@ impl fmt::Display for Fault {
     }
 }
 
-fn list_tried(tried: &[(String, Fault)]) -> String {
+fn list_tried(tried: &[(String, SourceFault)]) -> String {
     let each: Vec<_> = tried.iter().map(|(name, fault)| format!("{name} {fault}")).collect();
-    if each.is_empty() { "no peer is connected that could have it".into() } else { each.join("; ") }
+    if each.is_empty() { "no connected peer could have it".into() } else { each.join("; ") }
 }
 
 impl FetchError {
     /// Whether waiting is unlikely to mend it: a source or this node's disk is damaged.
-    pub fn lasts(&self) -> bool {
+    pub fn is_lasting(&self) -> bool {
         match self {
-            Self::NoSource { tried, .. } => tried.iter().any(|(_, fault)| matches!(fault, Fault::Corrupt(_))),
+            Self::NoSource { tried, .. } => tried.iter().any(|(_, fault)| matches!(fault, SourceFault::Corrupt(_))),
             Self::Lost { .. } | Self::Store { .. } => true,
         }
     }
-}
-
-/// A peer to ask, and how to call it in messages.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Source {
-    /// Whom to ask.
-    pub peer: PeerId,
-    /// Its name.
-    pub name: String,
 }
 
 impl Fetcher {
@@ -100,7 +93,7 @@ impl Fetcher {
     ///
     /// # Errors
     /// [`FetchError`]; verified chunks are kept for the next try.
-    pub async fn obtain(&self, what: &str, entry: &BlobEntry, sources: &[Source]) -> Result<Vec<u8>, FetchError> {
+    pub async fn obtain(&self, what: &str, entry: &BlobEntry, sources: &[BlobSource]) -> Result<Vec<u8>, FetchError> {
         if let Some(bytes) = self.held(what, entry, Blobs::read_verified).await? {
             return Ok(bytes);
         }
@@ -148,10 +141,10 @@ impl Fetcher {
     ///
     /// # Errors
     /// [`FetchError`]; verified chunks are kept for the next try.
-    pub async fn replace(&self, what: &str, entry: &BlobEntry, sources: &[Source]) -> Result<(), FetchError> {
+    pub async fn replace(&self, what: &str, entry: &BlobEntry, sources: &[BlobSource]) -> Result<(), FetchError> {
         match self.fetch(what, entry, sources).await {
             Ok(()) => {
-                self.mended(entry);
+                self.note_repaired(entry);
                 Ok(())
             }
             Err(FetchError::NoSource { tried, .. }) => Err(self.lost(what, entry, tried)),
@@ -164,7 +157,7 @@ impl Fetcher {
     pub fn has(&self, entry: &BlobEntry) -> bool {
         match self.blobs.lies_in(entry) {
             Ok(_) if !self.damaged().contains_key(&entry.id) => true,
-            Ok(_) => self.blobs.verify(entry).is_ok() && self.mended(entry),
+            Ok(_) => self.blobs.verify(entry).is_ok() && self.note_repaired(entry),
             Err(fault) => {
                 if fault.is_source_changed() {
                     self.damaged().insert(entry.id, fault.to_string());
@@ -174,9 +167,11 @@ impl Fetcher {
         }
     }
 
-    /// The blob lies here again, wherever it is from. Whether it had been damaged.
-    pub fn mended(&self, entry: &BlobEntry) -> bool {
-        self.damaged().remove(&entry.id).is_some()
+    /// Notes that the blob lies here undamaged, wherever it is from. Returns whether it had been damaged.
+    pub fn note_repaired(&self, entry: &BlobEntry) -> bool {
+        let repaired = self.damaged().remove(&entry.id).is_some();
+        self.metrics.blobs_repaired.inc_by(u64::from(repaired));
+        repaired
     }
 
     /// Whether the blob should lie here: it does, or did until it was found damaged. Looks at the index: not from async threads.
@@ -184,16 +179,23 @@ impl Fetcher {
         self.blobs.bytes(id).is_ok() || self.damaged().contains_key(id)
     }
 
-    fn lost(&self, what: &str, entry: &BlobEntry, tried: Vec<(String, Fault)>) -> FetchError {
+    /// What lies here of a model: whether that is every blob, and which blobs of the experts. Looks at files: not from async threads.
+    pub fn inventory(&self, model: ModelId, manifest: &Manifest) -> (bool, Option<Holdings>) {
+        let all = manifest.blobs().all(|blob| self.blobs.has(&blob.id));
+        (all, Holdings::of(model, manifest, |id| all || self.is_expected(id)))
+    }
+
+    fn lost(&self, what: &str, entry: &BlobEntry, tried: Vec<(String, SourceFault)>) -> FetchError {
         let what = what.to_owned();
-        match self.damaged().get(&entry.id).cloned() {
+        let damage = self.damaged().get(&entry.id).cloned();
+        match damage {
             Some(fault) => FetchError::Lost { what, fault, tried },
             None => FetchError::NoSource { what, tried },
         }
     }
 
     fn damaged(&self) -> MutexGuard<'_, BTreeMap<BlobId, String>> {
-        self.damaged.lock().expect("no panic while held")
+        self.damaged.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gets the blob from the first of `sources` that has all that is missing of it. `what` names it in errors.
@@ -201,7 +203,7 @@ impl Fetcher {
     /// # Errors
     /// [`FetchError`]; verified chunks are kept for the next try.
     #[instrument(skip(self, entry, sources), fields(blob = %entry.id))]
-    async fn fetch(&self, what: &str, entry: &BlobEntry, sources: &[Source]) -> Result<(), FetchError> {
+    async fn fetch(&self, what: &str, entry: &BlobEntry, sources: &[BlobSource]) -> Result<(), FetchError> {
         let mut faults = Vec::new();
         for source in sources {
             match self.fetch_from(source.peer, entry).await {
@@ -210,7 +212,7 @@ impl Fetcher {
                     return Err(FetchError::Store { what: what.into(), source: error });
                 }
                 Err(Stop::Source(fault)) => {
-                    if matches!(fault, Fault::Corrupt(_)) {
+                    if matches!(fault, SourceFault::Corrupt(_)) {
                         warn!(source = source.name, %fault, "a peer's weights do not match the manifest");
                     } else {
                         debug!(source = source.name, %fault, "trying the next source");
@@ -245,7 +247,7 @@ impl Fetcher {
     ///
     /// # Errors
     /// [`FetchError`], also for a length beyond [`MANIFEST_BYTES_MAX`].
-    pub async fn fetch_manifest(&self, id: BlobId, bytes: u64, sources: &[Source]) -> Result<Vec<u8>, FetchError> {
+    pub async fn fetch_manifest(&self, id: BlobId, bytes: u64, sources: &[BlobSource]) -> Result<Vec<u8>, FetchError> {
         let what = || format!("the manifest {id}");
         let mut faults = Vec::new();
         for source in sources {
@@ -273,7 +275,7 @@ impl Fetcher {
 
     async fn whole(&self, peer: PeerId, id: BlobId, bytes: u64) -> Result<Vec<u8>, Stop> {
         if bytes > MANIFEST_BYTES_MAX as u64 {
-            return Err(Stop::Source(Fault::Corrupt(format!("a manifest of {bytes} bytes"))));
+            return Err(Stop::Source(SourceFault::Corrupt(format!("a manifest of {bytes} bytes"))));
         }
         let chunks = u32::try_from(bytes.div_ceil(CHUNK_BYTES as u64)).expect("at most 64 MiB");
         let mut stream = self.open(peer).await?;
@@ -288,7 +290,7 @@ impl Fetcher {
             }
         }
         if BlobId::of(&received) != id {
-            return Err(Stop::Source(Fault::Corrupt("its hash is another one".into())));
+            return Err(Stop::Source(SourceFault::Corrupt("its hash is another one".into())));
         }
         Ok(received)
     }
@@ -300,21 +302,21 @@ impl Fetcher {
 
 /// Why one source was given up, or the whole fetch.
 enum Stop {
-    Source(Fault),
+    Source(SourceFault),
     Store(BlobError),
 }
 
 impl From<BlobError> for Stop {
     fn from(error: BlobError) -> Self {
         match error {
-            BlobError::Corrupt { .. } => Self::Source(Fault::Corrupt(error.to_string())),
+            BlobError::Corrupt { .. } => Self::Source(SourceFault::Corrupt(error.to_string())),
             other => Self::Store(other),
         }
     }
 }
 
 fn unreachable(why: &dyn fmt::Display) -> Stop {
-    Stop::Source(Fault::Unreachable(why.to_string()))
+    Stop::Source(SourceFault::Unreachable(why.to_string()))
 }
 
 /// File work off the async threads.
@@ -333,7 +335,7 @@ fn next_run(missing: &[u32]) -> Option<(u32, u32)> {
 }
 
 async fn ask(stream: &mut FrameStream, blob: BlobId, first: u32, count: u32) -> Result<(), Stop> {
-    let request = encode(&Request { version: VERSION, blob, first, count }, Bytes::new());
+    let request = encode(&ChunkRequest { version: VERSION, blob, first, count }, Bytes::new());
     timeout(CHUNK_DEADLINE, stream.send(&request))
         .await
         .map_err(|_| unreachable(&"no answer in time"))?
@@ -344,10 +346,10 @@ async fn next_chunk(stream: &mut FrameStream, wanted: u32) -> Result<Bytes, Stop
     let frame = timeout(CHUNK_DEADLINE, stream.recv()).await.map_err(|_| unreachable(&"no answer in time"))?;
     let frame = frame.map_err(|error| unreachable(&error))?.ok_or_else(|| unreachable(&"the stream ended"))?;
     match decode(&frame) {
-        Ok(Reply::Chunk(chunk)) if chunk == wanted => Ok(frame.payload),
-        Ok(Reply::Chunk(chunk)) => Err(unreachable(&format!("chunk {chunk} instead of {wanted}"))),
-        Ok(Reply::NotHeld) => Err(Stop::Source(Fault::NotHeld)),
-        Ok(Reply::Refused(reason)) => Err(unreachable(&reason)),
+        Ok(ChunkReply::Chunk(chunk)) if chunk == wanted => Ok(frame.payload),
+        Ok(ChunkReply::Chunk(chunk)) => Err(unreachable(&format!("chunk {chunk} instead of {wanted}"))),
+        Ok(ChunkReply::NotHeld) => Err(Stop::Source(SourceFault::NotHeld)),
+        Ok(ChunkReply::Refused(reason)) => Err(unreachable(&reason)),
         Err(reason) => Err(unreachable(&reason)),
     }
 }
@@ -369,9 +371,12 @@ mod tests {
     fn an_error_names_each_source_and_its_fault() {
         let error = FetchError::NoSource {
             what: "expert 3.7".into(),
-            tried: vec![("tower".into(), Fault::Corrupt("chunk 0".into())), ("mini".into(), Fault::NotHeld)],
+            tried: vec![
+                ("tower".into(), SourceFault::Corrupt("chunk 0".into())),
+                ("mini".into(), SourceFault::NotHeld),
+            ],
         };
-        assert!(error.lasts());
+        assert!(error.is_lasting());
         let text = error.to_string();
         for part in ["expert 3.7", "tower sent wrong bytes (chunk 0)", "mini does not hold it"] {
             assert!(text.contains(part), "{text}");

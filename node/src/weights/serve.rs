@@ -1,4 +1,4 @@
-//! Gives members the chunks of blobs that are held here.
+//! Sends members the chunks of blobs that are held here.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use coel_store::Blobs;
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
-use super::wire::{Reply, Request, decode, encode};
+use super::wire::{ChunkReply, ChunkRequest, decode, encode};
 use crate::metrics::Metrics;
 
 /// Streams served at once: enough for every member to fetch, few enough to leave the disk to the node itself.
@@ -34,10 +34,10 @@ pub async fn serve(mut incoming: Incoming, blobs: Arc<Blobs>, metrics: Arc<Metri
 
 async fn answer(peer: PeerId, mut stream: FrameStream, blobs: &Arc<Blobs>, metrics: &Metrics) -> Result<(), String> {
     while let Some(frame) = stream.recv().await.map_err(|error| error.to_string())? {
-        let request: Request = match decode::<Request>(&frame).and_then(|request| request.check().map(|()| request)) {
+        let request = match decode::<ChunkRequest>(&frame).and_then(|request| request.check().map(|()| request)) {
             Ok(request) => request,
             Err(reason) => {
-                let refusal = encode(&Reply::Refused(reason.clone()), Bytes::new());
+                let refusal = encode(&ChunkReply::Refused(reason.clone()), Bytes::new());
                 stream.send(&refusal).await.map_err(|error| error.to_string())?;
                 return Err(reason);
             }
@@ -46,15 +46,15 @@ async fn answer(peer: PeerId, mut stream: FrameStream, blobs: &Arc<Blobs>, metri
             let (blobs, blob) = (blobs.clone(), request.blob);
             let read = tokio::task::spawn_blocking(move || blobs.read_chunk(&blob, chunk)).await;
             let (reply, payload) = match read.map_err(|error| error.to_string())? {
-                Ok(bytes) => (Reply::Chunk(chunk), Bytes::from(bytes)),
+                Ok(bytes) => (ChunkReply::Chunk(chunk), Bytes::from(bytes)),
                 Err(error) => {
-                    if blobs_has(&error) {
+                    if should_be_here(&error) {
                         warn!(%peer, blob = %request.blob, chunk, %error, "a blob that should be here cannot be read");
                     }
-                    (Reply::NotHeld, Bytes::new())
+                    (ChunkReply::NotHeld, Bytes::new())
                 }
             };
-            let (held, bytes) = (reply != Reply::NotHeld, payload.len() as u64);
+            let (held, bytes) = (reply != ChunkReply::NotHeld, payload.len() as u64);
             stream.send(&encode(&reply, payload)).await.map_err(|error| error.to_string())?;
             metrics.bytes_sent.inc_by(bytes);
             if !held {
@@ -66,6 +66,6 @@ async fn answer(peer: PeerId, mut stream: FrameStream, blobs: &Arc<Blobs>, metri
 }
 
 /// Whether the error is about bytes that the index says are here.
-fn blobs_has(error: &coel_store::BlobError) -> bool {
+fn should_be_here(error: &coel_store::BlobError) -> bool {
     !matches!(error, coel_store::BlobError::Missing { .. })
 }

@@ -162,8 +162,8 @@ fn a_full_disk_is_told_in_bytes() {
     for part in ["5.0 MiB", "2.0 MiB", "3145728 bytes are missing", "import again", "/data", "3 of 9"] {
         assert!(text.contains(part), "{text}");
     }
-    assert!(free_bytes(Path::new("/tmp")).unwrap() > 0);
-    assert!(free_bytes(Path::new("/nowhere")).is_err());
+    assert!(free_disk_bytes(Path::new("/tmp")).unwrap() > 0);
+    assert!(free_disk_bytes(Path::new("/nowhere")).is_err());
 }
 
 /// What the mesh would know of these parts.

@@ -1,0 +1,163 @@
+//! What the node does for a command on this machine that asks through the control socket.
+//!
+//! Invariant: a command that is refused has changed nothing, and says why and what to do.
+
+use std::time::Duration;
+
+use coel_store::{Bounds, Command, Log};
+use tokio::time::{Instant, timeout, timeout_at};
+use tracing::warn;
+
+use super::{Conversation, Reply, Request};
+use crate::generation::AnswerGate;
+use crate::import::{Importer, import};
+use crate::lifecycle::Lifecycle;
+use crate::mesh::admission::invite::token_hash;
+use crate::mesh::admission::protocol::new_invite;
+use crate::mesh::{self, MeshView, PROPOSE_DEADLINE, now_ms};
+use crate::placement::{MeshFacts, Unplaceable, can_hold, can_spare};
+use crate::status::StatusView;
+
+/// How long `leave` waits for others to take over what this node holds: a download of all of it.
+const HANDOVER_DEADLINE: Duration = Duration::from_secs(600);
+/// How long `leave` waits for answers that are being written here. Longer ones are cut off, and their clients are told.
+const ANSWERS_DEADLINE: Duration = Duration::from_secs(60);
+/// How often to look whether this node still votes: the log does not tell.
+const VOTE_PERIOD: Duration = Duration::from_millis(250);
+
+/// What commands need of the node.
+#[derive(Clone)]
+pub struct CommandHandles {
+    /// The mesh.
+    pub view: MeshView,
+    /// The status document.
+    pub status: StatusView,
+    /// Imports.
+    pub importer: Importer,
+    /// Lets answers begin.
+    pub answers: AnswerGate,
+    /// How the node ends.
+    pub lifecycle: Lifecycle,
+}
+
+/// Answers one conversation.
+pub async fn converse(mut conversation: Conversation, node: CommandHandles) {
+    let Some(request) = conversation.request().await else {
+        return;
+    };
+    let answer = match request {
+        Request::Status => json(&node.status.now()),
+        Request::Invite { uses, ttl_s } => invite(&node.view, uses, ttl_s).await.and_then(|line| json(&line)),
+        Request::Import { dir, name } => {
+            let (sender, mut progress) = tokio::sync::mpsc::channel(16);
+            let importer = node.importer.clone();
+            let mut task = tokio::spawn(async move {
+                // A step that finds the channel full is skipped: only the latest matters.
+                let note = move |what: &str, done, total| {
+                    let _ = sender.try_send(Reply::Progress { what: what.to_owned(), done, total });
+                };
+                import(&importer, &dir, name, note).await
+            });
+            while let Some(reply) = progress.recv().await {
+                conversation.say(&reply).await;
+            }
+            (&mut task).await.unwrap_or_else(|error| Err(error.to_string())).and_then(|model| json(&model))
+        }
+        Request::Precision { bounds } => precision(&node.view, bounds).await.and_then(|()| json(&())),
+        Request::Leave => match leave(&node).await {
+            Ok(()) => {
+                node.lifecycle.set_left();
+                conversation.say(&Reply::Done(serde_json::Value::Null)).await;
+                return node.lifecycle.stop();
+            }
+            Err(why) => Err(why),
+        },
+        Request::Stop => {
+            conversation.say(&Reply::Done(serde_json::Value::Null)).await;
+            return node.lifecycle.stop();
+        }
+    };
+    conversation.say(&answer.map_or_else(Reply::Failed, Reply::Done)).await;
+}
+
+fn json(value: &impl serde::Serialize) -> Result<serde_json::Value, String> {
+    serde_json::to_value(value).map_err(|error| error.to_string())
+}
+
+async fn propose(log: &Log, command: Command) -> Result<(), String> {
+    mesh::propose(log, command).await.map(drop).map_err(|error| error.to_string())
+}
+
+async fn invite(view: &MeshView, uses: u32, ttl_s: u64) -> Result<String, String> {
+    let invite = new_invite(view.log().mesh_id(), view.gossip());
+    let token = token_hash(&invite.token);
+    let expires_at_ms = now_ms().saturating_add(ttl_s.saturating_mul(1000));
+    propose(view.log(), Command::Invite { token, uses, expires_at_ms }).await?;
+    Ok(invite.to_string())
+}
+
+/// What is `asked` about the mesh, as soon as the facts for it are there.
+async fn once_known(view: &MeshView, asked: impl Fn(&MeshFacts) -> Result<(), Unplaceable>) -> Result<(), String> {
+    let deadline = Instant::now() + PROPOSE_DEADLINE;
+    let mut changes = view.changes();
+    loop {
+        let missing = match asked(&view.facts()) {
+            Ok(()) => return Ok(()),
+            Err(Unplaceable::Short(why)) => return Err(why),
+            Err(Unplaceable::NotYet(missing)) => missing,
+        };
+        if !timeout_at(deadline, changes.changed()).await.unwrap_or(false) {
+            return Err(format!("{missing}; `coel status` says which node is silent; try again in a moment"));
+        }
+    }
+}
+
+/// Says at which precisions the mesh is to hold experts. Refused where not every expert would fit.
+async fn precision(view: &MeshView, bounds: Bounds) -> Result<(), String> {
+    once_known(view, |facts| can_hold(facts, bounds)).await?;
+    propose(view.log(), Command::Precisions { bounds }).await
+}
+
+/// Hands over what this node holds, then leaves. Refused before anything changes where the others could not take it.
+async fn leave(handles: &CommandHandles) -> Result<(), String> {
+    let (view, log) = (&handles.view, handles.view.log());
+    let node = view.node();
+    if view.state().members.keys().all(|member| *member == node) {
+        let data = handles.importer.data.display();
+        return Err(format!("this is the last node of the mesh; stop it, and delete {data} to end the mesh for good"));
+    }
+    once_known(view, |facts| can_spare(facts, node)).await?;
+    propose(log, Command::Leaving { node, leaving: true }).await?;
+    let mut state = log.state();
+    let handed_over = state.wait_for(|state| {
+        let placed = state.placement.as_ref();
+        placed.is_none_or(|placement| placement.of(node).next().is_none())
+    });
+    // The guard on the state must not be held while the log is asked.
+    let handed_over = timeout(HANDOVER_DEADLINE, handed_over).await.map(drop);
+    if handed_over.is_err() {
+        propose(log, Command::Leaving { node, leaving: false }).await?;
+        return Err(
+            "the other nodes did not take over this node's experts in time, so it stays. `coel status` says why".into(),
+        );
+    }
+    // Other nodes compute for the answers being written here meanwhile. Once this node is no member, none does.
+    handles.answers.close();
+    if timeout(ANSWERS_DEADLINE, handles.answers.idle()).await.is_err() {
+        warn!("leaving while answers are still being written");
+    }
+    match propose(log, Command::Leave { node }).await {
+        Err(why) if view.state().members.contains_key(&node) => {
+            handles.answers.open();
+            return Err(why);
+        }
+        // Done; or done, and the answer was lost.
+        _ => {}
+    }
+    // A voter that stops before its vote has passed on could take the quorum with it.
+    let deadline = Instant::now() + PROPOSE_DEADLINE;
+    while log.voters().contains(&node) && Instant::now() < deadline {
+        tokio::time::sleep(VOTE_PERIOD).await;
+    }
+    Ok(())
+}
