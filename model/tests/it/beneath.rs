@@ -3,20 +3,7 @@
 //! A device and the host are different kernel classes, so results are compared within the bound that they are held to;
 //! `worker/tests` has the same on one class, bit by bit.
 
-use coel_model::{
-    checkpoint::Checkpoint,
-    decoder::Want,
-    device::Device,
-    engine::{Engine, EngineOptions, block_on},
-    eval::eval_reference,
-    generate::{LocalError, LocalModel, LocalOptions},
-    kernels::isa::Isa,
-    layout::{self, ExpertId},
-    sequence::GenerateParams,
-    session::Advanced,
-    slices::Precision,
-    text::TextModel,
-};
+use coel_model::{kernels::cpu::isa::Isa, nn::batch::Want, serve::{device::Device, engine::{Engine, EngineOptions, block_on}, session::Advanced}, text::{model::TextModel, sequence::GenerateParams}, tools::{eval::eval_reference, generate::{LocalError, LocalModel, LocalOptions}}, weights::{checkpoint::Checkpoint, layout::{self, ExpertId}, slices::Precision}};
 
 use crate::{
     gpu::{reference_file, vulkan},

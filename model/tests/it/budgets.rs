@@ -1,14 +1,6 @@
 //! Experts on their way from memory to disk and back while the engine serves, and the memory they have meanwhile.
 
-use coel_model::{
-    bytes::WeightBytes,
-    checkpoint::Checkpoint,
-    decoder::Want,
-    device::Device,
-    engine::{Engine, EngineOptions, block_on},
-    layout,
-    tensors::Tensors,
-};
+use coel_model::{nn::batch::Want, serve::{device::Device, engine::{Engine, EngineOptions, block_on}}, weights::{checkpoint::Checkpoint, layout, memory::WeightBytes, tensors::Tensors}};
 
 use crate::whole::checkpoint;
 

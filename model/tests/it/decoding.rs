@@ -1,11 +1,6 @@
 //! The decoder: exactness, and what misuse does.
 
-use coel_model::{
-    bytes::DType,
-    checkpoint::Checkpoint,
-    decoder::{DecodeError, Flight, Outputs, Piece, Step, Want},
-    kernels::{Kernels, isa::Isa, packed::Packed},
-};
+use coel_model::{kernels::{Kernels, cpu::isa::Isa, cpu::CpuKernels}, nn::batch::{DecodeError, Flight, Outputs, Piece, Step, Want}, weights::{checkpoint::Checkpoint, matrix::DType}};
 use serde_json::{Value, json};
 
 use crate::{
@@ -47,7 +42,7 @@ fn logits_in_pieces<K: Kernels>(whole: &mut Whole<K>, tokens: &[u32], cuts: &[us
 
 #[test]
 fn a_rows_bits_do_not_hang_on_the_batch() {
-    let mut whole = Whole::new(Packed::default(), &checkpoint());
+    let mut whole = Whole::new(CpuKernels::default(), &checkpoint());
     let tokens = tokens(64, 4096);
     let all = bits(&logits_in_pieces(&mut whole, &tokens, &[64]));
     for cuts in [&[1][..], &[2], &[3], &[5, 1, 9], &[16], &[33, 31], &[63, 1]] {
@@ -57,7 +52,7 @@ fn a_rows_bits_do_not_hang_on_the_batch() {
 
 #[test]
 fn a_long_prompt_is_split_without_a_trace() {
-    let mut whole = Whole::new(Packed::default(), &checkpoint());
+    let mut whole = Whole::new(CpuKernels::default(), &checkpoint());
     let tokens = tokens(600, 4096);
     let mut solo = whole.solo(600);
     let mut calls = Vec::new();
@@ -110,13 +105,13 @@ fn check_flights_together<K: Kernels>(make: impl Fn() -> K, checkpoint: &Checkpo
 
 #[test]
 fn sessions_fly_together_as_they_would_alone() {
-    check_flights_together(Packed::default, &checkpoint(), &[1, 7, 32, 100]);
+    check_flights_together(CpuKernels::default, &checkpoint(), &[1, 7, 32, 100]);
     let normed = json!({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0], "intermediate_size": 61});
     let clipped = json!({"architectures": ["OlmoeForCausalLM"], "intermediate_size": 61, "clip_qkv": 0.8});
     for shape in [json!({}), json!({"num_key_value_heads": 6}), json!({"num_key_value_heads": 1}), normed, clipped] {
         let (_dir, checkpoint) = synthetic(shape, DType::BF16);
         for isa in Isa::available() {
-            check_flights_together(|| Packed::new(isa, 2), &checkpoint, &[3, 32]);
+            check_flights_together(|| CpuKernels::new(isa, 2), &checkpoint, &[3, 32]);
         }
         if vulkan().is_some() {
             check_flights_together(|| vulkan().expect("it was there just now"), &checkpoint, &[3, 32]);
@@ -128,7 +123,7 @@ fn sessions_fly_together_as_they_would_alone() {
 fn every_instruction_set_gives_the_same_bits() {
     let tokens = tokens(40, 4096);
     let checkpoint = checkpoint();
-    let run = |isa| bits(&logits_in_pieces(&mut Whole::new(Packed::new(isa, 2), &checkpoint), &tokens, &[39, 1]));
+    let run = |isa| bits(&logits_in_pieces(&mut Whole::new(CpuKernels::new(isa, 2), &checkpoint), &tokens, &[39, 1]));
     let sets = Isa::available();
     let portable = run(sets[0]);
     for isa in &sets[1..] {
@@ -141,7 +136,7 @@ fn every_instruction_set_gives_the_same_bits() {
 fn check_classes_agree(changes: Value, dtype: DType) {
     let (_dir, checkpoint) = synthetic(changes, dtype);
     let tokens = tokens(21, 83);
-    let packed = logits_in_pieces(&mut Whole::new(Packed::default(), &checkpoint), &tokens, &[21]);
+    let packed = logits_in_pieces(&mut Whole::new(CpuKernels::default(), &checkpoint), &tokens, &[21]);
     let Some(vulkan) = vulkan() else { return };
     let mut gpu = Whole::new(vulkan, &checkpoint);
     let generic = logits_in_pieces(&mut gpu, &tokens, &[21]);
@@ -175,7 +170,7 @@ fn kernel_classes_agree_on_every_shape_of_model() {
 fn dense_layers_ask_for_nothing() {
     let changes = json!({"num_hidden_layers": 5, "decoder_sparse_step": 2, "intermediate_size": 61});
     let (_dir, checkpoint) = synthetic(changes, DType::BF16);
-    let mut whole = Whole::new(Packed::default(), &checkpoint);
+    let mut whole = Whole::new(CpuKernels::default(), &checkpoint);
     let mut solo = whole.solo(300);
     let mut layers = Vec::new();
     let tokens = tokens(300, 83);
@@ -190,7 +185,7 @@ fn dense_layers_ask_for_nothing() {
 fn kernel_classes_agree_on_the_bundled_model() {
     let checkpoint = checkpoint();
     let tokens = tokens(5, 4096);
-    let packed = logits_in_pieces(&mut Whole::new(Packed::default(), &checkpoint), &tokens, &[5]);
+    let packed = logits_in_pieces(&mut Whole::new(CpuKernels::default(), &checkpoint), &tokens, &[5]);
     let Some(vulkan) = vulkan() else { return };
     let generic = logits_in_pieces(&mut Whole::new(vulkan, &checkpoint), &tokens, &[5]);
     let largest = packed.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
@@ -200,7 +195,7 @@ fn kernel_classes_agree_on_the_bundled_model() {
 #[test]
 fn misuse_is_an_error_and_changes_nothing() {
     let (_dir, checkpoint) = synthetic(json!({}), DType::BF16);
-    let mut whole = Whole::with_pages(Packed::default(), &checkpoint, 4);
+    let mut whole = Whole::with_pages(CpuKernels::default(), &checkpoint, 4);
     let solo = whole.solo(4);
     let mut refused = |pieces: Vec<Piece>| Flight::begin(&mut whole.core(), pieces).map(|_| ()).unwrap_err();
     let piece = |tokens: &[u32]| solo.piece(tokens, Want::Last);
@@ -237,7 +232,7 @@ fn misuse_is_an_error_and_changes_nothing() {
 #[test]
 fn going_back_gives_the_bits_of_never_having_gone() {
     let (_dir, checkpoint) = synthetic(json!({}), DType::BF16);
-    let mut whole = Whole::with_pages(Packed::default(), &checkpoint, 3);
+    let mut whole = Whole::with_pages(CpuKernels::default(), &checkpoint, 3);
     let mut solo = whole.solo(8);
     whole.advance(&mut solo, &[1, 2, 3, 4, 5], Want::Last, |_| {});
     // A flight that never lands leaves no trace either.

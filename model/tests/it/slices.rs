@@ -2,21 +2,7 @@
 
 use std::{fs, path::PathBuf};
 
-use coel_model::{
-    bytes::{DType, Matrix, WeightBytes},
-    decoder::Want,
-    device::Device,
-    engine::{Engine, EngineOptions, block_on},
-    kernels::packed::Packed,
-    layout::ExpertId,
-    parts::{Part, PartKind, TensorRange, parts},
-    slices::{
-        BASE_CELL, BLOCK_ROWS, GROUP, Precision, REFINE_CELL, Sliced,
-        blob::{PartBlobs, SliceError, part_bytes, write_part},
-        encode::{Encoder, Fault, FaultKind, first_not_finite, slice_matrix},
-    },
-    tensors::{ElementType, Tensors},
-};
+use coel_model::{kernels::cpu::CpuKernels, nn::batch::Want, serve::{device::Device, engine::{Engine, EngineOptions, block_on}}, weights::{layout::ExpertId, matrix::{DType, Matrix}, memory::WeightBytes, parts::{Part, PartKind, TensorRange, parts}, slices::{BASE_CELL, BLOCK_ROWS, GROUP, PartBlobs, Precision, REFINE_CELL, SliceError, Sliced, encode::{Encoder, Fault, FaultKind, first_not_finite, slice_matrix}}, slicing::part_slices::{part_bytes, write_part}, tensors::{ElementType, Tensors}}};
 use half::{bf16, f16};
 use proptest::{collection::vec, prelude::*};
 use rand::{Rng, SeedableRng};
@@ -388,7 +374,7 @@ fn an_engine_holds_experts_in_any_form() {
 #[test]
 fn eight_bits_stay_close_and_four_bits_closer_than_chance() {
     let checkpoint = checkpoint();
-    let mut exact = Whole::new(Packed::default(), &checkpoint);
+    let mut exact = Whole::new(CpuKernels::default(), &checkpoint);
     let tokens = [5, 17, 300, 4000, 9, 55, 901];
     let mut solo = exact.solo(8);
     let expected = exact.advance(&mut solo, &tokens, Want::All, |_| {});
@@ -402,7 +388,7 @@ fn eight_bits_stay_close_and_four_bits_closer_than_chance() {
         let trunk = parts.iter().filter(|(part, _)| part.expert().is_none()).map(|(_, blobs)| tensors(blobs));
         let trunk = Tensors::merge(trunk.collect::<Vec<_>>()).unwrap();
         let expert = |id| tensors(&parts.iter().find(|(part, _)| part.expert() == Some(id)).unwrap().1);
-        let mut whole = Whole::from_tensors(Packed::default(), &checkpoint, trunk, expert);
+        let mut whole = Whole::from_tensors(CpuKernels::default(), &checkpoint, trunk, expert);
         let mut solo = whole.solo(8);
         let found = whole.advance(&mut solo, &tokens, Want::All, |_| {});
         errors.push((squared_error(&expected, &found) / squared_error(&expected, &vec![0.0; expected.len()])).sqrt());

@@ -2,11 +2,7 @@
 
 use std::{fs, path::Path};
 
-use coel_model::{
-    bytes::DType,
-    config::ModelConfig,
-    layout::{self, TensorSpec},
-};
+use coel_model::weights::{config::ModelConfig, layout::{self, TensorSpec}, matrix::DType};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;

@@ -5,18 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use coel_model::{
-    checkpoint::Checkpoint,
-    decoder::Want,
-    device::Device,
-    engine::{Engine, EngineError, EngineOptions, block_on},
-    folder::ModelFolder,
-    layout::{self, ExpertId},
-    slices::Precision,
-    slicing::slice_checkpoint,
-    tiers::{ReadError, TierError, predict::Predictor},
-    tokenizer::Tokenizer,
-};
+use coel_model::{nn::batch::Want, offload::{TierError, predict::Predictor}, serve::{device::Device, engine::{Engine, EngineError, EngineOptions, block_on}}, text::tokenizer::Tokenizer, weights::{checkpoint::Checkpoint, folder::ModelFolder, layout::{self, ExpertId}, memory::ReadError, slices::Precision, slicing::slice_checkpoint}};
 
 use crate::whole::checkpoint;
 

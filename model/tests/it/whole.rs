@@ -5,15 +5,7 @@ use std::{
     path::PathBuf,
 };
 
-use coel_model::{
-    checkpoint::Checkpoint,
-    decoder::{CHUNK_ROWS, Core, Flight, KvCache, Outputs, Piece, Step, Want},
-    experts::{ExpertCall, by_expert},
-    kernels::{ExpertWork, Gated, Kernels, download},
-    layout::{self, ExpertId},
-    tensors::Tensors,
-    trunk::{Trunk, load_expert},
-};
+use coel_model::{kernels::{ExpertWork, Gated, Kernels, download}, nn::{batch::{CHUNK_ROWS, Core, Flight, KvCache, Outputs, Piece, Step, Want}, experts::{ExpertCall, by_expert}, trunk::{Trunk, load_expert}}, weights::{checkpoint::Checkpoint, layout::{self, ExpertId}, tensors::Tensors}};
 
 pub fn fixture() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/fixture"))
