@@ -6,7 +6,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use coel_model::{serve::device::Device, tools::{eval::{WINDOW_TOKENS, eval_qa, eval_reference, eval_text}, generate::LocalModel}};
+use coel_model::{
+    serve::device::Device,
+    tools::{
+        eval::{WINDOW_TOKENS, eval_qa, eval_reference, eval_text},
+        generate::LocalModel,
+    },
+};
 
 fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixture")

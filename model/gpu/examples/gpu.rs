@@ -9,9 +9,18 @@
 use std::time::Instant;
 
 use burn::tensor::Tensor;
-use coel_gpu::{cuda, kernels::{CudaKernels, VulkanKernels}, matrix::GpuMatrix, vulkan};
+use coel_gpu::{
+    cuda,
+    kernels::{CudaKernels, VulkanKernels},
+    matrix::GpuMatrix,
+    vulkan,
+};
 use coel_kernels::{ExpertWork, Gated, Kernels, download};
-use coel_weights::{matrix::{DType, Matrix}, memory::WeightBytes, slices::{BASE_CELL, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, cells, constants::Constants}};
+use coel_weights::{
+    matrix::{DType, Matrix},
+    memory::WeightBytes,
+    slices::{BASE_CELL, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, cells, constants::Constants},
+};
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 

@@ -30,6 +30,7 @@ use coel_kernels::{
 use coel_weights::slices::{GROUP, Weight};
 
 use crate::{
+    THREADS,
     arena::Arena,
     cubes,
     device::{attention, exact, quantize, rows, sliced},
@@ -37,7 +38,6 @@ use crate::{
     launches::{Job, launches},
     matrix::{self, Form, GpuMatrix, GpuVector},
     vulkan::Opened,
-    THREADS,
 };
 
 /// The backend whose tensors the kernels take.

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     device::{NO_BIAS, TILE, UNIT},
-    matrix::{GpuMatrix, GpuVector, Form},
+    matrix::{Form, GpuMatrix, GpuVector},
 };
 use coel_weights::slices::BLOCK_ROWS;
 

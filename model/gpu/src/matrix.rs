@@ -11,7 +11,11 @@ use crate::{
     device::exact,
     ranges::ALIGNED,
 };
-use coel_weights::{matrix::{DType, Matrix}, memory::Buffer, slices::{BASE_CELL, BLOCK_ROWS, GROUP, REFINE_CELL, Sliced, Weight}};
+use coel_weights::{
+    matrix::{DType, Matrix},
+    memory::Buffer,
+    slices::{BASE_CELL, BLOCK_ROWS, GROUP, REFINE_CELL, Sliced, Weight},
+};
 
 /// What a matrix's words mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

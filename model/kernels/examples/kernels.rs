@@ -10,8 +10,12 @@
 
 use std::{hint::black_box, sync::atomic::AtomicU64, sync::atomic::Ordering, time::Instant};
 
-use coel_kernels::{ExpertWork, Gated, Kernels, cpu::isa::Isa, cpu::CpuKernels, cpu::threads::Pool};
-use coel_weights::{matrix::{DType, Matrix}, memory::WeightBytes, slices::{BASE_CELL, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, cells, constants::Constants}};
+use coel_kernels::{ExpertWork, Gated, Kernels, cpu::CpuKernels, cpu::isa::Isa, cpu::threads::Pool};
+use coel_weights::{
+    matrix::{DType, Matrix},
+    memory::WeightBytes,
+    slices::{BASE_CELL, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, cells, constants::Constants},
+};
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 

@@ -156,14 +156,7 @@ pub trait DynKernels: Send {
     fn cache(&self, shape: CacheShape) -> DeviceCache;
 
     /// Stores `k`, `v` `[n, kv_heads * head_dim]`, the rows of `spans`.
-    fn append(
-        &mut self,
-        cache: &mut DeviceCache,
-        layer: usize,
-        spans: &[Span<'_>],
-        k: DeviceRows,
-        v: DeviceRows,
-    );
+    fn append(&mut self, cache: &mut DeviceCache, layer: usize, spans: &[Span<'_>], k: DeviceRows, v: DeviceRows);
 
     /// Causal attention of `q [n, heads * head_dim]`, the rows of `spans`, each over the stored positions of its session.
     fn attention(&mut self, q: DeviceRows, cache: &DeviceCache, layer: usize, spans: &[Span<'_>]) -> DeviceRows;
@@ -268,14 +261,7 @@ impl<K: Kernels> DynKernels for K {
         DeviceCache(Box::new(Kernels::cache(self, shape)))
     }
 
-    fn append(
-        &mut self,
-        cache: &mut DeviceCache,
-        layer: usize,
-        spans: &[Span<'_>],
-        k: DeviceRows,
-        v: DeviceRows,
-    ) {
+    fn append(&mut self, cache: &mut DeviceCache, layer: usize, spans: &[Span<'_>], k: DeviceRows, v: DeviceRows) {
         Kernels::append(self, cache.get_mut::<K>(), layer, spans, k.into_tensor::<K>(), v.into_tensor::<K>());
     }
 

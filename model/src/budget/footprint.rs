@@ -3,7 +3,11 @@
 //! Pure arithmetic over the configuration; the invariant is that it never counts less than the engine allocates for
 //! the same thing. It does not know what else a process needs.
 
-use coel_weights::{config::ModelConfig, layout::{self, TensorSpec}, matrix::DType};
+use coel_weights::{
+    config::ModelConfig,
+    layout::{self, TensorSpec},
+    matrix::DType,
+};
 
 /// Byte counts of one model at one element type.
 #[derive(Clone, Debug, PartialEq, Eq)]

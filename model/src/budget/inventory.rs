@@ -7,8 +7,15 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use coel_weights::{config::ModelConfig, folder::ModelFolder, layout::TensorSpec, parts::{Part, PartKind, kinds, parts}, slices::Precision, slicing::part_slices::{PartBytes, part_bytes}};
 use crate::{budget::footprint::Footprint, nn::batch::CHUNK_ROWS};
+use coel_weights::{
+    config::ModelConfig,
+    folder::ModelFolder,
+    layout::TensorSpec,
+    parts::{Part, PartKind, kinds, parts},
+    slices::Precision,
+    slicing::part_slices::{PartBytes, part_bytes},
+};
 
 /// Bytes of some weights in each form; slices are absent where the weights cannot be sliced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

@@ -6,7 +6,11 @@
 
 use std::{fs::File, path::PathBuf};
 
-use coel_weights::{matrix::Matrix, memory::{FileRange, ReadError, WeightBytes}, slices::{BASE_CELL, BLOCK_ROWS, GROUP, REFINE_CELL, Sliced, Weight}};
+use coel_weights::{
+    matrix::Matrix,
+    memory::{FileRange, ReadError, WeightBytes},
+    slices::{BASE_CELL, BLOCK_ROWS, GROUP, REFINE_CELL, Sliced, Weight},
+};
 
 /// Rows of token embeddings.
 #[derive(Debug)]

@@ -68,7 +68,8 @@ impl ForwardContext<'_> {
         let positions = chunks.iter().flat_map(|chunk| chunk.past..chunk.past + chunk.tokens.len());
         let angles = self.trunk.rope.angles(positions);
         let hidden = self.kernels.upload(rows, d);
-        let mut batch = Batch { chunks, angles, layer: 0, residual: hidden.clone(), normed: hidden, routes: Vec::new() };
+        let mut batch =
+            Batch { chunks, angles, layer: 0, residual: hidden.clone(), normed: hidden, routes: Vec::new() };
         let step = self.compute_layers(&mut batch);
         Ok((batch, step))
     }

@@ -173,12 +173,7 @@ impl Source<'_> {
         })
     }
 
-    fn feed_forward(
-        &self,
-        config: &ModelConfig,
-        layer: usize,
-        names: &LayerNames,
-    ) -> Result<FeedForward, LoadError> {
+    fn feed_forward(&self, config: &ModelConfig, layer: usize, names: &LayerNames) -> Result<FeedForward, LoadError> {
         let d = config.hidden_size;
         if let Some(width) = layout::dense_width(config, layer) {
             return Ok(FeedForward::Dense(self.gated(names.dense(d, width))?));

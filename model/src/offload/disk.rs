@@ -78,7 +78,12 @@ impl DiskOffload {
     }
 
     /// Puts an expert on the shelf, in the place of another of this id.
-    pub(crate) fn add(&mut self, id: ExpertId, tensors: &Tensors, sink: &mut dyn CacheSink) -> Result<(), OffloadError> {
+    pub(crate) fn add(
+        &mut self,
+        id: ExpertId,
+        tensors: &Tensors,
+        sink: &mut dyn CacheSink,
+    ) -> Result<(), OffloadError> {
         let plan = ReadPlan::of(tensors).map_err(|why| OffloadError::Read { id, why })?;
         let (bytes, budget) = (plan.buffer_bytes(), self.residency.budget());
         if bytes > budget {

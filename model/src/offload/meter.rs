@@ -198,7 +198,8 @@ mod tests {
     fn two_readings_are_subtracted() {
         let tally = |(pairs, found)| Tally { pairs, found };
         let recall = |early, late| LayerRecall { early: tally(early), late: tally(late) };
-        let before = OffloadStats { hits: 3, misses: 1, recall: vec![recall((4, 2), (4, 3))], ..OffloadStats::default() };
+        let before =
+            OffloadStats { hits: 3, misses: 1, recall: vec![recall((4, 2), (4, 3))], ..OffloadStats::default() };
         let stall = Duration::from_millis(5);
         let recalls = vec![recall((12, 4), (8, 6)), recall((8, 4), (0, 0)), recall((0, 0), (0, 0))];
         let now = OffloadStats { hits: 6, misses: 2, stall, recall: recalls, ..OffloadStats::default() };

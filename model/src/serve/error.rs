@@ -48,4 +48,3 @@ pub enum EngineError {
     #[error("the compute thread has stopped")]
     Stopped,
 }
-

@@ -1,10 +1,6 @@
 //! How an engine is set up.
 
-use crate::{
-    nn::batch::CHUNK_ROWS,
-    offload::predict::Predictor,
-    serve::pages::PAGE_TOKENS,
-};
+use crate::{nn::batch::CHUNK_ROWS, offload::predict::Predictor, serve::pages::PAGE_TOKENS};
 
 /// How an engine is set up.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,4 +48,3 @@ impl Default for EngineOptions {
         }
     }
 }
-

@@ -233,7 +233,11 @@ impl Scheduler {
     /// Takes the requests of a batch out of it, without those that were cancelled.
     fn take_out(&mut self, chunks: &[ScheduledChunk]) -> Vec<(ScheduledChunk, Request)> {
         let each = chunks.iter().filter_map(|chunk| {
-            let place = self.in_flight.iter().position(|batched| batched.chunk.request == chunk.request).expect("it is in a batch");
+            let place = self
+                .in_flight
+                .iter()
+                .position(|batched| batched.chunk.request == chunk.request)
+                .expect("it is in a batch");
             let batched = self.in_flight.remove(place);
             (!batched.cancelled).then_some((batched.chunk, batched.request))
         });

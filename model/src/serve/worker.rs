@@ -206,7 +206,10 @@ impl Worker {
         }));
         match recovered {
             Ok(true) => {
-                tracing::error!(panic = why, "the compute thread panicked; what was under way has failed, and it goes on");
+                tracing::error!(
+                    panic = why,
+                    "the compute thread panicked; what was under way has failed, and it goes on"
+                );
                 true
             }
             Ok(false) | Err(_) => {

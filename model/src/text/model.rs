@@ -8,8 +8,11 @@ use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc};
 
 use serde_json::Value;
 
+use crate::text::{
+    chat::{ChatError, ChatTemplate, Message},
+    tokenizer::{Tokenizer, TokenizerError},
+};
 use coel_weights::{checkpoint::Checkpoint, config::ModelConfig};
-use crate::text::{chat::{ChatError, ChatTemplate, Message}, tokenizer::{Tokenizer, TokenizerError}};
 
 /// Why a model's text files cannot be used.
 #[derive(Debug, thiserror::Error)]

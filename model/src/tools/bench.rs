@@ -15,8 +15,18 @@ use std::{
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use coel_weights::{config::ModelConfig, layout::{self, ExpertId}};
-use crate::{nn::batch::Want, serve::{engine::{Engine, EngineError, block_on}, session::Session}, tools::generate::LocalModel};
+use crate::{
+    nn::batch::Want,
+    serve::{
+        engine::{Engine, EngineError, block_on},
+        session::Session,
+    },
+    tools::generate::LocalModel,
+};
+use coel_weights::{
+    config::ModelConfig,
+    layout::{self, ExpertId},
+};
 
 /// Rounds on one model.
 pub struct Bench<'a> {

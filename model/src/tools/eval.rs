@@ -12,8 +12,12 @@ pub use perplexity::{Closeness, TextReport, WINDOW_TOKENS, eval_text, eval_text_
 pub use qa::{ANSWER_TOKENS_MAX, QaReport, REFERENCE_SHARE_MIN, eval_qa};
 pub use reference::{LOGIT_ERROR_MAX, ReferenceReport, eval_reference};
 
+use crate::{
+    serve::engine::EngineError,
+    text::{model::TextError, sequence::SequenceError},
+    tools::generate::{LocalError, LocalModel},
+};
 use coel_weights::error::LoadError;
-use crate::{serve::engine::EngineError, text::{model::TextError, sequence::SequenceError}, tools::generate::{LocalError, LocalModel}};
 
 /// Why an evaluation could not be made.
 #[derive(Debug, thiserror::Error)]

@@ -4,7 +4,14 @@
 //! a server's. Whoever spreads experts over machines drives the same [`Sequence`] on an engine with a source of its own.
 
 pub use crate::tools::local::{LocalError, LocalModel, LocalOptions};
-use crate::{nn::batch::Want, serve::engine::block_on, text::{chat::Message, sequence::{Emitted, FinishReason, GenerateParams, Sequence, Usage}}};
+use crate::{
+    nn::batch::Want,
+    serve::engine::block_on,
+    text::{
+        chat::Message,
+        sequence::{Emitted, FinishReason, GenerateParams, Sequence, Usage},
+    },
+};
 
 /// A finished answer.
 #[derive(Clone, Debug, PartialEq)]

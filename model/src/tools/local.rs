@@ -8,8 +8,32 @@
 
 use std::path::Path;
 
-use coel_weights::{config::ModelConfig, error::LoadError, folder::ModelFolder, layout::{self, ExpertId}, memory::PAGE, slices::Precision, tensors::Tensors};
-use crate::{system::{machine_bytes, resident_bytes}, budget::{fit::{Beneath, DeviceTooSmall, Fit, Needs, TooSmall}, footprint::Footprint, inventory::Inventory}, serve::{device::Device, engine::{Engine, EngineError, EngineOptions, block_on}, pages::PAGE_TOKENS}, text::{model::{TextError, TextModel}, sequence::SequenceError}};
+use crate::{
+    budget::{
+        fit::{Beneath, DeviceTooSmall, Fit, Needs, TooSmall},
+        footprint::Footprint,
+        inventory::Inventory,
+    },
+    serve::{
+        device::Device,
+        engine::{Engine, EngineError, EngineOptions, block_on},
+        pages::PAGE_TOKENS,
+    },
+    system::{machine_bytes, resident_bytes},
+    text::{
+        model::{TextError, TextModel},
+        sequence::SequenceError,
+    },
+};
+use coel_weights::{
+    config::ModelConfig,
+    error::LoadError,
+    folder::ModelFolder,
+    layout::{self, ExpertId},
+    memory::PAGE,
+    slices::Precision,
+    tensors::Tensors,
+};
 
 /// Why a local model cannot be opened or cannot answer.
 #[derive(Debug, thiserror::Error)]

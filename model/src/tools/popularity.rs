@@ -6,7 +6,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{nn::batch::Want, serve::engine::{Engine, EngineError}};
+use crate::{
+    nn::batch::Want,
+    serve::engine::{Engine, EngineError},
+};
 
 /// Name of the built-in text; it changes whenever a byte of the text does.
 pub const CALIBRATION_NAME: &str = "coel-calibration-1";

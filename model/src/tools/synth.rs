@@ -12,7 +12,15 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
-use coel_weights::{atomic_file::write_file, checkpoint::files_beside, config::{ConfigError, ModelConfig}, layout::TensorSpec, matrix::DType, parts::{Entry, Part, TensorRange, frame, kinds}, slicing::{Material, SlicingError, part_slices::ReadAt, write_slices}};
+use coel_weights::{
+    atomic_file::write_file,
+    checkpoint::files_beside,
+    config::{ConfigError, ModelConfig},
+    layout::TensorSpec,
+    matrix::DType,
+    parts::{Entry, Part, TensorRange, frame, kinds},
+    slicing::{Material, SlicingError, part_slices::ReadAt, write_slices},
+};
 
 mod gauss;
 

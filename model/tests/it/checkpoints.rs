@@ -2,7 +2,13 @@
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use coel_model::{kernels::cpu::CpuKernels, nn::batch::Want, weights::{checkpoint::Checkpoint, config::ModelConfig, error::LoadError, layout, matrix::DType, tensors::ElementType}};
+use coel_model::{
+    kernels::cpu::CpuKernels,
+    nn::batch::Want,
+    weights::{
+        checkpoint::Checkpoint, config::ModelConfig, error::LoadError, layout, matrix::DType, tensors::ElementType,
+    },
+};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 

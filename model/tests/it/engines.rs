@@ -1,6 +1,16 @@
 //! The engine: accounting, refusals, and the same bits as a bare decoder.
 
-use coel_model::{kernels::cpu::CpuKernels, nn::batch::{DecodeError, Want}, serve::{device::{Device, DeviceError}, engine::{Engine, EngineError, EngineOptions, block_on}}, text::model::TextModel, tools::popularity::{CALIBRATION_NAME, CALIBRATION_TEXT, route_popularity}, weights::{checkpoint::Checkpoint, layout::ExpertId, matrix::DType, memory::WeightBytes}};
+use coel_model::{
+    kernels::cpu::CpuKernels,
+    nn::batch::{DecodeError, Want},
+    serve::{
+        device::{Device, DeviceError},
+        engine::{Engine, EngineError, EngineOptions, block_on},
+    },
+    text::model::TextModel,
+    tools::popularity::{CALIBRATION_NAME, CALIBRATION_TEXT, route_popularity},
+    weights::{checkpoint::Checkpoint, layout::ExpertId, matrix::DType, memory::WeightBytes},
+};
 use serde_json::json;
 
 use crate::{

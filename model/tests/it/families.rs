@@ -7,7 +7,26 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use coel_model::{budget::footprint::Footprint, kernels::cpu::CpuKernels, nn::batch::Want, serve::{device::Device, engine::{Engine, EngineError, EngineOptions, block_on}}, tools::{eval::eval_reference, generate::LocalModel, popularity::route_popularity}, weights::{checkpoint::Checkpoint, config::ModelConfig, error::LoadError, layout::{self, ExpertId}, matrix::DType, parts::{PartKind, parts}, slices::Precision, tensors::{ElementType, Tensors}}};
+use coel_model::{
+    budget::footprint::Footprint,
+    kernels::cpu::CpuKernels,
+    nn::batch::Want,
+    serve::{
+        device::Device,
+        engine::{Engine, EngineError, EngineOptions, block_on},
+    },
+    tools::{eval::eval_reference, generate::LocalModel, popularity::route_popularity},
+    weights::{
+        checkpoint::Checkpoint,
+        config::ModelConfig,
+        error::LoadError,
+        layout::{self, ExpertId},
+        matrix::DType,
+        parts::{PartKind, parts},
+        slices::Precision,
+        tensors::{ElementType, Tensors},
+    },
+};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -155,7 +174,8 @@ fn error_at(checkpoint: &Checkpoint, precision: Precision) -> f64 {
     let logits = |precision| {
         let sliced = |tensors: Tensors| tensors.sliced(precision).expect("widths are whole groups");
         let trunk = sliced(checkpoint.trunk());
-        let mut whole = Whole::from_tensors(CpuKernels::default(), checkpoint, trunk, |id| sliced(checkpoint.expert(id)));
+        let mut whole =
+            Whole::from_tensors(CpuKernels::default(), checkpoint, trunk, |id| sliced(checkpoint.expert(id)));
         let mut solo = whole.solo(24);
         let tokens: Vec<u32> = (0..24).map(|index| index * 13 + 3).collect();
         whole.advance(&mut solo, &tokens, Want::All, |_| {})

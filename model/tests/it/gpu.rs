@@ -10,15 +10,19 @@ use std::{
     sync::Once,
 };
 
-use coel_model::{gpu::{kernels::VulkanKernels, vulkan}, kernels::{kv::CacheShape, Gated, Kernels, kv::Span, cpu::activations::{Values, quantize}, download, cpu::isa::Isa, cpu::CpuKernels}, nn::{batch::Want, rope::Rope}, serve::{device::Device, engine::block_on}, tools::{eval::eval_reference, generate::{LocalModel, LocalOptions}}, weights::{matrix::{DType, Matrix}, slices::{BASE_CELL, GROUP, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, constants::Constants}}};
-use half::f16;
-use rand::Rng;
+use coel_model::{
+    gpu::{kernels::VulkanKernels, vulkan},
+    nn::batch::Want,
+    serve::{device::Device, engine::block_on},
+    tools::{
+        eval::eval_reference,
+        generate::{LocalModel, LocalOptions},
+    },
+    weights::slices::Precision,
+};
 use safetensors::{SafeTensors, tensor::TensorView};
 
-use crate::{
-    kernels_sliced::{bits, check_close, experts, linear, mixed, oracle, reference, rng, rows, weight},
-    whole,
-};
+use crate::whole;
 
 /// The first Vulkan device, if there is one.
 pub fn vulkan() -> Option<VulkanKernels> {

@@ -2,7 +2,19 @@
 
 use std::{collections::BTreeSet, fs};
 
-use coel_model::{budget::footprint::Footprint, kernels::cpu::CpuKernels, nn::batch::Want, weights::{checkpoint::Checkpoint, layout::{self, ExpertId}, memory::WeightBytes, parts::{Part, PartKind, parts}, slicing::part_slices::{ReadAt, write_part}, tensors::Tensors}};
+use coel_model::{
+    budget::footprint::Footprint,
+    kernels::cpu::CpuKernels,
+    nn::batch::Want,
+    weights::{
+        checkpoint::Checkpoint,
+        layout::{self, ExpertId},
+        memory::WeightBytes,
+        parts::{Part, PartKind, parts},
+        slicing::part_slices::{ReadAt, write_part},
+        tensors::Tensors,
+    },
+};
 use safetensors::SafeTensors;
 
 use crate::whole::{Whole, checkpoint};

@@ -2,7 +2,26 @@
 
 use std::{fs, path::PathBuf};
 
-use coel_model::{kernels::cpu::CpuKernels, nn::batch::Want, serve::{device::Device, engine::{Engine, EngineOptions, block_on}}, weights::{layout::ExpertId, matrix::{DType, Matrix}, memory::WeightBytes, parts::{Part, PartKind, TensorRange, parts}, slices::{BASE_CELL, BLOCK_ROWS, GROUP, PartBlobs, Precision, REFINE_CELL, SliceError, Sliced, encode::{Encoder, Fault, FaultKind, first_not_finite, slice_matrix}}, slicing::part_slices::{part_bytes, write_part}, tensors::{ElementType, Tensors}}};
+use coel_model::{
+    kernels::cpu::CpuKernels,
+    nn::batch::Want,
+    serve::{
+        device::Device,
+        engine::{Engine, EngineOptions, block_on},
+    },
+    weights::{
+        layout::ExpertId,
+        matrix::{DType, Matrix},
+        memory::WeightBytes,
+        parts::{Part, PartKind, TensorRange, parts},
+        slices::{
+            BASE_CELL, BLOCK_ROWS, GROUP, PartBlobs, Precision, REFINE_CELL, SliceError, Sliced,
+            encode::{EncodeError, EncodeErrorKind, Encoder, first_not_finite, slice_matrix},
+        },
+        slicing::part_slices::{part_bytes, write_part},
+        tensors::{ElementType, Tensors},
+    },
+};
 use half::{bf16, f16};
 use proptest::{collection::vec, prelude::*};
 use rand::{Rng, SeedableRng};
@@ -19,7 +38,7 @@ fn pack(values: &[f32], dtype: DType) -> Vec<u8> {
     }
 }
 
-type Encoded = Result<(Vec<u8>, Vec<u8>), Fault>;
+type Encoded = Result<(Vec<u8>, Vec<u8>), EncodeError>;
 
 fn encode(encoder: Encoder, dtype: DType, bytes: &[u8], cols: usize) -> Encoded {
     let groups = cols / GROUP;
@@ -122,13 +141,13 @@ fn faults_say_what_and_where() {
     let mut values: Vec<f32> = (0..rows * cols).map(|index| (index as f32).sin()).collect();
     values[3 * cols + 70] = f32::NAN;
     values[4 * cols + 70] = f32::INFINITY;
-    let not_finite = Fault { row: 3, column: 70, kind: FaultKind::NotFinite };
+    let not_finite = EncodeError { row: 3, column: 70, kind: EncodeErrorKind::NotFinite };
     let mut wide = vec![0.0f32; rows * cols];
     (wide[2 * cols + 33], wide[2 * cols + 50]) = (3e38, -3e38);
-    let range = Fault { row: 2, column: 32, kind: FaultKind::Range { min: -3e38, max: 3e38 } };
+    let range = EncodeError { row: 2, column: 32, kind: EncodeErrorKind::Range { min: -3e38, max: 3e38 } };
     let mut far = vec![0.0f32; rows * cols];
     far[cols..cols + 32].fill(16000.0);
-    let offset = Fault { row: 1, column: 0, kind: FaultKind::Range { min: 16000.0, max: 16000.0 } };
+    let offset = EncodeError { row: 1, column: 0, kind: EncodeErrorKind::Range { min: 16000.0, max: 16000.0 } };
     for encoder in Encoder::available() {
         for (values, fault) in [(&values, not_finite), (&wide, range), (&far, offset)] {
             let found = encode(encoder, DType::F32, &pack(values, DType::F32), cols);

@@ -2,7 +2,18 @@
 
 use std::collections::BTreeSet;
 
-use coel_model::{serve::{device::Device, engine::{Engine, EngineOptions, block_on}}, text::model::TextModel, tools::{popularity::{CALIBRATION_TEXT, WINDOW_TOKENS, route_popularity}, survey::{Source, Survey, SurveyError, survey}}, weights::{checkpoint::Checkpoint, error::LoadError, layout::ExpertId, slices::Precision, tensors::Tensors}};
+use coel_model::{
+    serve::{
+        device::Device,
+        engine::{Engine, EngineOptions, block_on},
+    },
+    text::model::TextModel,
+    tools::{
+        popularity::{CALIBRATION_TEXT, WINDOW_TOKENS, route_popularity},
+        survey::{Source, Survey, SurveyError, survey},
+    },
+    weights::{checkpoint::Checkpoint, error::LoadError, layout::ExpertId, slices::Precision, tensors::Tensors},
+};
 
 use crate::whole::checkpoint;
 

@@ -2,7 +2,11 @@
 
 use std::{fs, path::Path};
 
-use coel_model::weights::{config::ModelConfig, layout::{self, TensorSpec}, matrix::DType};
+use coel_model::weights::{
+    config::ModelConfig,
+    layout::{self, TensorSpec},
+    matrix::DType,
+};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;

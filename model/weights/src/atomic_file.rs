@@ -71,11 +71,7 @@ impl Drop for TemporaryFile {
 }
 
 /// Writes a small file, whole or not at all.
-pub fn write_file(
-    dir: &Path,
-    name: &str,
-    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
-) -> io::Result<()> {
+pub fn write_file(dir: &Path, name: &str, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
     let mut temporary = TemporaryFile::new(dir, name)?;
     write(&mut temporary)?;
     temporary.keep(&dir.join(name)).map(drop)

@@ -14,7 +14,13 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{config::ModelConfig, error::LoadError, layout::{self, ExpertId}, memory::WeightBytes, tensors::Tensors};
+use crate::{
+    config::ModelConfig,
+    error::LoadError,
+    layout::{self, ExpertId},
+    memory::WeightBytes,
+    tensors::Tensors,
+};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";

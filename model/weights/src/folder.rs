@@ -9,7 +9,10 @@ use std::{
     sync::Arc,
 };
 
-use crate::{checkpoint::Checkpoint, config::ModelConfig, error::LoadError, layout::ExpertId, slices::Precision, slicing::sliced_folder::SlicedFolder, tensors::Tensors};
+use crate::{
+    checkpoint::Checkpoint, config::ModelConfig, error::LoadError, layout::ExpertId, slices::Precision,
+    slicing::sliced_folder::SlicedFolder, tensors::Tensors,
+};
 
 /// An open model folder.
 #[derive(Clone, Debug)]

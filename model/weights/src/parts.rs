@@ -11,7 +11,14 @@ use std::io;
 use safetensors::{Dtype, tensor::Metadata};
 use serde_json::Value;
 
-use crate::{checkpoint::Checkpoint, config::ModelConfig, error::LoadError, layout::{self, ExpertId, TensorSpec}, matrix::DType, tensors::{ElementType, HEADER_BYTES_MAX, TensorView}};
+use crate::{
+    checkpoint::Checkpoint,
+    config::ModelConfig,
+    error::LoadError,
+    layout::{self, ExpertId, TensorSpec},
+    matrix::DType,
+    tensors::{ElementType, HEADER_BYTES_MAX, TensorView},
+};
 
 /// Data in a blob starts at a multiple of this, so that mapped blobs stay aligned for vector loads.
 const ALIGNMENT: usize = 64;

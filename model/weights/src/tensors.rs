@@ -11,7 +11,16 @@ use std::{
 
 use safetensors::{Dtype, tensor::Metadata};
 
-use crate::{error::LoadError, layout::{Pieces, TensorSpec}, matrix::{DType, Matrix}, memory::WeightBytes, slices::{FORMAT, FORMAT_KEY, PartBlobs, Precision, SLICE_KEY, Slice, SliceError, Sliced, Weight, encode::slice_matrix, is_sliced}};
+use crate::{
+    error::LoadError,
+    layout::{Pieces, TensorSpec},
+    matrix::{DType, Matrix},
+    memory::WeightBytes,
+    slices::{
+        FORMAT, FORMAT_KEY, PartBlobs, Precision, SLICE_KEY, Slice, SliceError, Sliced, Weight, encode::slice_matrix,
+        is_sliced,
+    },
+};
 
 /// Longest header accepted: far above any checkpoint's, and checked before it is parsed.
 pub const HEADER_BYTES_MAX: usize = 64 << 20;
@@ -263,10 +272,7 @@ impl Tensors {
 
     /// The same tensors in other places: `put` is given each range of bytes, always in the same order, and says where
     /// these bytes are now.
-    pub fn moved<E>(
-        &self,
-        mut put: impl FnMut(&str, &WeightBytes) -> Result<WeightBytes, E>,
-    ) -> Result<Self, E> {
+    pub fn moved<E>(&self, mut put: impl FnMut(&str, &WeightBytes) -> Result<WeightBytes, E>) -> Result<Self, E> {
         let mut moved = self.clone();
         for (name, view) in &mut moved.entries {
             view.bytes = put(name, &view.bytes)?;

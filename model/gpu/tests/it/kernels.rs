@@ -11,8 +11,20 @@ use std::{
 };
 
 use coel_gpu::{kernels::VulkanKernels, vulkan};
-use coel_kernels::{angles::Angles, kv::CacheShape, Gated, Kernels, kv::Span, cpu::activations::{Values, quantize}, download, cpu::isa::Isa, cpu::CpuKernels};
-use coel_weights::{matrix::{DType, Matrix}, slices::{BASE_CELL, GROUP, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, constants::Constants}};
+use coel_kernels::{
+    Gated, Kernels,
+    angles::Angles,
+    cpu::CpuKernels,
+    cpu::activations::{Values, quantize},
+    cpu::isa::Isa,
+    download,
+    kv::CacheShape,
+    kv::Span,
+};
+use coel_weights::{
+    matrix::{DType, Matrix},
+    slices::{BASE_CELL, GROUP, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, constants::Constants},
+};
 use half::f16;
 use rand::Rng;
 

@@ -14,7 +14,10 @@ use super::{
     lanes::{LANES, Lanes},
     sliced::{Sums, tile_rows},
 };
-use coel_weights::{matrix::{DType, Matrix}, slices::BLOCK_ROWS};
+use coel_weights::{
+    matrix::{DType, Matrix},
+    slices::BLOCK_ROWS,
+};
 
 per_isa! {
     /// Output rows `16 * block..` of `matrix` for `rows` of `x [n, cols]`, into `sums`. Outputs past the matrix's last

@@ -1,6 +1,8 @@
 //! CPU kernels on shapes that do not divide nicely, against plain sums in the documented order.
 
-use coel_kernels::{kv::CacheShape, Kernels, kv::Span, cpu::primitives, download, cpu::isa::Isa, math, cpu::CpuKernels};
+use coel_kernels::{
+    Kernels, cpu::CpuKernels, cpu::isa::Isa, cpu::primitives, download, kv::CacheShape, kv::Span, math,
+};
 use coel_weights::matrix::{DType, Matrix};
 use half::{bf16, f16};
 use proptest::{collection::vec, prelude::*};

@@ -1,7 +1,12 @@
 //! Kernels over every precision: instruction sets, threads and batches against the portable path on one thread, and
 //! that against sums in f64.
 
-use coel_kernels::{Gated, cpu::activations::{Values, quantize}, cpu::isa::Isa, cpu::CpuKernels};
+use coel_kernels::{
+    Gated,
+    cpu::CpuKernels,
+    cpu::activations::{Values, quantize},
+    cpu::isa::Isa,
+};
 use coel_weights::slices::{GROUP, Precision, Weight};
 use proptest::prelude::*;
 

@@ -1,7 +1,20 @@
 //! Weights, rows and the documented results, for tests of any kernel class.
 
-use coel_kernels::{ExpertWork, Gated, Kernels, cpu::activations::{Values, quantize}, download, cpu::isa::Isa, cpu::CpuKernels};
-use coel_weights::{matrix::{DType, Matrix}, memory::WeightBytes, slices::{BASE_CELL, GROUP, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, cells, constants::{Constants, ZERO_MOST}}};
+use coel_kernels::{
+    ExpertWork, Gated, Kernels,
+    cpu::CpuKernels,
+    cpu::activations::{Values, quantize},
+    cpu::isa::Isa,
+    download,
+};
+use coel_weights::{
+    matrix::{DType, Matrix},
+    memory::WeightBytes,
+    slices::{
+        BASE_CELL, GROUP, NIBBLES, Precision, REFINE_CELL, Sliced, Weight, cells,
+        constants::{Constants, ZERO_MOST},
+    },
+};
 use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;

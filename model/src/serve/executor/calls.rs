@@ -90,12 +90,7 @@ impl Executor {
     }
 
     /// Experts over the rows of a checked call, in its order; all must be in memory.
-    fn run_experts(
-        &mut self,
-        layer: u16,
-        rows: &[f32],
-        experts: &[(u16, Vec<u32>)],
-    ) -> Result<Vec<f32>, EngineError> {
+    fn run_experts(&mut self, layer: u16, rows: &[f32], experts: &[(u16, Vec<u32>)]) -> Result<Vec<f32>, EngineError> {
         let (mut work, mut on_cpu) = (Vec::new(), Vec::new());
         for (index, rows) in experts {
             let id = ExpertId { layer, index: *index };
@@ -111,7 +106,8 @@ impl Executor {
             self.kernels.experts(&input, &work)
         });
         // The CPU computes while the device does.
-        let on_cpu = self.cpu.as_mut().filter(|_| !on_cpu.is_empty()).map(|cpu| cpu.compute(rows.to_vec(), hidden, &on_cpu));
+        let on_cpu =
+            self.cpu.as_mut().filter(|_| !on_cpu.is_empty()).map(|cpu| cpu.compute(rows.to_vec(), hidden, &on_cpu));
         let on_device = pending.map_or_else(Vec::new, |rows| self.kernels.download(&rows));
         let Some(on_cpu) = on_cpu else { return Ok(on_device) };
         let (mut on_cpu, mut on_device) = (on_cpu.as_slice(), on_device.as_slice());

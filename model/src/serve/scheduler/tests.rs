@@ -86,7 +86,7 @@ fn who_was_answered_is_waited_for_briefly_and_only_once() {
         }
         sim.now += MS / 2;
     }
-    let chunks: Vec<_> = (1..=8).map(|session| ScheduledChunk { id: RequestId(200 + session), rows: 1 }).collect();
+    let chunks: Vec<_> = (1..=8).map(|session| ScheduledChunk { request: RequestId(200 + session), rows: 1 }).collect();
     sim.land(&chunks, 12 * MS);
     // One stays away: the others wait half a batch, once.
     (1..=7).for_each(|session| _ = sim.ask(session, 1));
@@ -177,7 +177,7 @@ fn a_failed_batch_is_tried_one_by_one() {
         assert_eq!(shown.len(), 1);
         tried.push(shown[0]);
         match shown[0].0 {
-            3 => assert_eq!(sim.scheduler.failed(&chunks), Some(chunks[0].id)),
+            3 => assert_eq!(sim.scheduler.failed(&chunks), Some(chunks[0].request)),
             _ => _ = sim.land(&chunks, MS),
         }
     }
@@ -201,7 +201,7 @@ fn a_session_is_in_one_batch_also_when_a_request_was_given_up() {
     let waits = sim.ask(2, 5);
     sim.scheduler.cancel(waits);
     assert_eq!((sim.scheduler.next(sim.now), sim.scheduler.waiting()), (Decision::Idle, 0));
-    let chunks = [ScheduledChunk { id: RequestId(201), rows: 7 }];
+    let chunks = [ScheduledChunk { request: RequestId(201), rows: 7 }];
     assert_eq!(sim.scheduler.failed(&chunks), Some(RequestId(201)));
 }
 

@@ -3,18 +3,41 @@
 use std::{
     path::Path,
     pin::Pin,
-    sync::Mutex,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Waker},
 };
 
+use coel_kernels::{
+    DeviceCache, DeviceExpert, DeviceMatrix, DeviceRows, DeviceVector, DeviceWork, Gated,
+    angles::Angles,
+    cpu::CpuKernels,
+    kv::{CacheShape, Span},
+};
+use coel_weights::{
+    checkpoint::Checkpoint,
+    layout,
+    slices::{Precision, Weight},
+};
+use tokio::sync::oneshot;
+
 use super::*;
-use coel_weights::{checkpoint::Checkpoint, layout, slices::Precision};
-use crate::{nn::experts::by_expert, serve::{engine::{Engine, EngineOptions}, session::Session, source::{ExpertOutputs, ExpertRequest, ExpertSource, Share, SourceError}}};
+use crate::{
+    nn::{batch::Want, expert_call::by_expert},
+    serve::{
+        engine::{Engine, EngineOptions},
+        expert_source::{ExpertOutputs, ExpertRequest, ExpertSource, Share, SourceError},
+        jobs::{Advanced, JobQueue, RemoteCall, Routes},
+        session::Session,
+    },
+};
 
 /// The bundled model on a worker that is driven by hand.
 struct Bench {
     engine: Engine,
-    worker: Worker<Packed>,
+    worker: Worker,
     queue: mpsc::Receiver<Job>,
     now: Instant,
     checkpoint: Checkpoint,
@@ -27,26 +50,30 @@ type Request = Pin<Box<dyn Future<Output = (Session, Result2)>>>;
 
 impl Bench {
     fn new() -> Self {
-        Self::with_room(None)
+        Self::with(Box::new(CpuKernels::default()), None)
     }
 
     /// With so many bytes for experts above the memory of the host, which is the same kernel class here.
-    fn with_room(device_bytes: Option<u64>) -> Self {
+    fn with_room(device_expert_bytes: Option<u64>) -> Self {
+        Self::with(Box::new(CpuKernels::default()), device_expert_bytes)
+    }
+
+    fn with(kernels: Box<dyn DynKernels>, device_expert_bytes: Option<u64>) -> Self {
         let checkpoint = Checkpoint::open(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/fixture"))).unwrap();
-        let options = EngineOptions { kv_tokens: 1024, page_tokens: 16, device_bytes, ..EngineOptions::default() };
-        let shared = Arc::new(Shared::new(checkpoint.config().clone(), options));
-        let (jobs, queue) = mpsc::channel(JOBS_MAX);
-        let engine = Engine::new(shared.clone(), jobs, Device::Cpu, "test");
-        let mut worker = Worker::new(Packed::default(), shared);
-        worker.machine.load_trunk(&checkpoint.trunk(), false).unwrap();
+        let options =
+            EngineOptions { kv_tokens: 1024, page_tokens: 16, device_expert_bytes, ..EngineOptions::default() };
+        let (jobs, queue) = JobQueue::new(Arc::new(EngineState::new(checkpoint.config().clone(), options)));
+        let mut worker = Worker::new(kernels, jobs.state.clone());
+        let engine = Engine::new(jobs, Device::Cpu, "test");
+        worker.executor.load_trunk(&checkpoint.trunk(), false).unwrap();
         for id in layout::experts(checkpoint.config()) {
-            worker.machine.load_expert(id, &checkpoint.expert(id)).unwrap();
+            worker.executor.load_expert(id, &checkpoint.expert(id)).unwrap();
         }
         Self { engine, worker, queue, now: Instant::now(), checkpoint }
     }
 
     fn round(&mut self) -> Turn {
-        self.worker.round(&mut self.queue, &|| self.now).expect("the engine is still there")
+        self.worker.guarded(None, &mut self.queue, &|| self.now).expect("the thread goes on")
     }
 
     /// Rounds until there is nothing to compute; the clock moves as far as it must.
@@ -86,7 +113,7 @@ impl Bench {
     }
 
     fn drop_expert(&mut self, layer: u16, index: u16) {
-        assert!(self.worker.machine.drop_expert(ExpertId { layer, index }));
+        assert!(self.worker.executor.drop_expert(ExpertId { layer, index }));
     }
 }
 
@@ -107,20 +134,19 @@ fn used(routes: &Routes, layer: usize) -> Vec<u16> {
 }
 
 #[test]
-fn a_hosts_duty_is_done_between_two_layers_of_its_own_prompt() {
+fn a_peers_call_is_served_between_two_layers_of_a_prompt() {
     let mut bench = Bench::new();
     let mut prompt = bench.ask(bench.open(500), &tokens(500, 1));
     let hidden = bench.checkpoint.config().hidden_size;
     let rows: Vec<f32> = (0..3 * hidden).map(|index| (index % 17) as f32 / 16.0 - 0.5).collect();
     let call = |bench: &mut Bench| {
-        let (reply, mut answer) = oneshot::channel();
-        let calls = vec![(3, vec![0, 2]), (5, vec![1])];
-        let job = Job::RunExperts(Call { layer: 2, rows: rows.clone(), calls, reply });
-        let mut sent = Box::pin(bench.engine.send(job));
-        assert!(sent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready());
-        drop(sent);
+        let engine = bench.engine.clone();
+        let mut call = Box::pin(engine.run_experts(2, rows.clone(), vec![(3, vec![0, 2]), (5, vec![1])]));
+        let context = &mut Context::from_waker(Waker::noop());
+        assert!(call.as_mut().poll(context).is_pending(), "the job is on its way");
         let turn = bench.round();
-        (turn, answer.try_recv().expect("served within the round").unwrap().outputs)
+        let Poll::Ready(outputs) = call.as_mut().poll(context) else { panic!("not served within the round") };
+        (turn, outputs.unwrap())
     };
     let (turn, expected) = call(&mut bench);
     assert_eq!((turn, expected.len()), (Turn::Again, 3 * hidden));
@@ -130,11 +156,11 @@ fn a_hosts_duty_is_done_between_two_layers_of_its_own_prompt() {
         assert_eq!(answer, expected);
         rounds += 1;
     }
-    assert_eq!(rounds, 2 * 7, "two flights, each taking off and then going through six layers");
+    assert_eq!(rounds, 2 * 7, "two batches, each beginning and then going through six layers");
 }
 
 #[test]
-fn sessions_that_ask_together_fly_together_and_get_what_they_would_alone() {
+fn sessions_that_ask_together_are_computed_together_and_get_what_they_would_alone() {
     let mut bench = Bench::new();
     let inputs: Vec<_> = (0..8).map(|salt| tokens(1 + 9 * salt as usize, salt)).collect();
     let expected: Vec<_> = inputs.iter().map(|input| bench.alone(input)).collect();
@@ -144,7 +170,7 @@ fn sessions_that_ask_together_fly_together_and_get_what_they_would_alone() {
     let activity = bench.engine.activity();
     let rows: usize = inputs.iter().map(Vec::len).sum();
     assert_eq!((activity.rows - before.rows, activity.waiting), (rows as u64, 0));
-    assert!(activity.flights - before.flights < 8, "{activity:?}");
+    assert!(activity.batches - before.batches < 8, "{activity:?}");
     for (request, (logits, routes)) in requests.iter_mut().zip(expected) {
         let (session, result) = poll(request).expect("it has landed");
         let (advanced, seen) = result.unwrap();
@@ -172,7 +198,7 @@ fn who_is_late_is_waited_for_until_patience_ends() {
     bench.rest();
     assert!(poll(&mut first).is_some() && poll(&mut second).is_some());
     let after = bench.engine.activity();
-    assert_eq!((after.flights - before.flights, after.rows - before.rows), (1, 2));
+    assert_eq!((after.batches - before.batches, after.rows - before.rows), (1, 2));
 }
 
 #[test]
@@ -197,7 +223,7 @@ fn only_those_fail_that_need_a_missing_expert_and_they_are_as_before() {
     }
     // Once the expert is there, the session goes on.
     let id = ExpertId { layer: 4, index: missing };
-    bench.worker.machine.load_expert(id, &bench.checkpoint.expert(id)).unwrap();
+    bench.worker.executor.load_expert(id, &bench.checkpoint.expert(id)).unwrap();
     let mut again = bench.ask(session, &inputs[0]);
     bench.rest();
     assert!(poll(&mut again).unwrap().1.unwrap().0.logits == expected[0].0);
@@ -259,6 +285,13 @@ impl Held {
     }
 }
 
+/// Experts over rows, on a bench that holds all of them in memory.
+fn compute(bench: &mut Bench, layer: u16, rows: Vec<f32>, experts: Vec<(u16, Vec<u32>)>) -> Vec<f32> {
+    let (reply, mut answer) = oneshot::channel();
+    bench.worker.work(Job::RunExperts { call: RemoteCall { layer, rows, experts }, reply });
+    answer.try_recv().expect("nothing is on disk").unwrap().outputs
+}
+
 /// Two engines: one that lacks every third expert, and one that has them all.
 fn apart() -> (Bench, Bench, Arc<Held>) {
     let (mut bench, other) = (Bench::new(), Bench::new());
@@ -275,8 +308,7 @@ fn serve(bench: &mut Bench, request: ExpertRequest, class: &str) {
     let call = &request.call;
     let pairs = by_expert(&call.routes);
     let calls = pairs.iter().map(|(index, pairs)| (*index, pairs.iter().map(|pair| pair.row).collect()));
-    let calls: Vec<(u16, Vec<u32>)> = calls.collect();
-    let outputs = bench.worker.machine.run_experts(call.layer, &call.rows, &calls).unwrap();
+    let outputs = compute(bench, call.layer, call.rows.clone(), calls.collect());
     let mut values = vec![f32::NAN; outputs.len()];
     for (pair, row) in pairs.values().flatten().zip(outputs.chunks_exact(call.hidden)) {
         values[pair.slot as usize * call.hidden..][..call.hidden].copy_from_slice(row);
@@ -400,35 +432,31 @@ fn wherever_experts_are_one_class_gives_the_same_bits() {
     for room in [0, 1, 40, 143, 144] {
         let mut bench = Bench::with_room(Some(room * expert));
         assert!(run(&mut bench) == expected, "mapped, room for {room}");
-        let before = bench.engine.tiers().device;
+        let before = bench.engine.offload_stats().device;
         assert!(before.bytes <= room * expert, "{before:?}");
         // Weights in memory of the process's own are given up above, and come back.
         for id in layout::experts(bench.checkpoint.config()) {
             let tensors = bench.checkpoint.expert(id).moved(|_, bytes| bytes.owned()).unwrap();
-            bench.worker.machine.load_expert(id, &tensors).unwrap();
+            bench.worker.executor.load_expert(id, &tensors).unwrap();
         }
         for _ in 0..3 {
             assert!(run(&mut bench) == expected, "owned, room for {room}");
         }
-        let device = bench.engine.tiers().device;
+        let device = bench.engine.offload_stats().device;
         assert!(device.bytes <= room * expert, "{device:?}");
-        assert_eq!(device.by_host + device.raised > 0, room < 144, "{device:?}");
+        assert_eq!(device.on_cpu + device.promoted > 0, room < 144, "{device:?}");
         assert_eq!(device.hits > 0, room > 0, "{device:?}");
-        assert_eq!(bench.engine.memory().beneath_bytes, 144 * expert - device.bytes);
+        assert_eq!(bench.engine.memory().cpu_offload_bytes, 144 * expert - device.bytes);
     }
 }
 
 #[test]
-fn a_duty_takes_experts_from_both_memories() {
+fn a_call_takes_experts_from_both_memories() {
     let hidden = 256;
     let rows: Vec<f32> = (0..5 * hidden).map(|index| (index % 17) as f32 / 16.0 - 0.5).collect();
     // One expert twice, and one without rows.
     let calls = vec![(7, vec![0, 2]), (3, vec![1]), (23, vec![]), (7, vec![4]), (0, vec![3])];
-    let run = |bench: &mut Bench| {
-        let (reply, mut answer) = oneshot::channel();
-        bench.worker.work(Job::RunExperts(Call { layer: 2, rows: rows.clone(), calls: calls.clone(), reply }));
-        answer.try_recv().expect("nothing is on disk").unwrap().outputs
-    };
+    let run = |bench: &mut Bench| compute(bench, 2, rows.clone(), calls.clone());
     let expected = run(&mut Bench::new());
     for room in [0, 52, 54, 56, 72, 144] {
         let mut bench = Bench::with_room(Some(room * 3 * 96 * 256 * 2));
@@ -436,4 +464,166 @@ fn a_duty_takes_experts_from_both_memories() {
             assert!(run(&mut bench) == expected, "room for {room}");
         }
     }
+}
+
+/// What a device does when it is told to compute experts.
+#[derive(Default)]
+struct Switches {
+    panics: AtomicBool,
+    lost: AtomicBool,
+}
+
+/// CPU kernels that panic on demand, once or for good.
+struct Faulty {
+    inner: Box<dyn DynKernels>,
+    switches: Arc<Switches>,
+}
+
+impl Faulty {
+    fn bench() -> (Bench, Arc<Switches>) {
+        let switches = Arc::new(Switches::default());
+        let inner = Box::new(CpuKernels::default());
+        (Bench::with(Box::new(Self { inner, switches: switches.clone() }), None), switches)
+    }
+
+    fn check(&self) {
+        assert!(!self.switches.lost.load(Ordering::Relaxed), "device lost");
+        assert!(!self.switches.panics.swap(false, Ordering::Relaxed), "out of device memory");
+    }
+}
+
+impl DynKernels for Faulty {
+    fn class(&self) -> String {
+        self.inner.class()
+    }
+
+    fn matrix(&self, weight: Weight) -> DeviceMatrix {
+        self.inner.matrix(weight)
+    }
+
+    fn expert(&self, weights: Gated<Weight>) -> DeviceExpert {
+        self.check();
+        self.inner.expert(weights)
+    }
+
+    fn expert_weights(&self, expert: &DeviceExpert) -> Gated<Weight> {
+        self.inner.expert_weights(expert)
+    }
+
+    fn expert_bytes(&self, weights: &Gated<Weight>) -> u64 {
+        self.inner.expert_bytes(weights)
+    }
+
+    fn reserve(&self, bytes: u64) {
+        self.inner.reserve(bytes);
+    }
+
+    fn wait(&self) {
+        self.inner.wait();
+    }
+
+    fn vector(&self, values: Vec<f32>) -> DeviceVector {
+        self.inner.vector(values)
+    }
+
+    fn upload(&self, values: Vec<f32>, width: usize) -> DeviceRows {
+        self.inner.upload(values, width)
+    }
+
+    fn download(&self, rows: &DeviceRows) -> Vec<f32> {
+        self.inner.download(rows)
+    }
+
+    fn add(&self, a: DeviceRows, b: DeviceRows) -> DeviceRows {
+        self.inner.add(a, b)
+    }
+
+    fn clamp(&self, rows: DeviceRows, limit: f32) -> DeviceRows {
+        self.inner.clamp(rows, limit)
+    }
+
+    fn select(&self, rows: &DeviceRows, ranges: &[(usize, usize)]) -> DeviceRows {
+        self.inner.select(rows, ranges)
+    }
+
+    fn linears(&mut self, x: &DeviceRows, matrices: &[(&DeviceMatrix, Option<&DeviceVector>)]) -> Vec<DeviceRows> {
+        self.check();
+        self.inner.linears(x, matrices)
+    }
+
+    fn rms_norm(&mut self, x: &DeviceRows, weight: &DeviceVector, width: usize, eps: f32) -> DeviceRows {
+        self.inner.rms_norm(x, weight, width, eps)
+    }
+
+    fn rotate(&mut self, x: DeviceRows, angles: &Angles) -> DeviceRows {
+        self.inner.rotate(x, angles)
+    }
+
+    fn cache(&self, shape: CacheShape) -> DeviceCache {
+        self.inner.cache(shape)
+    }
+
+    fn append(&mut self, cache: &mut DeviceCache, layer: usize, spans: &[Span<'_>], k: DeviceRows, v: DeviceRows) {
+        self.inner.append(cache, layer, spans, k, v);
+    }
+
+    fn attention(&mut self, q: DeviceRows, cache: &DeviceCache, layer: usize, spans: &[Span<'_>]) -> DeviceRows {
+        self.inner.attention(q, cache, layer, spans)
+    }
+
+    fn experts(&mut self, x: &DeviceRows, work: &[DeviceWork<'_>]) -> DeviceRows {
+        self.check();
+        self.inner.experts(x, work)
+    }
+}
+
+#[test]
+fn a_panic_fails_what_is_under_way_and_nothing_after_it() {
+    let (mut bench, switches) = Faulty::bench();
+    let expected = bench.alone(&tokens(20, 4)).0;
+    let mut requests: Vec<_> = (0..3).map(|salt| bench.ask(bench.open(40), &tokens(30, salt))).collect();
+    (0..3).for_each(|_| _ = bench.round());
+    switches.panics.store(true, Ordering::Relaxed);
+    bench.rest();
+    for request in &mut requests {
+        let (session, result) = poll(request).expect("answered");
+        let error = result.unwrap_err();
+        assert!(matches!(&error, EngineError::Panicked(why) if why.contains("out of device memory")), "{error}");
+        assert_eq!(session.used(), 0);
+    }
+    drop(requests);
+    assert!(bench.alone(&tokens(20, 4)).0 == expected, "later requests are answered as before");
+    assert_eq!((bench.engine.activity().pages_used, bench.engine.fault()), (0, None));
+}
+
+#[test]
+fn an_expert_whose_loading_panics_is_not_held() {
+    let (mut bench, switches) = Faulty::bench();
+    let id = ExpertId { layer: 1, index: 2 };
+    let engine = bench.engine.clone();
+    let mut load = Box::pin(engine.load_expert_tensors(id, bench.checkpoint.expert(id)));
+    let context = &mut Context::from_waker(Waker::noop());
+    assert!(load.as_mut().poll(context).is_pending());
+    switches.panics.store(true, Ordering::Relaxed);
+    bench.rest();
+    let Poll::Ready(result) = load.as_mut().poll(context) else { panic!("not answered") };
+    assert!(matches!(result, Err(EngineError::Panicked(_))), "{result:?}");
+    assert!(!bench.engine.held().contains_key(&id));
+}
+
+#[test]
+fn a_lost_device_ends_the_thread_by_name() {
+    let (mut bench, switches) = Faulty::bench();
+    let mut request = bench.ask(bench.open(40), &tokens(30, 1));
+    bench.round();
+    switches.lost.store(true, Ordering::Relaxed);
+    while bench.worker.guarded(None, &mut bench.queue, &|| bench.now).is_some() {}
+    let error = poll(&mut request).expect("answered").1.unwrap_err();
+    assert!(matches!(&error, EngineError::Panicked(why) if why.contains("device lost")), "{error}");
+    let fault = bench.engine.fault().expect("the engine knows why");
+    assert!(fault.contains("device lost"), "{fault}");
+    let Bench { engine, queue, .. } = bench;
+    drop(queue); // as the thread does when it ends
+    let refused = crate::serve::engine::block_on(engine.drop_expert(ExpertId { layer: 0, index: 0 })).unwrap_err();
+    assert!(matches!(&refused, EngineError::Failed(why) if why.contains("device lost")), "{refused}");
 }

@@ -5,8 +5,15 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::{EvalError, LocalModel};
+use crate::{
+    nn::batch::Want,
+    serve::{engine::block_on, session::Session},
+    text::{
+        sampling::{Sampler, SamplingParams},
+        sequence::SequenceError,
+    },
+};
 use coel_weights::{memory::WeightBytes, tensors::Tensors};
-use crate::{nn::batch::Want, serve::{engine::block_on, session::Session}, text::{sampling::{Sampler, SamplingParams}, sequence::SequenceError}};
 
 /// Largest accepted error of a logit, relative to the largest reference value.
 pub const LOGIT_ERROR_MAX: f64 = 1e-3;

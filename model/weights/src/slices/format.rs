@@ -80,7 +80,9 @@ impl SliceError {
         let (tensor, row, column) = (tensor.to_owned(), first + fault.row, fault.column);
         match fault.kind {
             EncodeErrorKind::NotFinite => Self::NotFinite { tensor, row, column },
-            EncodeErrorKind::Range { min, max } => Self::Range { tensor, row, column, last: column + GROUP - 1, min, max },
+            EncodeErrorKind::Range { min, max } => {
+                Self::Range { tensor, row, column, last: column + GROUP - 1, min, max }
+            }
         }
     }
 }

@@ -15,8 +15,8 @@
 //! The invariant: a [`Sliced`] has exactly the bytes its shape calls for. [`encode`] makes slices of weights, `format`
 //! names them in files. Nothing here knows devices. `docs/slices.md` has the format to the bit.
 
-pub use self::format::{FORMAT, FORMAT_KEY, PartBlobs, SLICE_KEY, Slice, SliceError, is_sliced};
 use self::constants::Constants;
+pub use self::format::{FORMAT, FORMAT_KEY, PartBlobs, SLICE_KEY, Slice, SliceError, is_sliced};
 use crate::{matrix::Matrix, memory::WeightBytes};
 
 pub mod constants;

@@ -14,7 +14,17 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{checkpoint::{files_beside, read_config}, config::ModelConfig, error::LoadError, layout::{self, ExpertId}, memory::WeightBytes, parts::{PartKind, kinds}, slices::{FORMAT, PartBlobs, Precision, Slice}, slicing::{checksums, part_slices::PartBytes}, tensors::Tensors};
+use crate::{
+    checkpoint::{files_beside, read_config},
+    config::ModelConfig,
+    error::LoadError,
+    layout::{self, ExpertId},
+    memory::WeightBytes,
+    parts::{PartKind, kinds},
+    slices::{FORMAT, PartBlobs, Precision, Slice},
+    slicing::{checksums, part_slices::PartBytes},
+    tensors::Tensors,
+};
 
 /// The file that makes a folder one of slices.
 pub const SLICES: &str = "slices.json";

@@ -8,7 +8,10 @@ use std::arch::x86_64::*;
 
 use super::Block;
 use crate::matrix::DType;
-use crate::slices::{BASE_CELL, BLOCK_ROWS, GROUP, NIBBLES, REFINE_CELL, constants::{self, Constants}};
+use crate::slices::{
+    BASE_CELL, BLOCK_ROWS, GROUP, NIBBLES, REFINE_CELL,
+    constants::{self, Constants},
+};
 
 mod search;
 

@@ -1,7 +1,10 @@
 //! The encoder as the format is defined: one weight after the other.
 
 use super::{ASIDE, Block, EIGHT_WEIGHT, EncodeError, EncodeErrorKind, LEAST_SPAN, PLACES, SCALES};
-use crate::slices::{BASE_CELL, BLOCK_ROWS, GROUP, NIBBLES, REFINE_CELL, constants::{Constants, LOWEST_ZERO, SCALE_MOST, ZERO_MOST, ZERO_STEP}};
+use crate::slices::{
+    BASE_CELL, BLOCK_ROWS, GROUP, NIBBLES, REFINE_CELL,
+    constants::{Constants, LOWEST_ZERO, SCALE_MOST, ZERO_MOST, ZERO_STEP},
+};
 
 pub(super) fn encode(
     block: Block<'_>,

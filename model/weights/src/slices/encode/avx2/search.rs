@@ -8,7 +8,11 @@
 use std::arch::x86_64::*;
 
 use super::VECTORS;
-use crate::slices::{GROUP, constants::{self, LOWEST_ZERO, SCALE_MOST, ZERO_MOST, ZERO_STEP}, encode::{ASIDE, EIGHT_WEIGHT, LEAST_SPAN, PLACES, SCALES}};
+use crate::slices::{
+    GROUP,
+    constants::{self, LOWEST_ZERO, SCALE_MOST, ZERO_MOST, ZERO_STEP},
+    encode::{ASIDE, EIGHT_WEIGHT, LEAST_SPAN, PLACES, SCALES},
+};
 
 /// Pairs of weights of a group.
 const PAIRS: usize = GROUP / 2;
