@@ -1,56 +1,29 @@
 //! Tokens, tensors, experts, precision: a Mixture-of-Experts decoder on one machine.
 //!
-//! A checkpoint folder is opened in place ([`checkpoint`]), or cut into blobs that other machines store ([`parts`]).
-//! An [`engine`] owns a device: one compute thread holds the trunk and some experts, serves sessions whose decoder
-//! ([`decoder`]) asks for experts as plain values, and computes experts for whoever asks. Arithmetic whose order
-//! matters is in [`kernels`], once per kernel class. Text goes in and out through [`tokenizer`], [`chat`],
-//! [`sampling`] and [`sequence`]; [`generate`] and [`eval`] drive it all without any node.
+//! | room | what it owns |
+//! |---|---|
+//! | [`weights`] (a crate) | what a model is on disk and in memory: configuration, tensors, precision slices |
+//! | [`kernels`] (a crate) | the arithmetic of a layer on the CPU, and the boundary that every device implements |
+//! | [`gpu`] (a crate) | the same arithmetic in CubeCL, for CUDA and Vulkan |
+//! | [`nn`] | the network: trunk, router, and the way of a batch through the layers |
+//! | [`offload`] | experts that do not fit where they are computed: on the CPU beside a GPU, and on disk |
+//! | [`serve`] | an engine: the compute thread, sessions, batches, and experts for peers |
+//! | [`budget`] | what a model takes, and what fits a memory budget |
+//! | [`text`] | tokenizer, chat template, sampling, and a sequence's text |
+//! | [`tools`] | a whole model on one machine: generate, evaluate, measure, survey, synthesise |
+//!
+//! Arrows: `tools` → `serve` → `offload` → `nn` → `gpu` → `kernels` → `weights`; `text` and `budget` need `weights` alone.
 //!
 //! Deliberately absent: networking, async runtimes, and any knowledge that an expert may be elsewhere.
 
-pub mod bench;
-mod beneath;
-mod block;
-pub mod bytes;
-pub mod chat;
-pub mod checkpoint;
-pub mod config;
-pub mod decoder;
-pub mod device;
-mod duties;
-pub mod embedding;
-pub mod engine;
-pub mod eval;
-pub mod experts;
-mod flights;
-pub mod folder;
-pub mod footprint;
-pub mod generate;
-pub mod inventory;
-pub mod kernels;
-pub mod layout;
-mod ledger;
-pub mod local;
-mod machine;
-pub mod pages;
-pub mod parts;
-pub mod popularity;
-pub mod rope;
-pub mod router;
-pub mod sampling;
-pub mod scheduler;
-pub mod sequence;
-pub mod session;
-pub mod sliced;
-pub mod slices;
-pub mod slicing;
-pub mod source;
-pub mod sums;
-pub mod survey;
-pub mod synth;
-pub mod tensors;
+pub use coel_gpu as gpu;
+pub use coel_kernels as kernels;
+pub use coel_weights as weights;
+
+pub mod budget;
+pub mod nn;
+pub mod offload;
+pub mod serve;
+mod system;
 pub mod text;
-pub mod tiers;
-pub mod tokenizer;
-pub mod trunk;
-mod worker;
+pub mod tools;

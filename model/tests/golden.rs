@@ -7,9 +7,11 @@ use std::{
 };
 
 use coel_model::{
-    device::Device,
-    eval::{WINDOW_TOKENS, eval_qa, eval_reference, eval_text},
-    generate::LocalModel,
+    serve::device::Device,
+    tools::{
+        eval::{WINDOW_TOKENS, eval_qa, eval_reference, eval_text},
+        generate::LocalModel,
+    },
 };
 
 fn fixture() -> PathBuf {

@@ -4,18 +4,23 @@
 //! `worker/tests` has the same on one class, bit by bit.
 
 use coel_model::{
-    checkpoint::Checkpoint,
-    decoder::Want,
-    device::Device,
-    engine::{Engine, EngineOptions, block_on},
-    eval::eval_reference,
-    generate::{LocalError, LocalModel, LocalOptions},
-    kernels::isa::Isa,
-    layout::{self, ExpertId},
-    sequence::GenerateParams,
-    session::Advanced,
-    slices::Precision,
-    text::TextModel,
+    kernels::cpu::isa::Isa,
+    nn::batch::Want,
+    serve::{
+        Advanced,
+        device::Device,
+        engine::{Engine, EngineOptions, block_on},
+    },
+    text::{model::TextModel, sequence::GenerateParams},
+    tools::{
+        eval::eval_reference,
+        generate::{LocalError, LocalModel, LocalOptions},
+    },
+    weights::{
+        checkpoint::Checkpoint,
+        layout::{self, ExpertId},
+        slices::Precision,
+    },
 };
 
 use crate::{
@@ -29,8 +34,8 @@ const EXPERT: u64 = 3 * 96 * 256 * 2;
 const SHELVED: u64 = EXPERT + 3 * 2 * 4096;
 const EXPERTS: u64 = 6 * 24;
 
-fn start(device_bytes: Option<u64>, tier_bytes: u64) -> Engine {
-    let options = EngineOptions { kv_tokens: 1024, device_bytes, tier_bytes, ..EngineOptions::default() };
+fn start(device_expert_bytes: Option<u64>, disk_cache_bytes: u64) -> Engine {
+    let options = EngineOptions { kv_tokens: 1024, device_expert_bytes, disk_cache_bytes, ..EngineOptions::default() };
     Engine::start(Device::Vulkan(0), checkpoint().config().clone(), options).expect("it was opened before")
 }
 
@@ -64,12 +69,12 @@ fn check_close(found: &[Advanced], expected: &[Advanced], bound: f32) {
 /// The budget holds, and the ledger knows both memories.
 #[track_caller]
 fn check_budget(engine: &Engine, experts: u64) {
-    let (ledger, device) = (engine.memory(), engine.tiers().device);
+    let (ledger, device) = (engine.memory(), engine.offload_stats().device);
     assert_eq!(device.budget_bytes, experts * EXPERT);
     assert!(device.bytes <= device.budget_bytes, "{device:?}");
     assert_eq!(device.bytes, device.experts as u64 * EXPERT, "{device:?}");
-    let raised_for_good = device.bytes - ledger.tier_bytes_raised;
-    assert_eq!(ledger.beneath_bytes, ledger.expert_bytes - raised_for_good + ledger.tier_bytes_reserved);
+    let raised_for_good = device.bytes - ledger.disk_cache_bytes_promoted;
+    assert_eq!(ledger.cpu_offload_bytes, ledger.expert_bytes - raised_for_good + ledger.disk_cache_bytes_reserved);
 }
 
 fn host_class(precision: Precision) -> String {
@@ -91,9 +96,9 @@ fn a_third_on_the_device_answers_as_the_reference() {
     assert_eq!((report.greedy_equal, report.greedy_total), (20, 20), "{report:?}");
     assert_eq!((report.routes_equal, report.routes_total), (960, 960), "{report:?}");
     check_budget(&model.engine, EXPERTS / 3);
-    let device = model.engine.tiers().device;
-    assert!(device.hits > 0 && device.by_host > 0 && device.raised > 0, "{device:?}");
-    assert!(device.bytes_raised > (EXPERTS / 3) * EXPERT, "more than what was loaded there: {device:?}");
+    let device = model.engine.offload_stats().device;
+    assert!(device.hits > 0 && device.on_cpu > 0 && device.promoted > 0, "{device:?}");
+    assert!(device.bytes_promoted > (EXPERTS / 3) * EXPERT, "more than what was loaded there: {device:?}");
 }
 
 #[test]
@@ -106,23 +111,23 @@ fn without_room_the_host_computes_them_all_and_with_enough_none() {
     block_on(whole.load_checkpoint(&checkpoint)).unwrap();
     let expected = follow(&whole);
     assert!(expected.iter().all(|advanced| advanced.classes.is_empty()));
-    assert_eq!((whole.tiers().device, whole.memory().beneath_bytes), Default::default());
+    assert_eq!((whole.offload_stats().device, whole.memory().cpu_offload_bytes), Default::default());
 
     let none = with_room(&checkpoint, 0);
     let found = follow(&none);
     check_close(&found, &expected, 1e-4);
     assert!(found.iter().all(|advanced| advanced.classes == [host_class(Precision::Exact)]), "{:?}", found[0].classes);
-    let device = none.tiers().device;
-    assert_eq!((device.experts, device.hits, device.raised, device.bytes_raised), (0, 0, 0, 0), "{device:?}");
-    assert!(device.by_host > 0, "{device:?}");
-    assert_eq!(none.memory().beneath_bytes, EXPERTS * EXPERT);
+    let device = none.offload_stats().device;
+    assert_eq!((device.experts, device.hits, device.promoted, device.bytes_promoted), (0, 0, 0, 0), "{device:?}");
+    assert!(device.on_cpu > 0, "{device:?}");
+    assert_eq!(none.memory().cpu_offload_bytes, EXPERTS * EXPERT);
 
     let all = with_room(&checkpoint, EXPERTS);
     let found = follow(&all);
     assert!(found == expected, "the same bits, and nobody else took part");
-    let device = all.tiers().device;
-    assert_eq!((device.experts as u64, device.by_host, device.raised), (EXPERTS, 0, 0), "{device:?}");
-    assert_eq!((all.memory().beneath_bytes, all.memory().total()), (0, whole.memory().total()));
+    let device = all.offload_stats().device;
+    assert_eq!((device.experts as u64, device.on_cpu, device.promoted), (EXPERTS, 0, 0), "{device:?}");
+    assert_eq!((all.memory().cpu_offload_bytes, all.memory().total()), (0, whole.memory().total()));
 }
 
 #[test]
@@ -151,7 +156,7 @@ fn experts_on_the_device_are_exchanged_and_dropped() {
         check_close(&found, &follow(&whole), 2e-2);
         load(precision);
         assert!(engine.held().values().all(|held| *held == precision));
-        let device = engine.tiers().device;
+        let device = engine.offload_stats().device;
         assert!(device.bytes <= device.budget_bytes, "{device:?}");
     }
     for _ in 0..2 {
@@ -163,9 +168,9 @@ fn experts_on_the_device_are_exchanged_and_dropped() {
         assert!(!block_on(engine.drop_expert(*id)).unwrap());
     }
     assert_eq!(engine.held().len(), 24);
-    let (device, ledger) = (engine.tiers().device, engine.memory());
+    let (device, ledger) = (engine.offload_stats().device, engine.memory());
     assert!(device.experts <= 24 && device.bytes <= ledger.expert_bytes, "{device:?}");
-    assert_eq!(ledger.beneath_bytes, ledger.expert_bytes - device.bytes);
+    assert_eq!(ledger.cpu_offload_bytes, ledger.expert_bytes - device.bytes);
     // A peer's call, of experts wherever they are.
     let rows: Vec<f32> = (0..4 * 256).map(|index| (index % 13) as f32 / 16.0 - 0.4).collect();
     let calls: Vec<(u16, Vec<u32>)> = (0..16).map(|expert| (23 - expert, vec![u32::from(expert) % 4])).collect();
@@ -190,17 +195,17 @@ fn disk_beneath_host_memory_beneath_the_device() {
     let engine = start(Some(on_device * EXPERT), in_memory * SHELVED);
     block_on(engine.load_trunk_tensors(checkpoint.trunk())).unwrap();
     for id in layout::experts(checkpoint.config()) {
-        block_on(engine.shelve_expert_tensors(id, checkpoint.expert(id))).unwrap();
+        block_on(engine.load_expert_tensors_on_disk(id, checkpoint.expert(id))).unwrap();
     }
     for _ in 0..3 {
         check_close(&follow(&engine), &expected, 1e-4);
         check_budget(&engine, on_device);
-        let stats = engine.tiers();
+        let stats = engine.offload_stats();
         assert!(stats.bytes_in_memory <= in_memory * SHELVED, "{stats:?}");
     }
-    let stats = engine.tiers();
+    let stats = engine.offload_stats();
     assert!(stats.device.experts > 0 && stats.device.hits > 0 && stats.bytes_read > 0, "{stats:?}");
-    assert_eq!(engine.memory().tier_bytes_raised, stats.device.bytes);
+    assert_eq!(engine.memory().disk_cache_bytes_promoted, stats.device.bytes);
 
     // What is on the device needs no disk: a second time the same rows want less of it.
     let ids: Vec<ExpertId> = layout::experts(checkpoint.config()).collect();
@@ -211,10 +216,10 @@ fn disk_beneath_host_memory_beneath_the_device() {
     for id in &ids[..100] {
         assert!(block_on(engine.drop_expert(*id)).unwrap());
     }
-    let stats = engine.tiers();
-    assert_eq!((engine.held().len(), stats.shelved), (44, 44));
+    let stats = engine.offload_stats();
+    assert_eq!((engine.held().len(), stats.on_disk), (44, 44));
     assert!(stats.device.experts <= 44, "{stats:?}");
-    assert_eq!(engine.memory().tier_bytes_raised, stats.device.bytes);
+    assert_eq!(engine.memory().disk_cache_bytes_promoted, stats.device.bytes);
 }
 
 #[test]
@@ -234,14 +239,14 @@ fn a_local_model_keeps_to_both_budgets() {
 
     let third = open(short.least + EXPERTS / 3 * EXPERT, None).unwrap();
     check_budget(&third.engine, EXPERTS / 3);
-    assert_eq!(third.engine.tiers().device.experts as u64, EXPERTS / 3);
+    assert_eq!(third.engine.offload_stats().device.experts as u64, EXPERTS / 3);
     let params = GenerateParams { max_tokens: Some(4), ..GenerateParams::default() };
     let answer = third.chat("What is the capital of France?", params, |_| {}).unwrap();
     assert_eq!(answer.text, "The capital of France");
     assert_eq!(answer.other_classes, [host_class(Precision::Exact)]);
 
     let all = open(short.least + EXPERTS * EXPERT, Some(1 << 40)).unwrap();
-    assert_eq!((all.engine.tiers().device, all.engine.memory().beneath_bytes), Default::default());
+    assert_eq!((all.engine.offload_stats().device, all.engine.memory().cpu_offload_bytes), Default::default());
     let cpu = LocalOptions { device: Device::Cpu, vram: Some(1 << 40), ..LocalOptions::default() };
     assert!(matches!(LocalModel::open_with(&whole::fixture(), &cpu), Err(LocalError::NoDevice)));
 }

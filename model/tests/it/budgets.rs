@@ -1,13 +1,12 @@
 //! Experts on their way from memory to disk and back while the engine serves, and the memory they have meanwhile.
 
 use coel_model::{
-    bytes::WeightBytes,
-    checkpoint::Checkpoint,
-    decoder::Want,
-    device::Device,
-    engine::{Engine, EngineOptions, block_on},
-    layout,
-    tensors::Tensors,
+    nn::batch::Want,
+    serve::{
+        device::Device,
+        engine::{Engine, EngineOptions, block_on},
+    },
+    weights::{checkpoint::Checkpoint, layout, memory::WeightBytes, tensors::Tensors},
 };
 
 use crate::whole::checkpoint;
@@ -35,41 +34,41 @@ fn experts_go_to_disk_and_come_back_and_the_bits_stay() {
     let expected = logits(&engine);
     let all: Vec<_> = layout::experts(checkpoint.config()).collect();
     let loaded = engine.memory();
-    assert_eq!((loaded.tier_bytes_reserved, engine.tiers().shelved), (0, 0));
+    assert_eq!((loaded.disk_cache_bytes_reserved, engine.offload_stats().on_disk), (0, 0));
 
     // There, a few at a time; what they had is the shelf's.
-    block_on(engine.set_tier_bytes(8 * EXPERT)).unwrap();
-    assert_eq!(engine.memory().tier_bytes_reserved, 0, "nothing is on disk yet");
+    block_on(engine.set_disk_cache_bytes(8 * EXPERT)).unwrap();
+    assert_eq!(engine.memory().disk_cache_bytes_reserved, 0, "nothing is on disk yet");
     for (index, id) in all.iter().enumerate() {
-        block_on(engine.shelve_expert_tensors(*id, checkpoint.expert(*id))).unwrap();
+        block_on(engine.load_expert_tensors_on_disk(*id, checkpoint.expert(*id))).unwrap();
         if index % 36 == 0 {
             assert!(logits(&engine) == expected, "with {} on disk", index + 1);
         }
     }
     let shelved = engine.memory();
-    assert_eq!((shelved.expert_bytes, shelved.tier_bytes_reserved), (0, 8 * EXPERT));
-    assert_eq!((engine.held().len(), engine.tiers().shelved), (all.len(), all.len()));
-    let misses = engine.tiers().misses;
-    assert!(logits(&engine) == expected && engine.tiers().misses > misses);
-    assert!(engine.tiers().bytes_in_memory <= 8 * EXPERT);
+    assert_eq!((shelved.expert_bytes, shelved.disk_cache_bytes_reserved), (0, 8 * EXPERT));
+    assert_eq!((engine.held().len(), engine.offload_stats().on_disk), (all.len(), all.len()));
+    let misses = engine.offload_stats().misses;
+    assert!(logits(&engine) == expected && engine.offload_stats().misses > misses);
+    assert!(engine.offload_stats().bytes_in_memory <= 8 * EXPERT);
 
     // More memory is used, and given back when there is less.
-    block_on(engine.set_tier_bytes(40 * EXPERT)).unwrap();
+    block_on(engine.set_disk_cache_bytes(40 * EXPERT)).unwrap();
     assert!(logits(&engine) == expected);
-    assert!(engine.tiers().bytes_in_memory > 8 * EXPERT);
-    block_on(engine.set_tier_bytes(2 * EXPERT)).unwrap();
-    assert!(engine.tiers().bytes_in_memory <= 2 * EXPERT, "nobody computes now");
+    assert!(engine.offload_stats().bytes_in_memory > 8 * EXPERT);
+    block_on(engine.set_disk_cache_bytes(2 * EXPERT)).unwrap();
+    assert!(engine.offload_stats().bytes_in_memory <= 2 * EXPERT, "nobody computes now");
     assert!(logits(&engine) == expected);
 
     // And back.
     for id in &all {
         block_on(engine.load_expert_tensors(*id, checkpoint.expert(*id))).unwrap();
     }
-    block_on(engine.set_tier_bytes(0)).unwrap();
+    block_on(engine.set_disk_cache_bytes(0)).unwrap();
     assert_eq!(engine.memory(), loaded);
-    assert_eq!(engine.tiers().bytes_in_memory, 0);
-    let misses = engine.tiers().misses;
-    assert!(logits(&engine) == expected && engine.tiers().misses == misses);
+    assert_eq!(engine.offload_stats().bytes_in_memory, 0);
+    let misses = engine.offload_stats().misses;
+    assert!(logits(&engine) == expected && engine.offload_stats().misses == misses);
 }
 
 #[test]

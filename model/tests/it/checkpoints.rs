@@ -3,13 +3,11 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use coel_model::{
-    bytes::DType,
-    checkpoint::Checkpoint,
-    config::ModelConfig,
-    decoder::Want,
-    kernels::packed::Packed,
-    layout,
-    tensors::{ElementType, LoadError},
+    kernels::cpu::CpuKernels,
+    nn::batch::Want,
+    weights::{
+        checkpoint::Checkpoint, config::ModelConfig, error::LoadError, layout, matrix::DType, tensors::ElementType,
+    },
 };
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -149,7 +147,7 @@ fn shards_are_one_checkpoint() {
     let sharded = Checkpoint::open(dir.path()).unwrap();
     assert_eq!(sharded.weight_files().len(), 3);
     let logits = |checkpoint: &Checkpoint| {
-        let mut whole = Whole::new(Packed::default(), checkpoint);
+        let mut whole = Whole::new(CpuKernels::default(), checkpoint);
         let mut solo = whole.solo(8);
         whole.advance(&mut solo, &[1, 100, 2000], Want::Last, |_| {})
     };

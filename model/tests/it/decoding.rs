@@ -1,10 +1,15 @@
 //! The decoder: exactness, and what misuse does.
 
 use coel_model::{
-    bytes::DType,
-    checkpoint::Checkpoint,
-    decoder::{DecodeError, Flight, Outputs, Piece, Step, Want},
-    kernels::{Kernels, isa::Isa, packed::Packed},
+    kernels::{
+        DynKernels,
+        cpu::{CpuKernels, isa::Isa},
+    },
+    nn::{
+        batch::{DecodeError, SequenceChunk, Step, Want},
+        outputs::LayerOutputs,
+    },
+    weights::{checkpoint::Checkpoint, matrix::DType},
 };
 use serde_json::{Value, json};
 
@@ -31,7 +36,7 @@ fn synthetic(changes: Value, dtype: DType) -> (tempfile::TempDir, Checkpoint) {
 }
 
 /// Logits of all tokens, given in pieces of the lengths `cuts` repeats.
-fn logits_in_pieces<K: Kernels>(whole: &mut Whole<K>, tokens: &[u32], cuts: &[usize]) -> Vec<f32> {
+fn logits_in_pieces(whole: &mut Whole, tokens: &[u32], cuts: &[usize]) -> Vec<f32> {
     let mut solo = whole.solo(tokens.len());
     let (mut rest, mut logits) = (tokens, Vec::new());
     for cut in cuts.iter().cycle() {
@@ -47,7 +52,7 @@ fn logits_in_pieces<K: Kernels>(whole: &mut Whole<K>, tokens: &[u32], cuts: &[us
 
 #[test]
 fn a_rows_bits_do_not_hang_on_the_batch() {
-    let mut whole = Whole::new(Packed::default(), &checkpoint());
+    let mut whole = Whole::new(CpuKernels::default(), &checkpoint());
     let tokens = tokens(64, 4096);
     let all = bits(&logits_in_pieces(&mut whole, &tokens, &[64]));
     for cuts in [&[1][..], &[2], &[3], &[5, 1, 9], &[16], &[33, 31], &[63, 1]] {
@@ -57,7 +62,7 @@ fn a_rows_bits_do_not_hang_on_the_batch() {
 
 #[test]
 fn a_long_prompt_is_split_without_a_trace() {
-    let mut whole = Whole::new(Packed::default(), &checkpoint());
+    let mut whole = Whole::new(CpuKernels::default(), &checkpoint());
     let tokens = tokens(600, 4096);
     let mut solo = whole.solo(600);
     let mut calls = Vec::new();
@@ -69,7 +74,11 @@ fn a_long_prompt_is_split_without_a_trace() {
 }
 
 /// Sessions at different places, some with a prompt and some with a token, on pages of any size.
-fn check_flights_together<K: Kernels>(make: impl Fn() -> K, checkpoint: &Checkpoint, page_sizes: &[usize]) {
+fn check_computed_together<K: DynKernels + 'static>(
+    make: impl Fn() -> K,
+    checkpoint: &Checkpoint,
+    page_sizes: &[usize],
+) {
     let vocab = checkpoint.config().vocab_size as u32;
     let pasts = [0, 5, 31, 32, 33, 70, 0, 1];
     let news = [7, 1, 1, 1, 4, 1, 1, 33];
@@ -97,29 +106,29 @@ fn check_flights_together<K: Kernels>(make: impl Fn() -> K, checkpoint: &Checkpo
         let mut whole = Whole::with_pages(make(), checkpoint, *page_tokens);
         let mut solos: Vec<_> = sessions.iter().map(|tokens| whole.solo(tokens.len())).collect();
         let before = solos.iter_mut().zip(&sessions).zip(pasts).filter(|(_, past)| *past > 0);
-        let pieces: Vec<Piece> =
-            before.map(|((solo, tokens), past)| solo.piece(&tokens[..past], Want::Nothing)).collect();
-        assert!(whole.fly(pieces, |_| {}).iter().all(Vec::is_empty));
+        let pieces: Vec<SequenceChunk> =
+            before.map(|((solo, tokens), past)| solo.chunk(&tokens[..past], Want::Nothing)).collect();
+        assert!(whole.compute(pieces, |_| {}).iter().all(Vec::is_empty));
         solos.iter_mut().zip(pasts).for_each(|(solo, past)| solo.used = past);
         let pieces = solos.iter().zip(&sessions).zip(wants);
-        let pieces = pieces.map(|((solo, tokens), want)| solo.piece(&tokens[solo.used..], want)).collect();
-        let together: Vec<_> = whole.fly(pieces, |_| {}).iter().map(|logits| bits(logits)).collect();
+        let pieces = pieces.map(|((solo, tokens), want)| solo.chunk(&tokens[solo.used..], want)).collect();
+        let together: Vec<_> = whole.compute(pieces, |_| {}).iter().map(|logits| bits(logits)).collect();
         assert!(together == expected, "pages of {page_tokens}");
     }
 }
 
 #[test]
-fn sessions_fly_together_as_they_would_alone() {
-    check_flights_together(Packed::default, &checkpoint(), &[1, 7, 32, 100]);
+fn sessions_together_get_what_they_would_alone() {
+    check_computed_together(CpuKernels::default, &checkpoint(), &[1, 7, 32, 100]);
     let normed = json!({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0], "intermediate_size": 61});
     let clipped = json!({"architectures": ["OlmoeForCausalLM"], "intermediate_size": 61, "clip_qkv": 0.8});
     for shape in [json!({}), json!({"num_key_value_heads": 6}), json!({"num_key_value_heads": 1}), normed, clipped] {
         let (_dir, checkpoint) = synthetic(shape, DType::BF16);
         for isa in Isa::available() {
-            check_flights_together(|| Packed::new(isa, 2), &checkpoint, &[3, 32]);
+            check_computed_together(|| CpuKernels::new(isa, 2), &checkpoint, &[3, 32]);
         }
         if vulkan().is_some() {
-            check_flights_together(|| vulkan().expect("it was there just now"), &checkpoint, &[3, 32]);
+            check_computed_together(|| vulkan().expect("it was there just now"), &checkpoint, &[3, 32]);
         }
     }
 }
@@ -128,7 +137,7 @@ fn sessions_fly_together_as_they_would_alone() {
 fn every_instruction_set_gives_the_same_bits() {
     let tokens = tokens(40, 4096);
     let checkpoint = checkpoint();
-    let run = |isa| bits(&logits_in_pieces(&mut Whole::new(Packed::new(isa, 2), &checkpoint), &tokens, &[39, 1]));
+    let run = |isa| bits(&logits_in_pieces(&mut Whole::new(CpuKernels::new(isa, 2), &checkpoint), &tokens, &[39, 1]));
     let sets = Isa::available();
     let portable = run(sets[0]);
     for isa in &sets[1..] {
@@ -141,7 +150,7 @@ fn every_instruction_set_gives_the_same_bits() {
 fn check_classes_agree(changes: Value, dtype: DType) {
     let (_dir, checkpoint) = synthetic(changes, dtype);
     let tokens = tokens(21, 83);
-    let packed = logits_in_pieces(&mut Whole::new(Packed::default(), &checkpoint), &tokens, &[21]);
+    let packed = logits_in_pieces(&mut Whole::new(CpuKernels::default(), &checkpoint), &tokens, &[21]);
     let Some(vulkan) = vulkan() else { return };
     let mut gpu = Whole::new(vulkan, &checkpoint);
     let generic = logits_in_pieces(&mut gpu, &tokens, &[21]);
@@ -175,7 +184,7 @@ fn kernel_classes_agree_on_every_shape_of_model() {
 fn dense_layers_ask_for_nothing() {
     let changes = json!({"num_hidden_layers": 5, "decoder_sparse_step": 2, "intermediate_size": 61});
     let (_dir, checkpoint) = synthetic(changes, DType::BF16);
-    let mut whole = Whole::new(Packed::default(), &checkpoint);
+    let mut whole = Whole::new(CpuKernels::default(), &checkpoint);
     let mut solo = whole.solo(300);
     let mut layers = Vec::new();
     let tokens = tokens(300, 83);
@@ -190,7 +199,7 @@ fn dense_layers_ask_for_nothing() {
 fn kernel_classes_agree_on_the_bundled_model() {
     let checkpoint = checkpoint();
     let tokens = tokens(5, 4096);
-    let packed = logits_in_pieces(&mut Whole::new(Packed::default(), &checkpoint), &tokens, &[5]);
+    let packed = logits_in_pieces(&mut Whole::new(CpuKernels::default(), &checkpoint), &tokens, &[5]);
     let Some(vulkan) = vulkan() else { return };
     let generic = logits_in_pieces(&mut Whole::new(vulkan, &checkpoint), &tokens, &[5]);
     let largest = packed.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
@@ -200,36 +209,37 @@ fn kernel_classes_agree_on_the_bundled_model() {
 #[test]
 fn misuse_is_an_error_and_changes_nothing() {
     let (_dir, checkpoint) = synthetic(json!({}), DType::BF16);
-    let mut whole = Whole::with_pages(Packed::default(), &checkpoint, 4);
+    let mut whole = Whole::with_pages(CpuKernels::default(), &checkpoint, 4);
     let solo = whole.solo(4);
-    let mut refused = |pieces: Vec<Piece>| Flight::begin(&mut whole.core(), pieces).map(|_| ()).unwrap_err();
-    let piece = |tokens: &[u32]| solo.piece(tokens, Want::Last);
+    let mut refused = |pieces: Vec<SequenceChunk>| whole.context().begin(pieces).map(|_| ()).unwrap_err();
+    let piece = |tokens: &[u32]| solo.chunk(tokens, Want::Last);
     assert_eq!(refused(vec![]), DecodeError::Empty);
     assert_eq!(refused(vec![piece(&[1]), piece(&[])]), DecodeError::Empty);
     assert_eq!(refused(vec![piece(&[1, 83])]), DecodeError::Token { token: 83, vocab: 83 });
     assert_eq!(refused(vec![piece(&[1; 5])]), DecodeError::CacheFull { used: 0, wanted: 5, capacity: 4 });
     assert_eq!(refused(vec![piece(&[1; 257])]), DecodeError::Rows { rows: 257 });
-    let beyond = Piece { pages: vec![1024], ..piece(&[1]) };
+    let beyond = SequenceChunk { pages: vec![1024], ..piece(&[1]) };
     assert_eq!(refused(vec![beyond]), DecodeError::Page { page: 1024, pages: 1024 });
 
-    let (mut flight, step) = Flight::begin(&mut whole.core(), vec![piece(&[1, 2])]).unwrap();
-    let call = flight.call();
+    let (mut batch, step) = whole.context().begin(vec![piece(&[1, 2])]).unwrap();
+    let call = whole.context().call(&batch);
     assert_eq!((step, call.layer, call.slots(), call.rows.len()), (Step::NeedExperts, 0, 4, 2 * 52));
     let wrong = DecodeError::Outputs { expected: 4, found: 3 };
-    assert_eq!(flight.resume(&mut whole.core(), Outputs::whole(vec![0.0; 3 * 52], 52)), Err(wrong));
-    // After all that, the flight goes on as if nothing had happened.
+    assert_eq!(whole.context().resume(&mut batch, LayerOutputs::whole(vec![0.0; 3 * 52], 52)), Err(wrong));
+    // After all that, the batch goes on as if nothing had happened.
     let mut step = Step::NeedExperts;
     let logits = loop {
         match step {
             Step::Logits(mut logits) => break logits.remove(0),
             Step::NeedExperts => {
-                let outputs = whole.serve(&flight.call());
-                step = flight.resume(&mut whole.core(), Outputs::whole(outputs, 52)).unwrap();
+                let call = whole.context().call(&batch);
+                let outputs = whole.serve(&call);
+                step = whole.context().resume(&mut batch, LayerOutputs::whole(outputs, 52)).unwrap();
             }
         }
     };
-    let nothing = Outputs::whole(vec![], 52);
-    assert_eq!(flight.resume(&mut whole.core(), nothing), Err(DecodeError::NotPending));
+    let nothing = LayerOutputs::whole(vec![], 52);
+    assert_eq!(whole.context().resume(&mut batch, nothing), Err(DecodeError::NotPending));
     let mut fresh = whole.solo(4);
     assert_eq!(bits(&logits), bits(&whole.advance(&mut fresh, &[1, 2], Want::Last, |_| {})));
 }
@@ -237,11 +247,11 @@ fn misuse_is_an_error_and_changes_nothing() {
 #[test]
 fn going_back_gives_the_bits_of_never_having_gone() {
     let (_dir, checkpoint) = synthetic(json!({}), DType::BF16);
-    let mut whole = Whole::with_pages(Packed::default(), &checkpoint, 3);
+    let mut whole = Whole::with_pages(CpuKernels::default(), &checkpoint, 3);
     let mut solo = whole.solo(8);
     whole.advance(&mut solo, &[1, 2, 3, 4, 5], Want::Last, |_| {});
-    // A flight that never lands leaves no trace either.
-    let lost = Flight::begin(&mut whole.core(), vec![solo.piece(&[6], Want::Last)]).unwrap();
+    // A batch that is dropped leaves no trace either.
+    let lost = whole.context().begin(vec![solo.chunk(&[6], Want::Last)]).unwrap();
     drop(lost);
     solo.used = 2;
     let again = whole.advance(&mut solo, &[7, 8], Want::Last, |_| {});

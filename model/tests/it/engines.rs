@@ -1,15 +1,15 @@
 //! The engine: accounting, refusals, and the same bits as a bare decoder.
 
 use coel_model::{
-    bytes::{DType, WeightBytes},
-    checkpoint::Checkpoint,
-    decoder::{DecodeError, Want},
-    device::{Device, DeviceError},
-    engine::{Engine, EngineError, EngineOptions, block_on},
-    kernels::packed::Packed,
-    layout::ExpertId,
-    popularity::{CALIBRATION_NAME, CALIBRATION_TEXT, route_popularity},
-    text::TextModel,
+    kernels::cpu::CpuKernels,
+    nn::batch::{DecodeError, Want},
+    serve::{
+        device::{Device, DeviceError},
+        engine::{Engine, EngineError, EngineOptions, block_on},
+    },
+    text::model::TextModel,
+    tools::popularity::{CALIBRATION_NAME, CALIBRATION_TEXT, route_popularity},
+    weights::{checkpoint::Checkpoint, layout::ExpertId, matrix::DType, memory::WeightBytes},
 };
 use serde_json::json;
 
@@ -36,7 +36,7 @@ fn small() -> (tempfile::TempDir, Checkpoint) {
 
 /// Greedy tokens after each of `prompts`, from flights of one row after the prompt's.
 fn greedy_alone(checkpoint: &Checkpoint, prompts: &[Vec<u32>], count: usize) -> Vec<Vec<u32>> {
-    let mut whole = Whole::new(Packed::default(), checkpoint);
+    let mut whole = Whole::new(CpuKernels::default(), checkpoint);
     let mut follow = |prompt: &Vec<u32>| {
         let mut solo = whole.solo(prompt.len() + count);
         let (mut input, mut chosen) = (prompt.clone(), Vec::new());

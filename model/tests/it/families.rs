@@ -8,21 +8,24 @@ use std::{
 };
 
 use coel_model::{
-    bytes::DType,
-    checkpoint::Checkpoint,
-    config::ModelConfig,
-    decoder::Want,
-    device::Device,
-    engine::{Engine, EngineError, EngineOptions, block_on},
-    eval::eval_reference,
-    footprint::Footprint,
-    generate::LocalModel,
-    kernels::packed::Packed,
-    layout::{self, ExpertId},
-    parts::{PartKind, parts},
-    popularity::route_popularity,
-    slices::Precision,
-    tensors::{ElementType, LoadError, Tensors},
+    budget::footprint::Footprint,
+    kernels::cpu::CpuKernels,
+    nn::batch::Want,
+    serve::{
+        device::Device,
+        engine::{Engine, EngineError, EngineOptions, block_on},
+    },
+    tools::{eval::eval_reference, generate::LocalModel, popularity::route_popularity},
+    weights::{
+        checkpoint::Checkpoint,
+        config::ModelConfig,
+        error::LoadError,
+        layout::{self, ExpertId},
+        matrix::DType,
+        parts::{PartKind, parts},
+        slices::Precision,
+        tensors::{ElementType, Tensors},
+    },
 };
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -171,7 +174,8 @@ fn error_at(checkpoint: &Checkpoint, precision: Precision) -> f64 {
     let logits = |precision| {
         let sliced = |tensors: Tensors| tensors.sliced(precision).expect("widths are whole groups");
         let trunk = sliced(checkpoint.trunk());
-        let mut whole = Whole::from_tensors(Packed::default(), checkpoint, trunk, |id| sliced(checkpoint.expert(id)));
+        let mut whole =
+            Whole::from_tensors(CpuKernels::default(), checkpoint, trunk, |id| sliced(checkpoint.expert(id)));
         let mut solo = whole.solo(24);
         let tokens: Vec<u32> = (0..24).map(|index| index * 13 + 3).collect();
         whole.advance(&mut solo, &tokens, Want::All, |_| {})
@@ -321,7 +325,7 @@ fn experts_in_one_tensor_are_cut_in_place() {
         synth::write_tensors(&file, &tensors);
         let cut = Checkpoint::open(dir.path()).unwrap();
         let logits = |checkpoint: &Checkpoint| {
-            let mut whole = Whole::new(Packed::default(), checkpoint);
+            let mut whole = Whole::new(CpuKernels::default(), checkpoint);
             let mut solo = whole.solo(8);
             whole.advance(&mut solo, &[5, 100, 300], Want::All, |_| {})
         };

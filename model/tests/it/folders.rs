@@ -3,21 +3,26 @@
 use std::{fs, io, path::Path};
 
 use coel_model::{
-    bytes::DType,
-    checkpoint::Checkpoint,
-    decoder::Want,
-    device::Device,
-    engine::block_on,
-    folder::ModelFolder,
-    generate::{LocalError, LocalModel, LocalOptions},
-    inventory::Inventory,
-    layout,
-    parts::parts,
-    sliced::SlicedFolder,
-    slices::{Precision, blob::ReadAt},
-    slicing::{Material, SlicingError, slice_checkpoint, write_slices},
-    synth::{Recipe, SynthError},
-    tensors::{LoadError, Tensors},
+    budget::inventory::Inventory,
+    nn::batch::Want,
+    serve::{device::Device, engine::block_on},
+    tools::{
+        generate::{LocalError, LocalModel, LocalOptions},
+        synth::{Recipe, SynthError},
+    },
+    weights::{
+        checkpoint::Checkpoint,
+        error::LoadError,
+        folder::ModelFolder,
+        layout,
+        matrix::DType,
+        parts::parts,
+        slices::Precision,
+        slicing::{
+            Material, SlicingError, part_slices::ReadAt, slice_checkpoint, sliced_folder::SlicedFolder, write_slices,
+        },
+        tensors::Tensors,
+    },
 };
 use half::bf16;
 use serde_json::{Value, json};
@@ -59,7 +64,8 @@ fn assert_same(left: &Tensors, right: &Tensors) {
     for ((name, left), (other, right)) in left.iter().zip(right.iter()) {
         assert_eq!((name, left.element, &left.shape), (other, right.element, &right.shape));
         assert!(left.bytes.as_slice() == right.bytes.as_slice(), "{name}");
-        let refine = |view: &coel_model::tensors::TensorView| view.refine.as_ref().map(|r| r.as_slice().to_vec());
+        let refine =
+            |view: &coel_model::weights::tensors::TensorView| view.refine.as_ref().map(|r| r.as_slice().to_vec());
         assert!(refine(left) == refine(right), "{name}");
     }
 }

@@ -8,8 +8,6 @@ mod engines;
 mod families;
 mod folders;
 mod gpu;
-mod kernels;
-mod kernels_sliced;
 mod part_blobs;
 mod slices;
 mod survey;

@@ -3,15 +3,17 @@
 use std::{collections::BTreeSet, fs};
 
 use coel_model::{
-    bytes::WeightBytes,
-    checkpoint::Checkpoint,
-    decoder::Want,
-    footprint::Footprint,
-    kernels::packed::Packed,
-    layout::{self, ExpertId},
-    parts::{Part, PartKind, parts},
-    slices::blob::{ReadAt, write_part},
-    tensors::Tensors,
+    budget::footprint::Footprint,
+    kernels::cpu::CpuKernels,
+    nn::batch::Want,
+    weights::{
+        checkpoint::Checkpoint,
+        layout::{self, ExpertId},
+        memory::WeightBytes,
+        parts::{Part, PartKind, parts},
+        slicing::part_slices::{ReadAt, write_part},
+        tensors::Tensors,
+    },
 };
 use safetensors::SafeTensors;
 
@@ -70,8 +72,8 @@ fn blobs_are_safetensors_files_that_give_the_same_logits() {
     }
     let expert = |id: ExpertId| experts.get(&id).cloned().unwrap_or_else(|| checkpoint.expert(id));
     let trunk = Tensors::merge(trunk).unwrap();
-    let mut from_blobs = Whole::from_tensors(Packed::default(), &checkpoint, trunk, expert);
-    let mut in_place = Whole::new(Packed::default(), &checkpoint);
+    let mut from_blobs = Whole::from_tensors(CpuKernels::default(), &checkpoint, trunk, expert);
+    let mut in_place = Whole::new(CpuKernels::default(), &checkpoint);
     let tokens = [5, 17, 300, 4000, 9];
     let mut solo = from_blobs.solo(8);
     let logits = from_blobs.advance(&mut solo, &tokens, Want::All, |_| {});

@@ -3,19 +3,24 @@
 use std::{fs, path::PathBuf};
 
 use coel_model::{
-    bytes::{DType, Matrix, WeightBytes},
-    decoder::Want,
-    device::Device,
-    engine::{Engine, EngineOptions, block_on},
-    kernels::packed::Packed,
-    layout::ExpertId,
-    parts::{Part, PartKind, TensorRange, parts},
-    slices::{
-        BASE_CELL, BLOCK_ROWS, GROUP, Precision, REFINE_CELL, Sliced,
-        blob::{PartBlobs, SliceError, part_bytes, write_part},
-        encode::{Encoder, Fault, FaultKind, first_not_finite, slice_matrix},
+    kernels::cpu::CpuKernels,
+    nn::batch::Want,
+    serve::{
+        device::Device,
+        engine::{Engine, EngineOptions, block_on},
     },
-    tensors::{ElementType, Tensors},
+    weights::{
+        layout::ExpertId,
+        matrix::{DType, Matrix},
+        memory::WeightBytes,
+        parts::{Part, PartKind, TensorRange, parts},
+        slices::{
+            BASE_CELL, BLOCK_ROWS, GROUP, PartBlobs, Precision, REFINE_CELL, SliceError, Sliced,
+            encode::{EncodeError, EncodeErrorKind, Encoder, first_not_finite, slice_matrix},
+        },
+        slicing::part_slices::{part_bytes, write_part},
+        tensors::{ElementType, Tensors},
+    },
 };
 use half::{bf16, f16};
 use proptest::{collection::vec, prelude::*};
@@ -33,7 +38,7 @@ fn pack(values: &[f32], dtype: DType) -> Vec<u8> {
     }
 }
 
-type Encoded = Result<(Vec<u8>, Vec<u8>), Fault>;
+type Encoded = Result<(Vec<u8>, Vec<u8>), EncodeError>;
 
 fn encode(encoder: Encoder, dtype: DType, bytes: &[u8], cols: usize) -> Encoded {
     let groups = cols / GROUP;
@@ -136,13 +141,13 @@ fn faults_say_what_and_where() {
     let mut values: Vec<f32> = (0..rows * cols).map(|index| (index as f32).sin()).collect();
     values[3 * cols + 70] = f32::NAN;
     values[4 * cols + 70] = f32::INFINITY;
-    let not_finite = Fault { row: 3, column: 70, kind: FaultKind::NotFinite };
+    let not_finite = EncodeError { row: 3, column: 70, kind: EncodeErrorKind::NotFinite };
     let mut wide = vec![0.0f32; rows * cols];
     (wide[2 * cols + 33], wide[2 * cols + 50]) = (3e38, -3e38);
-    let range = Fault { row: 2, column: 32, kind: FaultKind::Range { min: -3e38, max: 3e38 } };
+    let range = EncodeError { row: 2, column: 32, kind: EncodeErrorKind::Range { min: -3e38, max: 3e38 } };
     let mut far = vec![0.0f32; rows * cols];
     far[cols..cols + 32].fill(16000.0);
-    let offset = Fault { row: 1, column: 0, kind: FaultKind::Range { min: 16000.0, max: 16000.0 } };
+    let offset = EncodeError { row: 1, column: 0, kind: EncodeErrorKind::Range { min: 16000.0, max: 16000.0 } };
     for encoder in Encoder::available() {
         for (values, fault) in [(&values, not_finite), (&wide, range), (&far, offset)] {
             let found = encode(encoder, DType::F32, &pack(values, DType::F32), cols);
@@ -388,7 +393,7 @@ fn an_engine_holds_experts_in_any_form() {
 #[test]
 fn eight_bits_stay_close_and_four_bits_closer_than_chance() {
     let checkpoint = checkpoint();
-    let mut exact = Whole::new(Packed::default(), &checkpoint);
+    let mut exact = Whole::new(CpuKernels::default(), &checkpoint);
     let tokens = [5, 17, 300, 4000, 9, 55, 901];
     let mut solo = exact.solo(8);
     let expected = exact.advance(&mut solo, &tokens, Want::All, |_| {});
@@ -402,7 +407,7 @@ fn eight_bits_stay_close_and_four_bits_closer_than_chance() {
         let trunk = parts.iter().filter(|(part, _)| part.expert().is_none()).map(|(_, blobs)| tensors(blobs));
         let trunk = Tensors::merge(trunk.collect::<Vec<_>>()).unwrap();
         let expert = |id| tensors(&parts.iter().find(|(part, _)| part.expert() == Some(id)).unwrap().1);
-        let mut whole = Whole::from_tensors(Packed::default(), &checkpoint, trunk, expert);
+        let mut whole = Whole::from_tensors(CpuKernels::default(), &checkpoint, trunk, expert);
         let mut solo = whole.solo(8);
         let found = whole.advance(&mut solo, &tokens, Want::All, |_| {});
         errors.push((squared_error(&expected, &found) / squared_error(&expected, &vec![0.0; expected.len()])).sqrt());

@@ -3,15 +3,16 @@
 use std::collections::BTreeSet;
 
 use coel_model::{
-    checkpoint::Checkpoint,
-    device::Device,
-    engine::{Engine, EngineOptions, block_on},
-    layout::ExpertId,
-    popularity::{CALIBRATION_TEXT, WINDOW_TOKENS, route_popularity},
-    slices::Precision,
-    survey::{Source, Survey, SurveyError, survey},
-    tensors::{LoadError, Tensors},
-    text::TextModel,
+    serve::{
+        device::Device,
+        engine::{Engine, EngineOptions, block_on},
+    },
+    text::model::TextModel,
+    tools::{
+        popularity::{CALIBRATION_TEXT, WINDOW_TOKENS, route_popularity},
+        survey::{Source, Survey, SurveyError, survey},
+    },
+    weights::{checkpoint::Checkpoint, error::LoadError, layout::ExpertId, slices::Precision, tensors::Tensors},
 };
 
 use crate::whole::checkpoint;

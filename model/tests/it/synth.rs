@@ -2,10 +2,10 @@
 
 use std::{fs, path::Path};
 
-use coel_model::{
-    bytes::DType,
+use coel_model::weights::{
     config::ModelConfig,
     layout::{self, TensorSpec},
+    matrix::DType,
 };
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};

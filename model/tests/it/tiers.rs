@@ -6,16 +6,21 @@ use std::{
 };
 
 use coel_model::{
-    checkpoint::Checkpoint,
-    decoder::Want,
-    device::Device,
-    engine::{Engine, EngineError, EngineOptions, block_on},
-    folder::ModelFolder,
-    layout::{self, ExpertId},
-    slices::Precision,
-    slicing::slice_checkpoint,
-    tiers::{ReadError, TierError, predict::Predictor},
-    tokenizer::Tokenizer,
+    nn::batch::Want,
+    offload::{OffloadError, predict::Predictor},
+    serve::{
+        device::Device,
+        engine::{Engine, EngineError, EngineOptions, block_on},
+    },
+    text::tokenizer::Tokenizer,
+    weights::{
+        checkpoint::Checkpoint,
+        folder::ModelFolder,
+        layout::{self, ExpertId},
+        memory::ReadError,
+        slices::Precision,
+        slicing::slice_checkpoint,
+    },
 };
 
 use crate::whole::checkpoint;
@@ -23,8 +28,8 @@ use crate::whole::checkpoint;
 /// An expert of the bundled model in memory: three runs of whole pages, at most.
 const EXPERT: u64 = 3 * (96 * 256 * 2 + 2 * 4096);
 
-fn start(checkpoint: &Checkpoint, tier_bytes: u64) -> Engine {
-    start_with(checkpoint, EngineOptions { tier_bytes, ..EngineOptions::default() })
+fn start(checkpoint: &Checkpoint, disk_cache_bytes: u64) -> Engine {
+    start_with(checkpoint, EngineOptions { disk_cache_bytes, ..EngineOptions::default() })
 }
 
 fn start_with(checkpoint: &Checkpoint, options: EngineOptions) -> Engine {
@@ -45,10 +50,10 @@ fn shelved(checkpoint: &Checkpoint, experts: u64) -> Engine {
 }
 
 fn shelved_with(checkpoint: &Checkpoint, experts: u64, options: EngineOptions) -> Engine {
-    let engine = start_with(checkpoint, EngineOptions { tier_bytes: experts * EXPERT, ..options });
+    let engine = start_with(checkpoint, EngineOptions { disk_cache_bytes: experts * EXPERT, ..options });
     block_on(engine.load_trunk_tensors(checkpoint.trunk())).unwrap();
     for id in layout::experts(checkpoint.config()) {
-        block_on(engine.shelve_expert_tensors(id, checkpoint.expert(id))).unwrap();
+        block_on(engine.load_expert_tensors_on_disk(id, checkpoint.expert(id))).unwrap();
     }
     engine
 }
@@ -80,7 +85,7 @@ fn any_budget_gives_the_same_bits() {
     for experts in [1, 8, 40, 140] {
         let engine = shelved(&checkpoint, experts);
         let ledger = engine.memory();
-        assert_eq!((ledger.expert_bytes, ledger.tier_bytes_reserved), (0, experts * EXPERT));
+        assert_eq!((ledger.expert_bytes, ledger.disk_cache_bytes_reserved), (0, experts * EXPERT));
         assert_eq!(engine.held().len(), 6 * 24);
         for ((prompt, more, salt), expected) in cases.into_iter().zip(&expected) {
             assert!(
@@ -88,8 +93,8 @@ fn any_budget_gives_the_same_bits() {
                 "{experts} experts in memory, prompt of {prompt}"
             );
         }
-        let stats = engine.tiers();
-        assert_eq!(stats.shelved, 144, "{stats:?}");
+        let stats = engine.offload_stats();
+        assert_eq!(stats.on_disk, 144, "{stats:?}");
         assert!(stats.in_memory as u64 * engine.footprint().expert_bytes <= experts * EXPERT, "{stats:?}");
         assert!(stats.misses > 0 && stats.bytes_read > 0, "{stats:?}");
         // One row decodes in 36 flights, with five layers to foresee in each where the layer before waits.
@@ -111,11 +116,11 @@ fn rows_that_go_ahead_leave_no_trace() {
     // Prompts too go ahead, in every layer, with everything in memory and without.
     for predictor in [Predictor::Off, Predictor::Attention] {
         for foresee in [false, true] {
-            let options = || EngineOptions { predictor, foresee, ..EngineOptions::default() };
+            let options = || EngineOptions { predictor, measure_recall: foresee, ..EngineOptions::default() };
             let engine = shelved_with(&checkpoint, 20, options());
             assert!(run(&engine) == expected, "{predictor:?}, measured: {foresee}");
             let off = predictor == Predictor::Off;
-            assert_eq!(engine.tiers().mean_recall().map(|recall| recall.is_some()), [!off && foresee, !off]);
+            assert_eq!(engine.offload_stats().mean_recall().map(|recall| recall.is_some()), [!off && foresee, !off]);
             let engine = start_with(&checkpoint, options());
             block_on(engine.load_checkpoint(&checkpoint)).unwrap();
             assert!(run(&engine) == expected, "in memory, {predictor:?}, measured: {foresee}");
@@ -129,14 +134,14 @@ fn experts_are_predicted_better_than_by_the_next_router_alone() {
     let golden = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/fixture/golden"));
     let tokenizer = fs::read(golden.with_file_name("tokenizer.json")).unwrap();
     let tokenizer = Tokenizer::from_bytes(&tokenizer, None).unwrap();
-    let engine = start_with(&checkpoint, EngineOptions { foresee: true, ..EngineOptions::default() });
+    let engine = start_with(&checkpoint, EngineOptions { measure_recall: true, ..EngineOptions::default() });
     block_on(engine.load_checkpoint(&checkpoint)).unwrap();
     for file in ["encyclopedia.txt", "code.txt"] {
         let tokens = tokenizer.encode(&fs::read_to_string(golden.join(file)).unwrap(), false).unwrap();
         let mut session = engine.open_session(256).unwrap();
         block_on(session.advance(&tokens[..256], Want::Nothing)).unwrap();
     }
-    let stats = engine.tiers();
+    let stats = engine.offload_stats();
     assert_eq!(stats.recall.iter().map(|layer| layer.early.pairs).sum::<u64>(), 2 * 256 * 5 * 4);
     // The next router shown the rows as they are finds 0.66, and 0.76 once all outputs are there.
     let [early, late] = stats.mean_recall();
@@ -199,7 +204,7 @@ fn slices_on_disk_and_experts_that_change_places() {
     assert!(engine.memory().trunk_bytes < whole_trunk, "the embedding table is not in memory");
     let shelve = |precision| {
         for id in layout::experts(folder.config()) {
-            block_on(engine.shelve_expert_tensors(id, folder.expert(id, precision).unwrap())).unwrap();
+            block_on(engine.load_expert_tensors_on_disk(id, folder.expert(id, precision).unwrap())).unwrap();
         }
     };
     shelve(Precision::Q4);
@@ -210,7 +215,7 @@ fn slices_on_disk_and_experts_that_change_places() {
     for id in layout::experts(folder.config()).filter(|id| id.index % 2 == 0) {
         block_on(engine.load_expert_tensors(id, folder.expert(id, Precision::Q8).unwrap())).unwrap();
     }
-    assert_eq!((engine.tiers().shelved, engine.held().len()), (72, 144));
+    assert_eq!((engine.offload_stats().on_disk, engine.held().len()), (72, 144));
     assert!(follow(&engine, 20, 6, 1) == q8, "half of them in memory for good");
     shelve(Precision::Q4);
     assert!(follow(&engine, 20, 6, 1) == q4, "and back");
@@ -232,7 +237,7 @@ fn a_file_that_goes_ends_the_requests_that_need_it_and_says_which() {
     let engine = start(&checkpoint(), 10 * EXPERT);
     block_on(engine.load_trunk_tensors(folder.trunk(Precision::Q4).unwrap())).unwrap();
     for id in layout::experts(folder.config()) {
-        block_on(engine.shelve_expert_tensors(id, folder.expert(id, Precision::Q4).unwrap())).unwrap();
+        block_on(engine.load_expert_tensors_on_disk(id, folder.expert(id, Precision::Q4).unwrap())).unwrap();
     }
     let expected = follow(&engine, 40, 2, 1);
 
@@ -257,7 +262,7 @@ fn a_file_that_goes_ends_the_requests_that_need_it_and_says_which() {
     }
     let mut session = engine.open_session(40).unwrap();
     let error = block_on(session.advance(&tokens(40, 1), Want::Last)).unwrap_err();
-    let EngineError::Tier(TierError::Read { id, why }) = &error else { panic!("{error}") };
+    let EngineError::Offload(OffloadError::Read { id, why }) = &error else { panic!("{error}") };
     assert!(id.layer == 2 && spoilt.contains(&id.index), "{error}");
     assert!(matches!(why, ReadError::Io { .. } | ReadError::Truncated { .. }), "{error}");
     let name = format!("layer.2.expert.{}.base.safetensors", id.index);
@@ -277,14 +282,17 @@ fn a_file_that_goes_ends_the_requests_that_need_it_and_says_which() {
 fn what_cannot_stay_on_disk_is_refused() {
     let checkpoint = checkpoint();
     let id = ExpertId { layer: 1, index: 2 };
-    let refused = |engine: &Engine, tensors| block_on(engine.shelve_expert_tensors(id, tensors)).unwrap_err();
+    let refused = |engine: &Engine, tensors| block_on(engine.load_expert_tensors_on_disk(id, tensors)).unwrap_err();
     let engine = start(&checkpoint, 8 * EXPERT);
     let sliced = checkpoint.expert(id).sliced(Precision::Q4).unwrap();
     let error = refused(&engine, sliced);
-    assert!(matches!(&error, EngineError::Tier(TierError::Read { why: ReadError::NotInAFile { .. }, .. })), "{error}");
+    assert!(
+        matches!(&error, EngineError::Offload(OffloadError::Read { why: ReadError::NotInAFile { .. }, .. })),
+        "{error}"
+    );
     let error = refused(&engine, checkpoint.expert(ExpertId { layer: 1, index: 3 }));
     assert!(matches!(&error, EngineError::Load(_)), "another expert's: {error}");
     let error = refused(&start(&checkpoint, 0), checkpoint.expert(id));
-    assert!(matches!(&error, EngineError::Tier(TierError::TooSmall { budget: 0, .. })), "{error}");
+    assert!(matches!(&error, EngineError::Offload(OffloadError::TooSmall { budget: 0, .. })), "{error}");
     assert!(engine.held().is_empty());
 }

@@ -1,4 +1,4 @@
-//! The bundled checkpoint, and flights driven without an engine.
+//! The bundled checkpoint, and batches driven without an engine.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -6,13 +6,19 @@ use std::{
 };
 
 use coel_model::{
-    checkpoint::Checkpoint,
-    decoder::{CHUNK_ROWS, Core, Flight, KvCache, Outputs, Piece, Step, Want},
-    experts::{ExpertCall, by_expert},
-    kernels::{ExpertWork, Gated, Kernels, download},
-    layout::{self, ExpertId},
-    tensors::Tensors,
-    trunk::{Trunk, load_expert},
+    kernels::{DeviceExpert, DeviceWork, DynKernels},
+    nn::{
+        batch::{CHUNK_ROWS, SequenceChunk, Step, Want},
+        expert_call::{ExpertCall, by_expert},
+        forward::{ForwardContext, KvCache},
+        outputs::LayerOutputs,
+        trunk::{Trunk, expert_weights},
+    },
+    weights::{
+        checkpoint::Checkpoint,
+        layout::{self, ExpertId},
+        tensors::Tensors,
+    },
 };
 
 pub fn fixture() -> PathBuf {
@@ -24,14 +30,14 @@ pub fn checkpoint() -> Checkpoint {
 }
 
 /// A whole model on one kernel class, its experts served in place.
-pub struct Whole<K: Kernels> {
-    pub kernels: K,
-    pub trunk: Trunk<K>,
-    pub cache: KvCache<K>,
+pub struct Whole {
+    pub kernels: Box<dyn DynKernels>,
+    pub trunk: Trunk,
+    pub cache: KvCache,
     page_tokens: usize,
     /// Pages that no sequence has had yet. They are dealt from both ends, so that neighbours rarely lie together.
     pages: VecDeque<u32>,
-    experts: BTreeMap<ExpertId, Gated<K::Matrix>>,
+    experts: BTreeMap<ExpertId, DeviceExpert>,
 }
 
 /// A sequence with pages of its own.
@@ -43,23 +49,23 @@ pub struct Solo {
 
 impl Solo {
     /// Its next tokens.
-    pub fn piece(&self, tokens: &[u32], want: Want) -> Piece {
-        Piece { tokens: tokens.to_vec(), past: self.used, pages: self.pages.clone(), want }
+    pub fn chunk(&self, tokens: &[u32], want: Want) -> SequenceChunk {
+        SequenceChunk { tokens: tokens.to_vec(), past: self.used, pages: self.pages.clone(), want }
     }
 }
 
-impl<K: Kernels> Whole<K> {
-    pub fn new(kernels: K, checkpoint: &Checkpoint) -> Self {
+impl Whole {
+    pub fn new(kernels: impl DynKernels + 'static, checkpoint: &Checkpoint) -> Self {
         Self::with_pages(kernels, checkpoint, 32)
     }
 
     /// A cache of 4096 tokens on pages of this size.
-    pub fn with_pages(kernels: K, checkpoint: &Checkpoint, page_tokens: usize) -> Self {
+    pub fn with_pages(kernels: impl DynKernels + 'static, checkpoint: &Checkpoint, page_tokens: usize) -> Self {
         Self::build(kernels, checkpoint, page_tokens, checkpoint.trunk(), |id| checkpoint.expert(id))
     }
 
     pub fn from_tensors(
-        kernels: K,
+        kernels: impl DynKernels + 'static,
         checkpoint: &Checkpoint,
         trunk: Tensors,
         expert: impl Fn(ExpertId) -> Tensors,
@@ -68,19 +74,20 @@ impl<K: Kernels> Whole<K> {
     }
 
     fn build(
-        kernels: K,
+        kernels: impl DynKernels + 'static,
         checkpoint: &Checkpoint,
         page_tokens: usize,
         trunk: Tensors,
         expert: impl Fn(ExpertId) -> Tensors,
     ) -> Self {
         let config = checkpoint.config();
-        let trunk = Trunk::load(&kernels, config.clone(), &trunk).expect("the trunk loads");
+        let kernels: Box<dyn DynKernels> = Box::new(kernels);
+        let trunk = Trunk::load(&*kernels, config.clone(), &trunk).expect("the trunk loads");
         let experts = layout::experts(config)
-            .map(|id| (id, load_expert(&kernels, config, id, &expert(id)).expect("the expert loads")));
+            .map(|id| (id, kernels.expert(expert_weights(config, id, &expert(id)).expect("the expert loads"))));
         let experts = experts.collect();
         let pages = 4096 / page_tokens;
-        let cache = KvCache::new(&kernels, config, pages, page_tokens);
+        let cache = KvCache::new(&*kernels, config, pages, page_tokens);
         Self { experts, cache, page_tokens, pages: (0..pages as u32).collect(), kernels, trunk }
     }
 
@@ -91,8 +98,8 @@ impl<K: Kernels> Whole<K> {
         Solo { used: 0, pages: pages.collect::<Option<_>>().expect("pages are left") }
     }
 
-    pub fn core(&mut self) -> Core<'_, K> {
-        Core { kernels: &mut self.kernels, trunk: &self.trunk, cache: &mut self.cache }
+    pub fn context(&mut self) -> ForwardContext<'_> {
+        ForwardContext { kernels: &mut *self.kernels, trunk: &self.trunk, cache: &mut self.cache }
     }
 
     pub fn serve(&mut self, call: &ExpertCall) -> Vec<f32> {
@@ -101,7 +108,8 @@ impl<K: Kernels> Whole<K> {
         for (index, pairs) in by_expert(&call.routes) {
             let expert = &self.experts[&ExpertId { layer: call.layer, index }];
             let rows: Vec<u32> = pairs.iter().map(|pair| pair.row).collect();
-            let output = download(self.kernels.experts(&input, &[ExpertWork { expert, rows: &rows }]));
+            let output = self.kernels.experts(&input, &[DeviceWork { expert, rows: &rows }]);
+            let output = self.kernels.download(&output);
             for (pair, row) in pairs.iter().zip(output.chunks_exact(call.hidden)) {
                 outputs[pair.slot as usize * call.hidden..][..call.hidden].copy_from_slice(row);
             }
@@ -109,23 +117,23 @@ impl<K: Kernels> Whole<K> {
         outputs
     }
 
-    /// Flies pieces together to their logits, collecting each call.
-    pub fn fly(&mut self, pieces: Vec<Piece>, mut seen: impl FnMut(&ExpertCall)) -> Vec<Vec<f32>> {
-        let (mut flight, mut step) = Flight::begin(&mut self.core(), pieces).expect("valid pieces");
+    /// Computes chunks together to their logits, collecting each call.
+    pub fn compute(&mut self, chunks: Vec<SequenceChunk>, mut seen: impl FnMut(&ExpertCall)) -> Vec<Vec<f32>> {
+        let (mut batch, mut step) = self.context().begin(chunks).expect("valid chunks");
         loop {
             match step {
                 Step::Logits(logits) => return logits,
                 Step::NeedExperts => {
-                    let call = flight.call();
+                    let call = self.context().call(&batch);
                     seen(&call);
-                    let outputs = Outputs::whole(self.serve(&call), call.hidden);
-                    step = flight.resume(&mut self.core(), outputs).expect("outputs of the right length");
+                    let outputs = LayerOutputs::whole(self.serve(&call), call.hidden);
+                    step = self.context().resume(&mut batch, outputs).expect("outputs of the right length");
                 }
             }
         }
     }
 
-    /// Advances one sequence alone, in flights as large as may be.
+    /// Advances one sequence alone, in batches as large as may be.
     pub fn advance(
         &mut self,
         solo: &mut Solo,
@@ -135,11 +143,11 @@ impl<K: Kernels> Whole<K> {
     ) -> Vec<f32> {
         let mut logits = Vec::new();
         for chunk in tokens.chunks(CHUNK_ROWS) {
-            let mut landed = self.fly(vec![solo.piece(chunk, want)], &mut seen);
+            let mut computed = self.compute(vec![solo.chunk(chunk, want)], &mut seen);
             solo.used += chunk.len();
             match want {
-                Want::All => logits.append(&mut landed[0]),
-                _ => logits = landed.remove(0),
+                Want::All => logits.append(&mut computed[0]),
+                _ => logits = computed.remove(0),
             }
         }
         logits

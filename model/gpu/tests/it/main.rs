@@ -1,0 +1,5 @@
+//! Tests of the GPU kernels, in one binary.
+
+mod kernels;
+#[path = "../../../kernels/tests/it/support.rs"]
+mod support;

@@ -1,0 +1,160 @@
+//! The CPU's kernels: plain Rust over packed weights in place, on several threads.
+//!
+//! Owns [`CpuKernels`], which takes and gives `Flex` tensors and only unwraps them; the loops are in the modules below,
+//! each compiled for every instruction set ([`isa`]). The invariant is [`Kernels`]': a row's bits do not depend on its
+//! batch, on the number of threads or on the instruction set.
+
+use burn::{
+    backend::flex::{Flex, FlexDevice, FlexTensor},
+    tensor::{Tensor, TensorData},
+};
+use coel_weights::slices::Weight;
+
+use self::{
+    activations::Quantized,
+    attention::attention,
+    feed_forward::experts,
+    isa::Isa,
+    kv_cache::{CpuCache, Half},
+    product::linears,
+    threads::Pool,
+};
+use crate::{
+    ExpertWork, Kernels,
+    angles::Angles,
+    download,
+    kv::{CacheShape, Span},
+};
+
+pub mod activations;
+pub mod attention;
+pub mod exact;
+mod feed_forward;
+pub mod isa;
+pub mod kv_cache;
+mod lanes;
+pub mod primitives;
+mod product;
+pub mod sliced;
+pub mod threads;
+
+/// The CPU kernels at one instruction set, on some threads.
+#[derive(Debug)]
+pub struct CpuKernels {
+    isa: Isa,
+    pool: Pool,
+    /// Rows as sliced matrices read them; kept between calls.
+    quantized: Quantized,
+    /// What lies between the halves of experts; kept between calls.
+    hidden: feed_forward::Scratch,
+    /// What each thread needs for attention; kept between calls.
+    attention: Vec<attention::Scratch>,
+}
+
+impl CpuKernels {
+    /// On `threads` threads, the caller's included; 0 means one for each core this process may use.
+    pub fn new(isa: Isa, threads: usize) -> Self {
+        let pool = Pool::new(threads);
+        Self { isa, pool, quantized: Quantized::default(), hidden: Default::default(), attention: Vec::new() }
+    }
+
+    /// Threads in use, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+}
+
+/// The machine's best instruction set, on the caller's thread alone.
+impl Default for CpuKernels {
+    fn default() -> Self {
+        Self::new(Isa::best(), 1)
+    }
+}
+
+type FlexRows = Tensor<Flex, 2>;
+
+/// The tensor's memory, row-major.
+fn storage(rows: &FlexRows) -> FlexTensor {
+    rows.clone().into_primitive().tensor().to_contiguous()
+}
+
+fn tensor(values: Vec<f32>, width: usize) -> FlexRows {
+    let rows = values.len() / width;
+    Tensor::from_data(TensorData::new(values, [rows, width]), &FlexDevice)
+}
+
+impl Kernels for CpuKernels {
+    type Backend = Flex;
+    type Matrix = Weight;
+    type Vector = Vec<f32>;
+    type Cache = CpuCache;
+
+    fn class(&self) -> String {
+        format!("cpu-{}", self.isa.name())
+    }
+
+    fn matrix(&self, weight: Weight) -> Weight {
+        weight
+    }
+
+    fn weight(&self, matrix: &Weight) -> Weight {
+        matrix.clone()
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Vec<f32> {
+        values
+    }
+
+    fn upload(&self, values: Vec<f32>, width: usize) -> FlexRows {
+        tensor(values, width)
+    }
+
+    fn linears(&mut self, x: &FlexRows, matrices: &[(&Weight, Option<&Vec<f32>>)]) -> Vec<FlexRows> {
+        let work: Vec<_> = matrices.iter().map(|(weight, bias)| (*weight, bias.map(Vec::as_slice))).collect();
+        let outputs = linears(&mut self.pool, self.isa, &mut self.quantized, storage(x).storage(), &work);
+        outputs.into_iter().zip(matrices).map(|(output, (weight, _))| tensor(output, weight.rows())).collect()
+    }
+
+    fn rms_norm(&mut self, x: &FlexRows, weight: &Vec<f32>, eps: f32) -> FlexRows {
+        let x = storage(x);
+        let x: &[f32] = x.storage();
+        let mut out = vec![0.0; x.len()];
+        primitives::rms_norm(self.isa, x, weight, eps, &mut out);
+        tensor(out, weight.len())
+    }
+
+    fn rotate(&mut self, x: FlexRows, angles: &Angles) -> FlexRows {
+        let width = x.dims()[1];
+        let mut values = download(x);
+        for (row, values) in values.chunks_exact_mut(width).enumerate() {
+            let (cos, sin) = angles.row(row);
+            for head in values.chunks_exact_mut(2 * cos.len()) {
+                let (first, second) = head.split_at_mut(cos.len());
+                for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                }
+            }
+        }
+        tensor(values, width)
+    }
+
+    fn cache(&self, shape: CacheShape) -> CpuCache {
+        CpuCache::new(shape)
+    }
+
+    fn append(&mut self, cache: &mut CpuCache, layer: usize, spans: &[Span<'_>], k: FlexRows, v: FlexRows) {
+        for (half, rows) in [(Half::Keys, k), (Half::Values, v)] {
+            cache.store(layer, half, spans, storage(&rows).storage());
+        }
+    }
+
+    fn attention(&mut self, q: FlexRows, cache: &CpuCache, layer: usize, spans: &[Span<'_>]) -> FlexRows {
+        let out = attention(&mut self.pool, self.isa, &mut self.attention, storage(&q).storage(), cache, layer, spans);
+        tensor(out, q.dims()[1])
+    }
+
+    fn experts(&mut self, x: &FlexRows, work: &[ExpertWork<'_, Weight>]) -> FlexRows {
+        let output = experts(&mut self.pool, self.isa, &mut self.hidden, storage(x).storage(), work);
+        tensor(output, x.dims()[1])
+    }
+}

@@ -1,0 +1,88 @@
+//! Expert calls of peers.
+//!
+//! Owns [`RemoteCalls`]: calls whose experts are not all in memory, and what was computed of each so far. The invariant:
+//! every call is answered once, and its outputs are in the call's order, however its experts came. At most
+//! [`PENDING_MAX`] wait; whoever feeds the compute thread then waits too.
+
+use std::collections::BTreeSet;
+
+use coel_weights::slices::Precision;
+
+use super::{
+    error::EngineError,
+    executor::Executor,
+    jobs::{Computed, JOBS_MAX, RemoteCall, Reply},
+};
+use crate::offload::{cpu::CpuOffload, residency::ClaimId};
+
+/// Calls that may wait at once: as many again as may wait for the compute thread.
+const PENDING_MAX: usize = JOBS_MAX;
+
+/// A call that was begun: plain state.
+pub(super) struct PendingCall {
+    pub(super) call: RemoteCall,
+    /// Pins experts that are on disk, if some are.
+    pub(super) claim: Option<ClaimId>,
+    /// Of each expert of the call, its outputs once it was computed.
+    pub(super) outputs: Vec<Option<Vec<f32>>>,
+    /// Precisions of experts that the CPU computed beside a GPU.
+    pub(super) on_cpu: BTreeSet<Precision>,
+}
+
+#[derive(Default)]
+pub(super) struct RemoteCalls(Vec<(PendingCall, Reply<Computed>)>);
+
+impl RemoteCalls {
+    pub(super) fn are_full(&self) -> bool {
+        self.0.len() >= PENDING_MAX
+    }
+
+    /// Answers a call at once if it can, else as soon as its experts have come.
+    pub(super) fn take(&mut self, call: RemoteCall, reply: Reply<Computed>, executor: &mut Executor) {
+        match executor.begin_call(call) {
+            Ok(pending) => self.step(pending, reply, executor),
+            Err(error) => answer(reply, Err(error)),
+        }
+    }
+
+    /// Computes what can be computed by now.
+    pub(super) fn step_all(&mut self, executor: &mut Executor) {
+        for (pending, reply) in std::mem::take(&mut self.0) {
+            self.step(pending, reply, executor);
+        }
+    }
+
+    fn step(&mut self, mut pending: PendingCall, reply: Reply<Computed>, executor: &mut Executor) {
+        let done = match reply.is_closed() {
+            true => Ok(true),
+            false => executor.step_call(&mut pending),
+        };
+        if let Ok(false) = done {
+            self.0.push((pending, reply));
+            return;
+        }
+        executor.end_call(&mut pending);
+        answer(reply, done.map(|_| pending.finish()));
+    }
+
+    /// Fails all calls that wait.
+    pub(super) fn fail_all(&mut self, executor: &mut Executor, error: impl Fn() -> EngineError) {
+        for (mut pending, reply) in std::mem::take(&mut self.0) {
+            executor.end_call(&mut pending);
+            answer(reply, Err(error()));
+        }
+    }
+}
+
+impl PendingCall {
+    fn finish(self) -> Computed {
+        let names: Vec<_> = self.on_cpu.iter().map(|precision| precision.name()).collect();
+        let cpu_class = (!names.is_empty()).then(|| format!("{}/{}", CpuOffload::class(), names.join("+")));
+        Computed { outputs: self.outputs.into_iter().flatten().flatten().collect(), cpu_class }
+    }
+}
+
+/// The asker may have gone; its answer is then dropped.
+fn answer(reply: Reply<Computed>, result: Result<Computed, EngineError>) {
+    let _ = reply.send(result);
+}

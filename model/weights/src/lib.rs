@@ -1,0 +1,27 @@
+//! What a model is on disk and in memory: configuration, tensors, precision slices.
+//!
+//! | room | what it owns |
+//! |---|---|
+//! | [`memory`] | weight bytes, mapped or owned; page-aligned buffers |
+//! | [`matrix`] | element types and packed matrices |
+//! | [`slices`] | the slice format: cells, constants, encoders, [`Weight`](slices::Weight) |
+//! | [`config`], [`layout`] | `config.json`, and the tensors it implies |
+//! | [`tensors`], [`checkpoint`], [`parts`] | safetensors bytes, checkpoint folders, and how they are cut into blobs |
+//! | [`slicing`] | slices as files: written part by part, checked, read back |
+//! | [`folder`] | a model folder, whichever form its weights have |
+//!
+//! Arrows point upwards in this table. Deliberately absent: arithmetic on weights, devices, and any knowledge of who
+//! asks for them.
+
+pub mod atomic_file;
+pub mod checkpoint;
+pub mod config;
+pub mod error;
+pub mod folder;
+pub mod layout;
+pub mod matrix;
+pub mod memory;
+pub mod parts;
+pub mod slices;
+pub mod slicing;
+pub mod tensors;

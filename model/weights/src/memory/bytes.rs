@@ -1,0 +1,186 @@
+//! Weight bytes, wherever they lie.
+//!
+//! Owns [`WeightBytes`], a shared and immutable range of memory that is mapped or owned. The invariant: the bytes never
+//! change, and slicing and cloning copy nothing. It does not know file formats, devices or what a weight is for.
+
+use std::{
+    fmt,
+    fs::File,
+    io,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
+
+use super::Buffer;
+
+/// A multiple of the page size of every machine coel runs on.
+#[cfg(unix)]
+const PAGE: usize = 1 << 16;
+
+struct Mapped {
+    map: Mmap,
+    path: PathBuf,
+}
+
+#[derive(Clone)]
+enum Owner {
+    Map(Arc<Mapped>),
+    Heap(Arc<Vec<u8>>),
+    Buffer(Arc<Buffer>),
+}
+
+/// A range of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileRange<'a> {
+    pub file: &'a Path,
+    pub offset: u64,
+    pub bytes: u64,
+}
+
+/// A shared, immutable range of bytes: memory-mapped or owned. Cloning and slicing copy nothing.
+#[derive(Clone)]
+pub struct WeightBytes {
+    owner: Owner,
+    range: Range<usize>,
+}
+
+impl WeightBytes {
+    /// Maps a whole file. An empty file gives an empty range.
+    ///
+    /// The file must not be truncated while mapped; coel only maps files it wrote under their hash, and checkpoints.
+    pub fn map(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        if file.metadata()?.len() == 0 {
+            return Ok(Vec::new().into());
+        }
+        // SAFETY: the mapping is private and read-only; see the note on truncation above.
+        let map = unsafe { Mmap::map(&file)? };
+        let range = 0..map.len();
+        Ok(Self { owner: Owner::Map(Arc::new(Mapped { map, path: path.to_owned() })), range })
+    }
+
+    /// Like [`map`](Self::map), for a file of which little will be read: the system does not read ahead.
+    pub fn map_sparsely(path: &Path) -> io::Result<Self> {
+        let bytes = Self::map(path)?;
+        #[cfg(unix)]
+        if let Owner::Map(mapped) = &bytes.owner {
+            mapped.map.advise(memmap2::Advice::Random)?;
+        }
+        Ok(bytes)
+    }
+
+    /// The part `range` of these bytes, or `None` if it is not inside.
+    pub fn slice(&self, range: Range<usize>) -> Option<Self> {
+        let (start, end) = (self.range.start.checked_add(range.start)?, self.range.start.checked_add(range.end)?);
+        (start <= end && end <= self.range.end).then(|| Self { owner: self.owner.clone(), range: start..end })
+    }
+
+    pub fn as_slice(&self) -> &[u8] {
+        match &self.owner {
+            Owner::Map(mapped) => &mapped.map[self.range.clone()],
+            Owner::Heap(bytes) => &bytes[self.range.clone()],
+            Owner::Buffer(buffer) => &buffer.as_slice()[self.range.clone()],
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+
+    /// Tells the system that this process will not soon read these bytes again. The pages of a mapped file that they lie on are
+    /// dropped from its memory and come back from the file when read, as do their neighbours'; nothing else changes.
+    pub fn release(&self) {
+        #[cfg(unix)]
+        if let Owner::Map(mapped) = &self.owner {
+            // Outwards: small weights lie on pages with others, and all of those together are not small.
+            let start = self.range.start / PAGE * PAGE;
+            let end = self.range.end.next_multiple_of(PAGE).min(mapped.map.len());
+            if start < end {
+                // SAFETY: the mapping is shared with the file and read-only, so dropped pages come back as they were.
+                let advised =
+                    unsafe { mapped.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+                if let Err(error) = advised {
+                    tracing::debug!("mapped weights stay in memory: {error}");
+                }
+            }
+        }
+    }
+
+    /// The same bytes in memory of this process's own, which the system cannot drop; the mapped ones are
+    /// [released](Self::release).
+    pub fn owned(&self) -> io::Result<Self> {
+        if !self.is_mapped() || self.is_empty() {
+            return Ok(self.clone());
+        }
+        let mut buffer = Buffer::new(self.len())?;
+        buffer.as_mut_slice().copy_from_slice(self.as_slice());
+        self.release();
+        Ok(Arc::new(buffer).into())
+    }
+
+    /// Whether the bytes lie in a mapped file, so that the system may drop and re-read them.
+    pub fn is_mapped(&self) -> bool {
+        matches!(self.owner, Owner::Map(_))
+    }
+
+    /// Where a mapped file has these bytes.
+    pub fn place(&self) -> Option<FileRange<'_>> {
+        match &self.owner {
+            Owner::Map(mapped) => {
+                Some(FileRange { file: &mapped.path, offset: self.range.start as u64, bytes: self.range.len() as u64 })
+            }
+            Owner::Heap(_) | Owner::Buffer(_) => None,
+        }
+    }
+}
+
+impl From<Buffer> for WeightBytes {
+    fn from(buffer: Buffer) -> Self {
+        Arc::new(buffer).into()
+    }
+}
+
+impl From<Arc<Buffer>> for WeightBytes {
+    fn from(buffer: Arc<Buffer>) -> Self {
+        let range = 0..buffer.as_slice().len();
+        Self { owner: Owner::Buffer(buffer), range }
+    }
+}
+
+impl From<Vec<u8>> for WeightBytes {
+    fn from(bytes: Vec<u8>) -> Self {
+        let range = 0..bytes.len();
+        Self { owner: Owner::Heap(Arc::new(bytes)), range }
+    }
+}
+
+impl fmt::Debug for WeightBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = if self.is_mapped() { "mapped" } else { "owned" };
+        write!(f, "WeightBytes({kind}, {} bytes)", self.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_stay_inside() {
+        let bytes = WeightBytes::from(vec![1, 2, 3, 4]);
+        let inner = bytes.slice(1..3).unwrap();
+        assert_eq!(inner.as_slice(), [2, 3]);
+        assert_eq!(inner.slice(1..2).unwrap().as_slice(), [3]);
+        assert!(inner.slice(0..3).is_none());
+        assert!(inner.slice(usize::MAX..usize::MAX).is_none());
+    }
+}

@@ -1,0 +1,193 @@
+//! Weights into slices, sixteen rows at a time.
+//!
+//! Owns [`Encoder`], of which there are two that share no arithmetic: [`portable`], which says what the format means,
+//! and a fast one for AVX2. The invariant: both give the same bytes for every input, on every machine. So any node
+//! derives from a checkpoint the very blobs that any other did, and one hash verifies them all.
+//!
+//! A group's constants are looked for: the [`SCALES`] smallest scales that span the group, each with the zero points that lay
+//! it nearest to the middle of all levels, [`ASIDE`] to either side. Every way to lay 32 weights on sixteen levels has its own
+//! luck with roundings, and the one is taken that errs least at four and eight bits together, with the constants as they will
+//! be read. With them `q = clamp(round_ties_even((w + s z) / s), 0, 255)` in f32, product and sum never fused; a scale of 0
+//! gives `q = 0`. The search is made in whole numbers, which add up to the same in any order.
+//! A weight of -0.0 counts as 0.0, so that minimum and maximum are never a matter of taste. It does not know tensors'
+//! names: a [`EncodeError`] says where, and whoever has the name adds it.
+
+use std::{ops::Range, sync::OnceLock};
+
+use super::{BASE_CELL, BLOCK_ROWS, GROUP, Precision, REFINE_CELL, Sliced, cells};
+use crate::matrix::{DType, Matrix};
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod portable;
+
+/// Places between a group's least weight and its greatest.
+const PLACES: f32 = 65535.0;
+/// Scales that are tried: the smallest, whose levels the group would fill, and the next ones.
+const SCALES: i32 = 4;
+/// Zero points that are tried on either side of the one that lays the group in the middle of the levels.
+const ASIDE: i32 = 3;
+/// What the squared error at eight bits counts beside that at four, which is 256 times as large.
+const EIGHT_WEIGHT: i32 = 96;
+/// A group that spans less, zero included, is nothing but zeros: the least scale would give it no more than four levels.
+const LEAST_SPAN: f32 = 1.0 / (1 << 24) as f32;
+
+/// Why a group of weights has no slices.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum EncodeErrorKind {
+    /// An infinity or no number at all.
+    NotFinite,
+    /// The group needs a larger scale than there is.
+    Range { min: f32, max: f32 },
+}
+
+/// A group of weights that has no slices, and where it lies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EncodeError {
+    pub row: usize,
+    /// The weight's column, or the first of its group.
+    pub column: usize,
+    pub kind: EncodeErrorKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Level {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+}
+
+/// An encoder this machine can run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Encoder(Level);
+
+/// Up to [`BLOCK_ROWS`] rows as the checkpoint has them.
+#[derive(Clone, Copy)]
+struct Block<'a> {
+    dtype: DType,
+    bytes: &'a [u8],
+    cols: usize,
+}
+
+impl Block<'_> {
+    fn rows(&self) -> usize {
+        self.bytes.len() / (self.cols * self.dtype.size())
+    }
+
+    /// Widens one group of every row; rows that are not there keep what they have.
+    #[inline(always)]
+    fn widen(&self, group: usize, out: &mut [[f32; GROUP]; BLOCK_ROWS]) {
+        let size = self.dtype.size();
+        for (row, out) in self.bytes.chunks_exact(self.cols * size).zip(out) {
+            self.dtype.widen(&row[group * GROUP * size..][..GROUP * size], out);
+        }
+    }
+}
+
+impl Encoder {
+    /// The fastest this machine can run.
+    pub fn best() -> Self {
+        static BEST: OnceLock<Encoder> = OnceLock::new();
+        *BEST.get_or_init(|| *Self::available().last().expect("portable code is always available"))
+    }
+
+    /// Every encoder this machine can run, slowest first.
+    pub fn available() -> Vec<Self> {
+        let mut found = vec![Encoder(Level::Portable)];
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+            found.push(Encoder(Level::Avx2));
+        }
+        found
+    }
+
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Level::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => "avx2",
+        }
+    }
+
+    /// Encodes one block: `bytes` holds 1 to [`BLOCK_ROWS`] whole rows of `cols` weights, `cols` a multiple of
+    /// [`GROUP`]; `base` and `refine` take one cell per group. A fault's row counts from the block's first; what was
+    /// written by then means nothing.
+    ///
+    /// # Panics
+    /// If the lengths do not fit one another.
+    pub fn block(
+        self,
+        dtype: DType,
+        bytes: &[u8],
+        cols: usize,
+        base: &mut [u8],
+        refine: &mut [u8],
+    ) -> Result<(), EncodeError> {
+        let groups = cols / GROUP;
+        let row_bytes = cols * dtype.size();
+        let fits = cols.is_multiple_of(GROUP)
+            && !bytes.is_empty()
+            && bytes.len().is_multiple_of(row_bytes)
+            && bytes.len() / row_bytes <= BLOCK_ROWS
+            && base.len() == groups * BASE_CELL
+            && refine.len() == groups * REFINE_CELL;
+        assert!(fits, "a block of at most {BLOCK_ROWS} rows and its cells");
+        let block = Block { dtype, bytes, cols };
+        let (base, refine) = (base.as_chunks_mut().0, refine.as_chunks_mut().0);
+        match self.0 {
+            Level::Portable => portable::encode(block, base, refine),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this level exists only where the instructions do.
+            Level::Avx2 => match unsafe { avx2::encode(block, base, refine) } {
+                true => Ok(()),
+                // It only notices; the other says what is wrong, and where.
+                false => Err(portable::encode(block, base, refine).expect_err("both refuse the same weights")),
+            },
+        }
+    }
+}
+
+/// Slices a whole matrix in memory, at [`Precision::Q4`] without the refine slice.
+///
+/// `None` if its columns are no multiple of [`GROUP`].
+pub fn slice_matrix(matrix: &Matrix, precision: Precision) -> Option<Result<Sliced, EncodeError>> {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let cells = cells(rows, cols)?;
+    let groups = cols / GROUP;
+    let refined = precision != Precision::Q4;
+    let mut base = vec![0; cells * BASE_CELL];
+    let mut refine = vec![0; if refined { cells } else { groups } * REFINE_CELL];
+    let mut refined_blocks = refine.chunks_exact_mut(groups * REFINE_CELL);
+    let mut spare = refined_blocks.next();
+    for (block, base) in base.chunks_exact_mut(groups * BASE_CELL).enumerate() {
+        let first = block * BLOCK_ROWS;
+        let range: Range<usize> = first..rows.min(first + BLOCK_ROWS);
+        let into = spare.as_deref_mut().expect("one per block, or one for all");
+        let bytes = matrix.rows_bytes(range);
+        if let Err(fault) = Encoder::best().block(matrix.dtype(), bytes, cols, base, into) {
+            return Some(Err(EncodeError { row: first + fault.row, ..fault }));
+        }
+        if refined {
+            spare = refined_blocks.next();
+        }
+    }
+    let refine = refined.then(|| refine.into());
+    Some(Ok(Sliced::new(rows, cols, base.into(), refine).expect("sized by its shape")))
+}
+
+/// Index of the first weight in `bytes` (a whole number of elements) that is not a finite number.
+pub fn first_not_finite(dtype: DType, bytes: &[u8]) -> Option<usize> {
+    fn find<const N: usize>(bytes: &[u8], finite: impl Fn([u8; N]) -> bool + Copy) -> Option<usize> {
+        // Whole runs are tested without a branch, at the speed of memory; only a bad one is searched.
+        const RUN: usize = 4096;
+        let elements = bytes.as_chunks::<N>().0;
+        let bad = elements.chunks(RUN).position(|run| !run.iter().fold(true, |all, raw| all & finite(*raw)))?;
+        let within = elements[bad * RUN..].iter().position(|raw| !finite(*raw))?;
+        Some(bad * RUN + within)
+    }
+    match dtype {
+        DType::BF16 => find(bytes, |raw| u16::from_le_bytes(raw) & 0x7f80 != 0x7f80),
+        DType::F16 => find(bytes, |raw| u16::from_le_bytes(raw) & 0x7c00 != 0x7c00),
+        DType::F32 => find(bytes, |raw| u32::from_le_bytes(raw) & 0x7f80_0000 != 0x7f80_0000),
+    }
+}
