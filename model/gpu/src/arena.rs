@@ -1,7 +1,7 @@
 //! The device's memory for weights.
 //!
 //! Owns [`Arena`]: a few large slabs that hold every matrix and vector, so that one launch reads the experts of a layer from
-//! one binding, and [`Place`], the words of one of them, given back when it is dropped. The arena grows by an eighth of
+//! one binding, and [`SlabRange`], the words of one of them, given back when it is dropped. The arena grows by an eighth of
 //! what it has, within bounds, or by what is reserved, and never shrinks: what one expert leaves the next one takes. What is written goes through a
 //! buffer of bounded size, so loading takes no second copy of a large matrix.
 
@@ -40,12 +40,12 @@ pub(crate) struct Arena<R: Runtime> {
 
 /// Words of a slab, until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct SlabRange {
     range: Range,
     ranges: Arc<Mutex<Ranges>>,
 }
 
-impl Place {
+impl SlabRange {
     pub(crate) fn slab(&self) -> usize {
         self.range.slab
     }
@@ -56,7 +56,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for SlabRange {
     fn drop(&mut self) {
         self.ranges.lock().unwrap_or_else(PoisonError::into_inner).give_back(self.range);
     }
@@ -81,7 +81,7 @@ impl<R: Runtime> Arena<R> {
     }
 
     /// Brings `parts`, one behind the other and each of whole words, to the device.
-    pub(crate) fn put(&mut self, parts: &[&[u8]]) -> Place {
+    pub(crate) fn put(&mut self, parts: &[&[u8]]) -> SlabRange {
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
         assert!(bytes <= self.place_most() && parts.iter().all(|part| part.len().is_multiple_of(4)));
         let place = self.place((bytes / 4) as u32);
@@ -94,7 +94,7 @@ impl<R: Runtime> Arena<R> {
     }
 
     /// The first `bytes` of a place, a whole number of words, as they were put there.
-    pub(crate) fn get(&self, place: &Place, bytes: usize) -> Vec<u8> {
+    pub(crate) fn get(&self, place: &SlabRange, bytes: usize) -> Vec<u8> {
         let (handle, words) = &self.slabs[place.slab()];
         let (start, end) = (4 * u64::from(place.at()), 4 * u64::from(*words));
         let handle = handle.clone().offset_start(start).offset_end(end - start - bytes as u64);
@@ -133,7 +133,7 @@ impl<R: Runtime> Arena<R> {
         let _: Result<(), ServerError> = block_on(self.client.sync());
     }
 
-    fn place(&mut self, words: u32) -> Place {
+    fn place(&mut self, words: u32) -> SlabRange {
         let ranges = self.ranges.clone();
         let mut free = ranges.lock().unwrap_or_else(PoisonError::into_inner);
         let range = free.take(words).unwrap_or_else(|| {
@@ -142,7 +142,7 @@ impl<R: Runtime> Arena<R> {
             free.take(words).expect("a place is no larger than a slab")
         });
         drop(free);
-        Place { range, ranges }
+        SlabRange { range, ranges }
     }
 
     /// Adds a slab of at least `words` words, and says of how many.

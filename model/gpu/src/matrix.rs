@@ -7,7 +7,7 @@
 use cubecl::Runtime;
 
 use crate::{
-    arena::{Arena, Place},
+    arena::{Arena, SlabRange},
     device::exact,
     ranges::ALIGNED,
 };
@@ -33,15 +33,15 @@ pub struct GpuMatrix {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) form: Form,
-    pub(crate) parts: Vec<Part>,
+    pub(crate) parts: Vec<MatrixPart>,
 }
 
 /// Whole blocks of a matrix's rows.
 #[derive(Debug)]
-pub(crate) struct Part {
+pub(crate) struct MatrixPart {
     pub(crate) first: usize,
     pub(crate) rows: usize,
-    pub(crate) place: Place,
+    pub(crate) place: SlabRange,
     /// Word 1 of a unit.
     pub(crate) second: u32,
     /// Word 2 of a unit.
@@ -116,7 +116,7 @@ impl GpuMatrix {
             let refine = sliced.refine().map(|refine| &refine[cells.start * REFINE_CELL..cells.end * REFINE_CELL]);
             let place = arena.put(&[base, refine.unwrap_or_default()]);
             let second = place.at() + (base.len() / 4) as u32;
-            Part { first, rows, place, second, stride: groups as u32 }
+            MatrixPart { first, rows, place, second, stride: groups as u32 }
         });
         let parts = parts.collect();
         Self { rows: sliced.rows(), cols: sliced.cols(), form: Form::Sliced { refined }, parts }
@@ -143,7 +143,7 @@ impl GpuMatrix {
                     arena.put(&[&wide])
                 }
             };
-            Part { first, rows, place, second: cols as u32, stride: (padded / 4) as u32 }
+            MatrixPart { first, rows, place, second: cols as u32, stride: (padded / 4) as u32 }
         });
         let parts = parts.collect();
         Self { rows, cols, form: Form::Exact(kind), parts }
@@ -179,7 +179,7 @@ fn cut(rows: usize, block: usize, bytes: usize, most: usize) -> Vec<(usize, usiz
 /// A small f32 vector on the device.
 #[derive(Debug)]
 pub struct GpuVector {
-    pub(crate) place: Place,
+    pub(crate) place: SlabRange,
 }
 
 impl GpuVector {

@@ -1,7 +1,7 @@
 //! What fits a memory budget.
 //!
 //! Pure arithmetic: [`Needs`] of a model on one machine, and what divides a budget among them: [`Fit`] of one memory, or
-//! [`Needs::above`] and [`Beneath`] where a device has memory of its own. The invariant: what is granted adds up to no
+//! [`Needs::fit_device`] and [`HostFit`] where a device has memory of its own. The invariant: what is granted adds up to no
 //! more than the budget.
 
 /// What a model takes, bytes.
@@ -33,14 +33,14 @@ pub enum Fit {
     /// Everything is in memory.
     All,
     /// Experts take turns in `experts` bytes.
-    Tiers { experts: u64, embedding_on_disk: bool },
+    DiskOffload { experts: u64, embedding_on_disk: bool },
 }
 
 /// How host memory beneath a device is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Beneath {
+pub struct HostFit {
     /// Bytes that experts on disk take by turns, if not all of them fit both memories.
-    pub shelf: Option<u64>,
+    pub disk_cache: Option<u64>,
     pub embedding_on_disk: bool,
 }
 
@@ -92,28 +92,28 @@ impl Needs {
             let (experts, expert) = (self.experts_least, self.expert);
             return Err(TooSmall { budget, least, trunk, kv, experts, expert, rest });
         }
-        Ok(Fit::Tiers { experts: (budget - fixed).min(self.experts), embedding_on_disk: self.embedding > 0 })
+        Ok(Fit::DiskOffload { experts: (budget - fixed).min(self.experts), embedding_on_disk: self.embedding > 0 })
     }
 
     /// Of `budget` bytes of a device's memory, those that are left for experts.
-    pub fn above(&self, budget: u64) -> Result<u64, DeviceTooSmall> {
+    pub fn fit_device(&self, budget: u64) -> Result<u64, DeviceTooSmall> {
         let Self { device_trunk: trunk, kv, buffers, .. } = *self;
         let least = trunk + kv + buffers;
         budget.checked_sub(least).ok_or(DeviceTooSmall { budget, least, trunk, kv, buffers })
     }
 
     /// Divides `budget` bytes of host memory, where so many bytes of a device's are left for experts.
-    pub fn beneath(&self, budget: u64, device: u64) -> Result<Beneath, TooSmall> {
+    pub fn fit_host(&self, budget: u64, device: u64) -> Result<HostFit, TooSmall> {
         let experts = self.experts.saturating_sub(device);
         // Two that change places are both here for a moment.
         let exchange = if experts > 0 { self.expert } else { 0 };
         let fixed = self.process + self.table;
         if fixed + experts + exchange <= budget {
-            return Ok(Beneath { shelf: None, embedding_on_disk: false });
+            return Ok(HostFit { disk_cache: None, embedding_on_disk: false });
         }
         let (fixed, embedding_on_disk) = (fixed - self.embedding, self.embedding > 0);
         if fixed + experts + exchange <= budget {
-            return Ok(Beneath { shelf: None, embedding_on_disk });
+            return Ok(HostFit { disk_cache: None, embedding_on_disk });
         }
         let least = fixed + (self.expert * self.experts_least as u64).min(experts + exchange);
         if budget < least {
@@ -121,7 +121,7 @@ impl Needs {
             let (experts, expert) = (self.experts_least, self.expert);
             return Err(TooSmall { budget, least, trunk, kv, experts, expert, rest });
         }
-        Ok(Beneath { shelf: Some((budget - fixed).min(self.experts)), embedding_on_disk })
+        Ok(HostFit { disk_cache: Some((budget - fixed).min(self.experts)), embedding_on_disk })
     }
 }
 
@@ -144,34 +144,34 @@ mod tests {
 
     #[test]
     fn two_memories_are_divided() {
-        assert_eq!((NEEDS.above(85), NEEDS.above(385)), (Ok(0), Ok(300)));
-        let short = NEEDS.above(84).unwrap_err();
+        assert_eq!((NEEDS.fit_device(85), NEEDS.fit_device(385)), (Ok(0), Ok(300)));
+        let short = NEEDS.fit_device(84).unwrap_err();
         assert_eq!(short.least, 85);
         assert!(short.to_string().contains("at least 85") && short.to_string().contains("--vram"), "{short}");
 
-        let held = |embedding_on_disk| Ok(Beneath { shelf: None, embedding_on_disk });
-        assert_eq!((NEEDS.beneath(35, 200), NEEDS.beneath(5, 300)), (held(false), held(true)), "all on the device");
-        assert_eq!(NEEDS.beneath(4, 300).unwrap_err().least, 5);
-        assert_eq!((NEEDS.beneath(143, 100), NEEDS.beneath(113, 100)), (held(false), held(true)));
-        let paged = |bytes| Ok(Beneath { shelf: Some(bytes), embedding_on_disk: true });
-        assert_eq!((NEEDS.beneath(112, 100), NEEDS.beneath(37, 0)), (paged(107), paged(32)));
-        let short = NEEDS.beneath(36, 100).unwrap_err();
+        let held = |embedding_on_disk| Ok(HostFit { disk_cache: None, embedding_on_disk });
+        assert_eq!((NEEDS.fit_host(35, 200), NEEDS.fit_host(5, 300)), (held(false), held(true)), "all on the device");
+        assert_eq!(NEEDS.fit_host(4, 300).unwrap_err().least, 5);
+        assert_eq!((NEEDS.fit_host(143, 100), NEEDS.fit_host(113, 100)), (held(false), held(true)));
+        let paged = |bytes| Ok(HostFit { disk_cache: Some(bytes), embedding_on_disk: true });
+        assert_eq!((NEEDS.fit_host(112, 100), NEEDS.fit_host(37, 0)), (paged(107), paged(32)));
+        let short = NEEDS.fit_host(36, 100).unwrap_err();
         assert_eq!(short.least, 37);
         let tied = Needs { embedding: 0, device_trunk: 100, ..NEEDS };
-        assert_eq!((tied.beneath(143, 100), tied.beneath(66, 100).unwrap_err().least), (held(false), 67));
+        assert_eq!((tied.fit_host(143, 100), tied.fit_host(66, 100).unwrap_err().least), (held(false), 67));
     }
 
     #[test]
     fn everything_or_by_turns_or_not_at_all() {
         assert_eq!(NEEDS.fit(320), Ok(Fit::All));
-        assert_eq!(NEEDS.fit(319), Ok(Fit::Tiers { experts: 200, embedding_on_disk: true }));
-        assert_eq!(NEEDS.fit(150), Ok(Fit::Tiers { experts: 60, embedding_on_disk: true }));
-        assert_eq!(NEEDS.fit(122), Ok(Fit::Tiers { experts: 32, embedding_on_disk: true }));
+        assert_eq!(NEEDS.fit(319), Ok(Fit::DiskOffload { experts: 200, embedding_on_disk: true }));
+        assert_eq!(NEEDS.fit(150), Ok(Fit::DiskOffload { experts: 60, embedding_on_disk: true }));
+        assert_eq!(NEEDS.fit(122), Ok(Fit::DiskOffload { experts: 32, embedding_on_disk: true }));
         let short = NEEDS.fit(121).unwrap_err();
         assert_eq!((short.least, short.rest), (122, 10));
         assert!(short.to_string().contains("at least 122"), "{short}");
         let tied = Needs { embedding: 0, ..NEEDS };
-        assert_eq!(tied.fit(152), Ok(Fit::Tiers { experts: 32, embedding_on_disk: false }));
+        assert_eq!(tied.fit(152), Ok(Fit::DiskOffload { experts: 32, embedding_on_disk: false }));
         assert_eq!(tied.fit(151).unwrap_err().least, 152);
     }
 }

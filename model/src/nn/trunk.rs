@@ -71,15 +71,15 @@ impl Trunk {
     pub fn load(kernels: &dyn DynKernels, config: Arc<ModelConfig>, tensors: &Tensors) -> Result<Self, LoadError> {
         let specs = layout::trunk(&config);
         refuse_unused(tensors, &specs)?;
-        let source = Source { kernels, tensors };
+        let loader = TensorLoader { kernels, tensors };
         let d = config.hidden_size;
         let embed = tensors.weight(layout::EMBED, [config.vocab_size, d])?;
         let layers =
-            (0..config.num_hidden_layers).map(|layer| source.layer(&config, layer)).collect::<Result<_, _>>()?;
-        let norm = source.vector(layout::NORM, d)?;
+            (0..config.num_hidden_layers).map(|layer| loader.layer(&config, layer)).collect::<Result<_, _>>()?;
+        let norm = loader.vector(layout::NORM, d)?;
         let head = match config.tie_word_embeddings {
             true => kernels.matrix(embed.clone()),
-            false => source.matrix(layout::HEAD, [config.vocab_size, d])?,
+            false => loader.matrix(layout::HEAD, [config.vocab_size, d])?,
         };
         let rope = Rope::new(&config);
         let embed = Embedding::InMemory(embed);
@@ -128,12 +128,12 @@ fn refuse_unused(tensors: &Tensors, specs: &[TensorSpec]) -> Result<(), LoadErro
     }
 }
 
-struct Source<'a> {
+struct TensorLoader<'a> {
     kernels: &'a dyn DynKernels,
     tensors: &'a Tensors,
 }
 
-impl Source<'_> {
+impl TensorLoader<'_> {
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<DeviceMatrix, LoadError> {
         Ok(self.kernels.matrix(self.tensors.weight(name, shape)?))
     }

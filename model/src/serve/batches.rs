@@ -16,7 +16,7 @@ use super::{
     batch::{BatchEntry, InFlightBatch},
     error::EngineError,
     executor::Executor,
-    jobs::{Advance, Advanced, Reply, Routes},
+    jobs::{Advance, Advanced, JobReply, Routes},
     options::EngineOptions,
     scheduler::{Decision, Limits, RequestId, ScheduledChunk, Scheduler, SessionId},
 };
@@ -40,9 +40,9 @@ pub(super) enum Turn {
 }
 
 /// A session's request and what it has come to.
-struct Request {
+struct OpenRequest {
     advance: Advance,
-    reply: Reply<(Advanced, Routes)>,
+    reply: JobReply<(Advanced, Routes)>,
     /// Tokens that have been through all layers.
     done: usize,
     advanced: Advanced,
@@ -51,7 +51,7 @@ struct Request {
 
 pub(super) struct Batches {
     scheduler: Scheduler,
-    requests: BTreeMap<RequestId, Request>,
+    requests: BTreeMap<RequestId, OpenRequest>,
     /// The one that has waited longest for its turn first.
     in_flight: VecDeque<InFlightBatch>,
     next_id: u64,
@@ -65,12 +65,12 @@ impl Batches {
     }
 
     /// Takes a request.
-    pub(super) fn ask(&mut self, advance: Advance, reply: Reply<(Advanced, Routes)>) {
+    pub(super) fn ask(&mut self, advance: Advance, reply: JobReply<(Advanced, Routes)>) {
         let id = RequestId(self.next_id);
         self.next_id += 1;
         self.scheduler.submit(id, advance.session, advance.tokens.len());
         let (advanced, routes) = (Advanced::default(), Routes::new());
-        self.requests.insert(id, Request { advance, reply, done: 0, advanced, routes });
+        self.requests.insert(id, OpenRequest { advance, reply, done: 0, advanced, routes });
     }
 
     /// The session was dropped.
@@ -171,7 +171,7 @@ impl Batches {
         let since = clock();
         let (mut chunks, mut entries) = (Vec::new(), Vec::new());
         for chunk in scheduled {
-            let Request { advance, done, .. } = &self.requests[&chunk.request];
+            let OpenRequest { advance, done, .. } = &self.requests[&chunk.request];
             let end = done + chunk.rows;
             let want = match advance.want {
                 Want::Last if end < advance.tokens.len() => Want::Nothing,
@@ -228,7 +228,7 @@ impl Batches {
     }
 }
 
-impl Request {
+impl OpenRequest {
     /// Lets go of the pages first: whoever has its answer and drops its session has them back.
     fn answer(self, result: Result<(Advanced, Routes), EngineError>) {
         drop(self.advance);

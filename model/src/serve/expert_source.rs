@@ -11,7 +11,7 @@ use crate::nn::expert_call::ExpertCall;
 /// Computes experts elsewhere.
 pub trait ExpertSource: Send + Sync {
     /// Takes a request and returns at once: the compute thread calls this. It never has more requests open than an
-    /// engine has flights.
+    /// engine has batches in flight.
     fn ask(&self, request: ExpertRequest);
 }
 
@@ -64,7 +64,7 @@ impl ExpertRequest {
 impl ExpertReply {
     /// Ends the request.
     pub fn answer(self, result: Result<ExpertOutputs, SourceError>) {
-        // The flight may have been given up meanwhile.
+        // The batch may have been cancelled meanwhile.
         let _ = self.0.send(result);
     }
 

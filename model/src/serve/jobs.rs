@@ -14,40 +14,40 @@ use crate::nn::{batch::Want, router::Route};
 /// Jobs that may wait for the compute thread. Each may hold a chunk of rows, so the number bounds memory too.
 pub(crate) const JOBS_MAX: usize = 16;
 
-pub(crate) type Reply<T> = oneshot::Sender<Result<T, EngineError>>;
+pub(crate) type JobReply<T> = oneshot::Sender<Result<T, EngineError>>;
 
 /// What the compute thread can be asked.
 pub(crate) enum Job {
     LoadTrunk {
         tensors: Tensors,
         embedding_on_disk: bool,
-        reply: Reply<()>,
+        reply: JobReply<()>,
     },
     LoadExpert {
         id: ExpertId,
         tensors: Tensors,
-        reply: Reply<()>,
+        reply: JobReply<()>,
     },
     LoadExpertOnDisk {
         id: ExpertId,
         tensors: Tensors,
-        reply: Reply<()>,
+        reply: JobReply<()>,
     },
     DropExpert {
         id: ExpertId,
-        reply: Reply<bool>,
+        reply: JobReply<bool>,
     },
     SetDiskCacheBytes {
         bytes: u64,
-        reply: Reply<()>,
+        reply: JobReply<()>,
     },
     Advance {
         advance: Advance,
-        reply: Reply<(Advanced, Routes)>,
+        reply: JobReply<(Advanced, Routes)>,
     },
     RunExperts {
         call: RemoteCall,
-        reply: Reply<Computed>,
+        reply: JobReply<Computed>,
     },
     /// Look around: a session was dropped, or something has come.
     Wake,
@@ -157,7 +157,7 @@ impl JobQueue {
     }
 
     /// Hands a job over and waits for its answer.
-    pub(crate) async fn ask<T>(&self, job: impl FnOnce(Reply<T>) -> Job) -> Result<T, EngineError> {
+    pub(crate) async fn ask<T>(&self, job: impl FnOnce(JobReply<T>) -> Job) -> Result<T, EngineError> {
         let (reply, answer) = oneshot::channel();
         self.jobs.send(job(reply)).await.map_err(|_| self.state.unanswered())?;
         answer.await.map_err(|_| self.state.unanswered())?

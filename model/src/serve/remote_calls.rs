@@ -11,7 +11,7 @@ use coel_weights::slices::Precision;
 use super::{
     error::EngineError,
     executor::Executor,
-    jobs::{Computed, JOBS_MAX, RemoteCall, Reply},
+    jobs::{Computed, JOBS_MAX, RemoteCall, JobReply},
 };
 use crate::offload::{cpu::CpuOffload, residency::ClaimId};
 
@@ -30,7 +30,7 @@ pub(super) struct PendingCall {
 }
 
 #[derive(Default)]
-pub(super) struct RemoteCalls(Vec<(PendingCall, Reply<Computed>)>);
+pub(super) struct RemoteCalls(Vec<(PendingCall, JobReply<Computed>)>);
 
 impl RemoteCalls {
     pub(super) fn are_full(&self) -> bool {
@@ -38,7 +38,7 @@ impl RemoteCalls {
     }
 
     /// Answers a call at once if it can, else as soon as its experts have come.
-    pub(super) fn take(&mut self, call: RemoteCall, reply: Reply<Computed>, executor: &mut Executor) {
+    pub(super) fn take(&mut self, call: RemoteCall, reply: JobReply<Computed>, executor: &mut Executor) {
         match executor.begin_call(call) {
             Ok(pending) => self.step(pending, reply, executor),
             Err(error) => answer(reply, Err(error)),
@@ -52,7 +52,7 @@ impl RemoteCalls {
         }
     }
 
-    fn step(&mut self, mut pending: PendingCall, reply: Reply<Computed>, executor: &mut Executor) {
+    fn step(&mut self, mut pending: PendingCall, reply: JobReply<Computed>, executor: &mut Executor) {
         let done = match reply.is_closed() {
             true => Ok(true),
             false => executor.step_call(&mut pending),
@@ -83,6 +83,6 @@ impl PendingCall {
 }
 
 /// The asker may have gone; its answer is then dropped.
-fn answer(reply: Reply<Computed>, result: Result<Computed, EngineError>) {
+fn answer(reply: JobReply<Computed>, result: Result<Computed, EngineError>) {
     let _ = reply.send(result);
 }

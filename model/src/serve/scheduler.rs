@@ -69,7 +69,7 @@ pub enum Decision {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Request {
+struct QueuedRequest {
     id: RequestId,
     session: SessionId,
     /// Still to be computed.
@@ -81,7 +81,7 @@ struct Request {
 #[derive(Clone, Copy, Debug)]
 struct Batched {
     chunk: ScheduledChunk,
-    request: Request,
+    request: QueuedRequest,
     cancelled: bool,
 }
 
@@ -90,7 +90,7 @@ struct Batched {
 pub struct Scheduler {
     limits: Limits,
     /// In the order in which they are served.
-    waiting: Vec<Request>,
+    waiting: Vec<QueuedRequest>,
     in_flight: Vec<Batched>,
     /// Sessions expected back, and until when.
     expected: BTreeMap<SessionId, Instant>,
@@ -98,8 +98,8 @@ pub struct Scheduler {
 
 impl Limits {
     /// Shares a batch of at most `room` rows out among `ready`, which are in the order of service.
-    fn fill(&self, room: usize, ready: &[Request]) -> Vec<ScheduledChunk> {
-        let (few, long): (Vec<&Request>, Vec<&Request>) = ready.iter().partition(|request| request.rows <= FEW_ROWS);
+    fn fill(&self, room: usize, ready: &[QueuedRequest]) -> Vec<ScheduledChunk> {
+        let (few, long): (Vec<&QueuedRequest>, Vec<&QueuedRequest>) = ready.iter().partition(|request| request.rows <= FEW_ROWS);
         let prompt_room = if long.is_empty() { 0 } else { room.saturating_sub(self.decode_rows_kept) };
         let beside = prompt_room.min(self.prompt_rows_beside);
         let mut chunks = Vec::new();
@@ -122,8 +122,8 @@ impl Limits {
 
 /// Shares `room` rows out evenly among the first few of `long`: none gets more than it wants, and what it leaves goes to
 /// the others.
-fn share(mut room: usize, long: &[&Request]) -> Vec<ScheduledChunk> {
-    let mut sharing: Vec<&Request> = long.iter().take((room / SHARE_MIN).max(1)).copied().collect();
+fn share(mut room: usize, long: &[&QueuedRequest]) -> Vec<ScheduledChunk> {
+    let mut sharing: Vec<&QueuedRequest> = long.iter().take((room / SHARE_MIN).max(1)).copied().collect();
     sharing.sort_by_key(|request| request.rows);
     let mut chunks = Vec::new();
     for (index, request) in sharing.iter().enumerate() {
@@ -160,7 +160,7 @@ impl Scheduler {
     pub fn submit(&mut self, id: RequestId, session: SessionId, rows: usize) {
         assert!(rows > 0, "a request has rows");
         self.expected.remove(&session);
-        self.waiting.push(Request { id, session, rows, alone: false });
+        self.waiting.push(QueuedRequest { id, session, rows, alone: false });
     }
 
     /// Nobody wants the request any more. If it is in a batch its session stays busy until the batch has ended.
@@ -213,7 +213,7 @@ impl Scheduler {
                     self.expected.insert(request.session, now + patience);
                     done.push(chunk.request);
                 }
-                rows => self.waiting.push(Request { rows, alone: false, ..request }),
+                rows => self.waiting.push(QueuedRequest { rows, alone: false, ..request }),
             }
         }
         done
@@ -226,12 +226,12 @@ impl Scheduler {
         if chunks.len() == 1 {
             return requests.first().map(|(chunk, _)| chunk.request);
         }
-        self.waiting.splice(0..0, requests.into_iter().map(|(_, request)| Request { alone: true, ..request }));
+        self.waiting.splice(0..0, requests.into_iter().map(|(_, request)| QueuedRequest { alone: true, ..request }));
         None
     }
 
     /// Takes the requests of a batch out of it, without those that were cancelled.
-    fn take_out(&mut self, chunks: &[ScheduledChunk]) -> Vec<(ScheduledChunk, Request)> {
+    fn take_out(&mut self, chunks: &[ScheduledChunk]) -> Vec<(ScheduledChunk, QueuedRequest)> {
         let each = chunks.iter().filter_map(|chunk| {
             let place = self
                 .in_flight

@@ -30,7 +30,7 @@ use super::{
     device::{Device, open},
     error::EngineError,
     executor::Executor,
-    jobs::{JOBS_MAX, Job, Reply},
+    jobs::{JOBS_MAX, Job, JobReply},
     remote_calls::RemoteCalls,
     state::EngineState,
 };
@@ -111,7 +111,7 @@ struct Worker {
 }
 
 /// The asker may have gone; its answer is then dropped.
-fn answer<T>(reply: Reply<T>, result: Result<T, EngineError>) {
+fn answer<T>(reply: JobReply<T>, result: Result<T, EngineError>) {
     let _ = reply.send(result);
 }
 

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use crate::{
     budget::{
-        fit::{Beneath, DeviceTooSmall, Fit, Needs, TooSmall},
+        fit::{HostFit, DeviceTooSmall, Fit, Needs, TooSmall},
         footprint::Footprint,
         inventory::Inventory,
     },
@@ -142,13 +142,13 @@ impl LocalModel {
         }
         let needs = || needs(&folder, &trunk, process, options.experts, engine_options.kv_tokens);
         if let Some(vram) = options.vram {
-            return Self::open_above(&folder, text, options, vram, &trunk, needs(), engine_options);
+            return Self::open_on_device(&folder, text, options, vram, &trunk, needs(), engine_options);
         }
         let fit = match options.memory {
             None => Fit::All,
             Some(budget) => needs().fit(budget)?,
         };
-        if let Fit::Tiers { experts, .. } = fit {
+        if let Fit::DiskOffload { experts, .. } = fit {
             engine_options.disk_cache_bytes = experts;
         }
         let engine = Engine::start(options.device, config.clone(), engine_options)?;
@@ -159,7 +159,7 @@ impl LocalModel {
                     block_on(engine.load_expert_tensors(id, folder.expert(id, options.experts)?))?;
                 }
             }
-            Fit::Tiers { embedding_on_disk, .. } => {
+            Fit::DiskOffload { embedding_on_disk, .. } => {
                 load_trunk(&engine, owned(&trunk, embedding_on_disk)?, embedding_on_disk)?;
                 load_all_on_disk(&engine, &folder, options)?;
             }
@@ -168,7 +168,7 @@ impl LocalModel {
     }
 
     /// The same on a device that may take `vram` bytes of its own memory.
-    fn open_above(
+    fn open_on_device(
         folder: &ModelFolder,
         text: TextModel,
         options: &LocalOptions,
@@ -180,28 +180,28 @@ impl LocalModel {
         if options.device.resolve().map_err(EngineError::from)? == Device::Cpu {
             return Err(LocalError::NoDevice);
         }
-        let above = needs.above(vram)?;
+        let device_experts = needs.fit_device(vram)?;
         // Where everything fits, nothing lies beneath.
-        engine_options.device_expert_bytes = (above < needs.experts).then_some(above);
+        engine_options.device_expert_bytes = (device_experts < needs.experts).then_some(device_experts);
         let engine = Engine::start(options.device, folder.config().clone(), engine_options)?;
         if engine.device() == Device::Cpu {
             return Err(LocalError::NoDevice);
         }
         // Drivers take memory of the process too.
         let needs = Needs { process: resident_bytes(), ..needs };
-        let Beneath { shelf, embedding_on_disk } = match options.memory {
-            None => Beneath { shelf: None, embedding_on_disk: false },
-            Some(budget) => needs.beneath(budget, above)?,
+        let HostFit { disk_cache, embedding_on_disk } = match options.memory {
+            None => HostFit { disk_cache: None, embedding_on_disk: false },
+            Some(budget) => needs.fit_host(budget, device_experts)?,
         };
         load_trunk(&engine, trunk.clone(), embedding_on_disk)?;
         let rest = trunk.iter().filter(|(name, _)| *name != layout::EMBED || embedding_on_disk);
         rest.for_each(|(_, view)| view.release());
-        match shelf {
+        match disk_cache {
             None => {
                 for id in layout::experts(folder.config()) {
                     let tensors = folder.expert(id, options.experts)?;
                     block_on(engine.load_expert_tensors(id, tensors.clone()))?;
-                    if above >= needs.experts {
+                    if device_experts >= needs.experts {
                         tensors.release();
                     }
                 }
@@ -258,7 +258,7 @@ fn check_slicing(folder: &ModelFolder, process: u64, options: &LocalOptions, bud
         let largest = layout::trunk(config).iter().map(elements).max().unwrap_or(0) * config.dtype.size() as u64;
         least = process + trunk + largest;
     }
-    // Beneath a device only what does not fit it has to have room.
+    // HostFit a device only what does not fit it has to have room.
     if are_made(options.experts) && options.vram.is_none() {
         let whole = Needs { trunk, ..needs(folder, &Tensors::default(), process, options.experts, kv_tokens) };
         whole.fit(budget)?;

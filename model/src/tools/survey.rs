@@ -59,7 +59,7 @@ pub enum SurveyError {
 }
 
 /// Where a survey gets what it needs.
-pub trait Source {
+pub trait SurveySource {
     /// One expert's tensors; `None` where it has no slices.
     fn expert(&mut self, id: ExpertId, precision: Precision) -> Result<Option<Tensors>, LoadError>;
 
@@ -77,7 +77,7 @@ pub fn survey(
     trunk: &Tensors,
     tokens: &[u32],
     threads: usize,
-    source: &mut (impl Source + Send),
+    source: &mut (impl SurveySource + Send),
 ) -> Result<Survey, SurveyError> {
     // A thread of its own, whose priority and pool end with it.
     std::thread::scope(|scope| {
@@ -94,7 +94,7 @@ fn run(
     config: &Arc<ModelConfig>,
     tensors: &Tensors,
     tokens: &[u32],
-    source: &mut impl Source,
+    source: &mut impl SurveySource,
 ) -> Result<Survey, SurveyError> {
     let width = |layer| if config.is_sparse(layer) { config.num_experts } else { 0 };
     let layers = config.num_hidden_layers;
@@ -141,7 +141,7 @@ fn measure(
     config: &ModelConfig,
     layer: u16,
     batches: &[Batch],
-    source: &mut impl Source,
+    source: &mut impl SurveySource,
     survey: &mut Survey,
 ) -> Result<Vec<LayerOutputs>, SurveyError> {
     let d = config.hidden_size;

@@ -1,6 +1,6 @@
 //! Checkpoints of a given shape with random weights, for measuring what does not hang on what a model says.
 //!
-//! Owns [`Recipe`]: a configuration, the text files that go with it and a seed. Weights are Gaussian with the deviation
+//! Owns [`SynthSpec`]: a configuration, the text files that go with it and a seed. Weights are Gaussian with the deviation
 //! models are initialised with, norms are 1, and any range of any tensor is made by itself ([`gauss`]): so a checkpoint
 //! is streamed to disk, or straight into slices, without ever being in memory. The invariant: same shape and seed,
 //! same bytes, whatever the number of layers or the way they are written.
@@ -56,7 +56,7 @@ type Files = Vec<(String, Vec<u8>)>;
 
 /// What is to be made.
 #[derive(Clone, Debug)]
-pub struct Recipe {
+pub struct SynthSpec {
     like: String,
     seed: u64,
     json: Value,
@@ -65,7 +65,7 @@ pub struct Recipe {
     files: Files,
 }
 
-impl Recipe {
+impl SynthSpec {
     /// The shape `like`: one of [`NAMES`], or that of a checkpoint folder, which then also gives the tokenizer. With
     /// `layers` that many layers instead of its own.
     pub fn new(like: &str, layers: Option<usize>, seed: u64) -> Result<Self, SynthError> {

@@ -8,7 +8,7 @@ use coel_model::{
     serve::{device::Device, engine::block_on},
     tools::{
         generate::{LocalError, LocalModel, LocalOptions},
-        synth::{Recipe, SynthError},
+        synth::{SynthSpec, SynthError},
     },
     weights::{
         checkpoint::Checkpoint,
@@ -305,7 +305,7 @@ fn random_checkpoints_are_the_same_for_the_same_seed() {
     let like = fixture().display().to_string();
     let make = |layers: Option<usize>, seed| {
         let dir = tempfile::tempdir().unwrap();
-        let recipe = Recipe::new(&like, layers, seed).unwrap();
+        let recipe = SynthSpec::new(&like, layers, seed).unwrap();
         recipe.write(dir.path(), |_, _| {}).unwrap();
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         assert_eq!(recipe.weight_bytes(), checkpoint.tensors().data_bytes());
@@ -336,13 +336,13 @@ fn random_checkpoints_are_the_same_for_the_same_seed() {
     let name = "model.layers.0.mlp.experts.3.up_proj.weight";
     assert!(tensor(&one, name) != tensor(&other, name));
     assert!(tensor(&one, name) != tensor(&one, "model.layers.0.mlp.experts.4.up_proj.weight"));
-    check_names(Recipe::new(&like, None, 0).unwrap().write(dir.path(), |_, _| {}).unwrap_err(), &["holds a model"]);
-    assert!(matches!(Recipe::new("gpt-5", None, 0), Err(SynthError::Unknown(_))));
+    check_names(SynthSpec::new(&like, None, 0).unwrap().write(dir.path(), |_, _| {}).unwrap_err(), &["holds a model"]);
+    assert!(matches!(SynthSpec::new("gpt-5", None, 0), Err(SynthError::Unknown(_))));
 }
 
 #[test]
 fn random_slices_are_the_slices_of_the_random_checkpoint() {
-    let recipe = Recipe::new(&fixture().display().to_string(), Some(1), 3).unwrap();
+    let recipe = SynthSpec::new(&fixture().display().to_string(), Some(1), 3).unwrap();
     let [exact, sliced, direct] = std::array::from_fn(|_| tempfile::tempdir().unwrap());
     recipe.write(exact.path(), |_, _| {}).unwrap();
     slice_checkpoint(exact.path(), sliced.path(), |_, _| {}).unwrap();
@@ -361,9 +361,9 @@ fn random_slices_are_the_slices_of_the_random_checkpoint() {
 
 #[test]
 fn the_named_shape_is_the_published_one() {
-    let recipe = Recipe::new("qwen1.5-moe-a2.7b", None, 0).unwrap();
+    let recipe = SynthSpec::new("qwen1.5-moe-a2.7b", None, 0).unwrap();
     assert_eq!(recipe.weight_bytes(), 2 * 14_315_784_192, "parameters as published");
-    let quarter = Recipe::new("qwen1.5-moe-a2.7b", Some(6), 0).unwrap();
+    let quarter = SynthSpec::new("qwen1.5-moe-a2.7b", Some(6), 0).unwrap();
     assert_eq!(quarter.config().experts_total(), 360);
     assert_eq!(quarter.config().vocab_size, 151_936);
 }

@@ -10,7 +10,7 @@ use coel_model::{
     text::model::TextModel,
     tools::{
         popularity::{CALIBRATION_TEXT, WINDOW_TOKENS, route_popularity},
-        survey::{Source, Survey, SurveyError, survey},
+        survey::{SurveySource, Survey, SurveyError, survey},
     },
     weights::{checkpoint::Checkpoint, error::LoadError, layout::ExpertId, slices::Precision, tensors::Tensors},
 };
@@ -34,7 +34,7 @@ impl<'a> Slicing<'a> {
     }
 }
 
-impl Source for Slicing<'_> {
+impl SurveySource for Slicing<'_> {
     fn expert(&mut self, id: ExpertId, precision: Precision) -> Result<Option<Tensors>, LoadError> {
         self.asked.push((id, precision));
         if precision != Precision::Exact && !self.sliced {
@@ -106,7 +106,7 @@ fn what_is_found_depends_on_nothing_but_model_and_text() {
 /// Experts that cannot be sliced have no slices, as in an import.
 struct Exactly<'a>(&'a Checkpoint);
 
-impl Source for Exactly<'_> {
+impl SurveySource for Exactly<'_> {
     fn expert(&mut self, id: ExpertId, precision: Precision) -> Result<Option<Tensors>, LoadError> {
         match self.0.expert(id).sliced(precision) {
             Err(LoadError::Slice { .. }) => Ok(None),

@@ -35,7 +35,7 @@ impl Sim {
 
     /// The next batch as (session, rows); panics if there is none now.
     #[track_caller]
-    fn fly(&mut self) -> (Vec<ScheduledChunk>, Vec<(u64, usize)>) {
+    fn launch(&mut self) -> (Vec<ScheduledChunk>, Vec<(u64, usize)>) {
         match self.scheduler.next(self.now) {
             Decision::Run(chunks) => {
                 let shown = chunks.iter().map(|chunk| (chunk.request.0 % 100, chunk.rows)).collect();
@@ -45,7 +45,7 @@ impl Sim {
         }
     }
 
-    fn land(&mut self, chunks: &[ScheduledChunk], took: Duration) -> Vec<u64> {
+    fn complete(&mut self, chunks: &[ScheduledChunk], took: Duration) -> Vec<u64> {
         self.now += took;
         self.scheduler.completed(chunks, self.now, took).into_iter().map(|id| id.0 % 100).collect()
     }
@@ -56,15 +56,15 @@ fn a_lone_request_waits_for_nobody() {
     let mut sim = sim();
     assert_eq!(sim.scheduler.next(sim.now), Decision::Idle);
     sim.ask(1, 40);
-    let (chunks, shown) = sim.fly();
+    let (chunks, shown) = sim.launch();
     assert_eq!(shown, [(1, 40)]);
     assert_eq!(sim.scheduler.next(sim.now), Decision::Idle);
-    assert_eq!(sim.land(&chunks, 20 * MS), [1]);
+    assert_eq!(sim.complete(&chunks, 20 * MS), [1]);
     for _ in 0..5 {
         sim.ask(1, 1);
-        let (chunks, shown) = sim.fly();
+        let (chunks, shown) = sim.launch();
         assert_eq!(shown, [(1, 1)]);
-        sim.land(&chunks, 20 * MS);
+        sim.complete(&chunks, 20 * MS);
     }
 }
 
@@ -72,9 +72,9 @@ fn a_lone_request_waits_for_nobody() {
 fn who_was_answered_is_waited_for_briefly_and_only_once() {
     let mut sim = sim();
     (1..=8).for_each(|session| _ = sim.ask(session, 1));
-    let (chunks, shown) = sim.fly();
+    let (chunks, shown) = sim.launch();
     assert_eq!(shown.len(), 8);
-    sim.land(&chunks, 12 * MS);
+    sim.complete(&chunks, 12 * MS);
     // They come back one after the other; the batch waits for the last.
     let answered = sim.now;
     for session in (1..=8).rev() {
@@ -87,16 +87,16 @@ fn who_was_answered_is_waited_for_briefly_and_only_once() {
         sim.now += MS / 2;
     }
     let chunks: Vec<_> = (1..=8).map(|session| ScheduledChunk { request: RequestId(200 + session), rows: 1 }).collect();
-    sim.land(&chunks, 12 * MS);
+    sim.complete(&chunks, 12 * MS);
     // One stays away: the others wait half a batch, once.
     (1..=7).for_each(|session| _ = sim.ask(session, 1));
     assert_eq!(sim.scheduler.next(sim.now), Decision::WaitUntil(sim.now + 6 * MS));
     sim.now += 6 * MS;
-    let (chunks, shown) = sim.fly();
+    let (chunks, shown) = sim.launch();
     assert_eq!(shown.len(), 7);
-    sim.land(&chunks, 12 * MS);
+    sim.complete(&chunks, 12 * MS);
     (1..=7).for_each(|session| _ = sim.ask(session, 1));
-    assert_eq!(sim.fly().1.len(), 7);
+    assert_eq!(sim.launch().1.len(), 7);
 }
 
 #[test]
@@ -104,14 +104,14 @@ fn who_has_gone_is_not_waited_for_and_patience_has_bounds() {
     let mut sim = sim();
     for (took, patience) in [(MS / 10, MS), (8 * MS, 4 * MS), (2000 * MS, 10 * MS)] {
         (1..=2).for_each(|session| _ = sim.ask(session, 1));
-        let (chunks, _) = sim.fly();
-        sim.land(&chunks, took);
+        let (chunks, _) = sim.launch();
+        sim.complete(&chunks, took);
         sim.ask(1, 1);
         assert_eq!(sim.scheduler.next(sim.now), Decision::WaitUntil(sim.now + patience));
         sim.scheduler.gone(SessionId(2));
-        let (chunks, shown) = sim.fly();
+        let (chunks, shown) = sim.launch();
         assert_eq!(shown, [(1, 1)]);
-        sim.land(&chunks, took);
+        sim.complete(&chunks, took);
     }
 }
 
@@ -121,31 +121,31 @@ fn a_long_prompt_goes_in_pieces_beside_tokens() {
     sim.ask(9, 200);
     (1..=3).for_each(|session| _ = sim.ask(session, 1));
     for left in [200, 136, 72] {
-        let (chunks, mut shown) = sim.fly();
+        let (chunks, mut shown) = sim.launch();
         shown.sort_unstable();
         assert_eq!(shown, [(1, 1), (2, 1), (3, 1), (9, 64)], "{left} rows are left");
-        assert_eq!(sim.land(&chunks, 50 * MS), [1, 2, 3]);
+        assert_eq!(sim.complete(&chunks, 50 * MS), [1, 2, 3]);
         (1..=3).for_each(|session| _ = sim.ask(session, 1));
     }
-    let (chunks, shown) = sim.fly();
+    let (chunks, shown) = sim.launch();
     assert_eq!(shown.len(), 4);
-    assert!(sim.land(&chunks, 50 * MS).contains(&9), "8 rows were left");
+    assert!(sim.complete(&chunks, 50 * MS).contains(&9), "8 rows were left");
 }
 
 #[test]
 fn prompts_alone_fill_the_batch_and_share_it() {
     let mut sim = sim();
     sim.ask(1, 1000);
-    let (chunks, shown) = sim.fly();
+    let (chunks, shown) = sim.launch();
     assert_eq!(shown, [(1, 256)]);
-    sim.land(&chunks, MS);
+    sim.complete(&chunks, MS);
     sim.ask(2, 30);
     sim.ask(3, 500);
-    let (chunks, shown) = sim.fly();
+    let (chunks, shown) = sim.launch();
     assert_eq!(shown, [(2, 30), (3, 113), (1, 113)]);
-    assert_eq!(sim.land(&chunks, MS), [2]);
+    assert_eq!(sim.complete(&chunks, MS), [2]);
     sim.scheduler.gone(SessionId(2));
-    assert_eq!(sim.fly().1, [(3, 128), (1, 128)]);
+    assert_eq!(sim.launch().1, [(3, 128), (1, 128)]);
 }
 
 #[test]
@@ -153,12 +153,12 @@ fn many_that_decode_leave_rows_for_prompts_and_take_turns() {
     let mut sim = sim_with(Limits { rows: 40, prompt_rows_beside: 30, ..LIMITS });
     (1..=50).for_each(|session| _ = sim.ask(session, 1));
     sim.ask(60, 100);
-    let (chunks, shown) = sim.fly();
+    let (chunks, shown) = sim.launch();
     assert_eq!(shown[..24], (1..=24).map(|session| (session, 1)).collect::<Vec<_>>());
     assert_eq!(shown[24..], [(60, 16)]);
-    sim.land(&chunks, MS);
+    sim.complete(&chunks, MS);
     (1..=24).for_each(|session| _ = sim.ask(session, 1));
-    let (_, shown) = sim.fly();
+    let (_, shown) = sim.launch();
     assert_eq!(shown[..2], [(25, 1), (26, 1)]);
 }
 
@@ -168,23 +168,23 @@ fn a_failed_batch_is_tried_one_by_one() {
     sim.ask(1, 1);
     sim.ask(2, 300);
     sim.ask(3, 1);
-    let (chunks, _) = sim.fly();
+    let (chunks, _) = sim.launch();
     sim.ask(4, 1);
     assert_eq!(sim.scheduler.failed(&chunks), None);
     let mut tried = Vec::new();
     for _ in 0..3 {
-        let (chunks, shown) = sim.fly();
+        let (chunks, shown) = sim.launch();
         assert_eq!(shown.len(), 1);
         tried.push(shown[0]);
         match shown[0].0 {
             3 => assert_eq!(sim.scheduler.failed(&chunks), Some(chunks[0].request)),
-            _ => _ = sim.land(&chunks, MS),
+            _ => _ = sim.complete(&chunks, MS),
         }
     }
     tried.sort_unstable();
     assert_eq!(tried, [(1, 1), (2, 256), (3, 1)]);
     sim.scheduler.gone(SessionId(1));
-    let (_, shown) = sim.fly();
+    let (_, shown) = sim.launch();
     assert_eq!(shown, [(4, 1), (2, 44)], "from here on together again");
 }
 
@@ -192,12 +192,12 @@ fn a_failed_batch_is_tried_one_by_one() {
 fn a_session_is_in_one_batch_also_when_a_request_was_given_up() {
     let mut sim = sim();
     let first = sim.ask(1, 300);
-    let (chunks, _) = sim.fly();
+    let (chunks, _) = sim.launch();
     sim.scheduler.cancel(first);
     sim.ask(1, 7);
     assert_eq!(sim.scheduler.next(sim.now), Decision::Idle);
-    assert_eq!(sim.land(&chunks, MS), [] as [u64; 0]);
-    assert_eq!(sim.fly().1, [(1, 7)]);
+    assert_eq!(sim.complete(&chunks, MS), [] as [u64; 0]);
+    assert_eq!(sim.launch().1, [(1, 7)]);
     let waits = sim.ask(2, 5);
     sim.scheduler.cancel(waits);
     assert_eq!((sim.scheduler.next(sim.now), sim.scheduler.waiting()), (Decision::Idle, 0));
@@ -209,15 +209,15 @@ fn a_session_is_in_one_batch_also_when_a_request_was_given_up() {
 fn batches_that_overlap_take_different_sessions() {
     let mut sim = sim();
     sim.ask(1, 1);
-    let (first, _) = sim.fly();
+    let (first, _) = sim.launch();
     sim.ask(2, 1);
-    let (second, shown) = sim.fly();
+    let (second, shown) = sim.launch();
     assert_eq!(shown, [(2, 1)]);
-    assert_eq!(sim.land(&second, MS), [2]);
+    assert_eq!(sim.complete(&second, MS), [2]);
     sim.ask(2, 1);
-    let (third, _) = sim.fly();
-    assert_eq!(sim.land(&first, MS), [1]);
-    assert_eq!(sim.land(&third, MS), [2]);
+    let (third, _) = sim.launch();
+    assert_eq!(sim.complete(&first, MS), [1]);
+    assert_eq!(sim.complete(&third, MS), [2]);
 }
 
 #[test]
@@ -226,19 +226,19 @@ fn a_batch_of_prompts_leaves_rows_for_those_that_decode_meanwhile() {
     sim.scheduler.keep_decode_rows(32);
     sim.ask(1, 500);
     sim.ask(2, 500);
-    let (prompts, shown) = sim.fly();
+    let (prompts, shown) = sim.launch();
     assert_eq!(shown, [(1, 112), (2, 112)]);
     sim.ask(3, 300);
     assert_eq!(sim.scheduler.next(sim.now), Decision::Idle, "the rest is not for prompts");
     (11..=50).for_each(|session| _ = sim.ask(session, 1));
-    let (tokens, shown) = sim.fly();
+    let (tokens, shown) = sim.launch();
     assert_eq!(shown, (11..=42).map(|session| (session, 1)).collect::<Vec<_>>());
     assert_eq!(sim.scheduler.next(sim.now), Decision::Idle, "all rows are in a batch");
-    sim.land(&prompts, MS);
-    let (_, shown) = sim.fly();
+    sim.complete(&prompts, MS);
+    let (_, shown) = sim.launch();
     assert_eq!(shown[..8], (43..=50).map(|session| (session, 1)).collect::<Vec<_>>());
     assert_eq!(shown[8..], [(3, 21), (1, 21), (2, 22)]);
-    sim.land(&tokens, MS);
+    sim.complete(&tokens, MS);
 }
 
 /// Sessions with prompts of any length decode a few tokens each; batches may fail.
@@ -285,7 +285,7 @@ proptest! {
                 prop_assert_eq!(sim.scheduler.failed(&chunks), None);
                 continue;
             }
-            for session in sim.land(&chunks, 3 * MS) {
+            for session in sim.complete(&chunks, 3 * MS) {
                 let tokens = left.get_mut(&session).unwrap();
                 *tokens -= 1;
                 match *tokens {
@@ -307,15 +307,15 @@ proptest! {
         sim.ask(99, prompt);
         (1..=decoding).for_each(|session| _ = sim.ask(session, 1));
         for _ in 0..prompt.div_ceil(LIMITS.prompt_rows_beside) {
-            let (chunks, shown) = sim.fly();
+            let (chunks, shown) = sim.launch();
             prop_assert_eq!(shown.len() as u64, decoding + 1);
-            for session in sim.land(&chunks, MS) {
+            for session in sim.complete(&chunks, MS) {
                 if session != 99 {
                     sim.ask(session, 1);
                 }
             }
         }
         sim.scheduler.gone(SessionId(99));
-        prop_assert_eq!(sim.fly().1.len() as u64, decoding);
+        prop_assert_eq!(sim.launch().1.len() as u64, decoding);
     }
 }

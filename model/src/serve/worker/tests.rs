@@ -237,13 +237,13 @@ fn pages_are_kept_while_they_fly_and_no_longer() {
     bench.round();
     bench.round();
     drop(gone);
-    assert_eq!(bench.engine.activity().pages_used, 11, "the flight still writes them");
+    assert_eq!(bench.engine.activity().pages_used, 11, "the batch still writes them");
     bench.rest();
     assert_eq!(bench.engine.activity().pages_used, 1);
     let (session, result) = poll(&mut stays).unwrap();
     assert!(result.unwrap().0.logits == bench.alone(&tokens(3, 2)).0);
     drop(session);
-    // A flight that nobody waits for any more is given up.
+    // A batch that nobody waits for any more is cancelled.
     let all = bench.ask(bench.open(160), &tokens(160, 1));
     bench.round();
     drop(all);
@@ -330,7 +330,7 @@ fn experts_from_elsewhere_change_no_bit_and_are_counted_to_whoever_needed_them()
         if asked.is_empty() {
             break;
         }
-        assert_eq!(asked.len(), 1, "both are in one flight");
+        assert_eq!(asked.len(), 1, "both are in one batch");
         for request in asked {
             assert!(request.call.routes.iter().flatten().all(|route| route.expert % 3 == 0));
             serve(&mut other, request, "avx2/q4");
@@ -347,7 +347,7 @@ fn experts_from_elsewhere_change_no_bit_and_are_counted_to_whoever_needed_them()
 }
 
 #[test]
-fn while_one_flight_waits_another_computes() {
+fn while_one_batch_waits_another_computes() {
     let (mut bench, mut other, source) = apart();
     let inputs = [tokens(9, 1), tokens(1, 2), tokens(1, 3)];
     let expected = inputs.clone().map(|input| other.alone(&input).0);
@@ -356,8 +356,8 @@ fn while_one_flight_waits_another_computes() {
         requests.push(bench.ask(bench.open(16), input));
         bench.rest();
     }
-    assert_eq!((source.0.lock().unwrap().len(), bench.engine.activity().waiting), (2, 1), "two flights and no more");
-    // The second flight is answered first all the way; the third takes off in its place.
+    assert_eq!((source.0.lock().unwrap().len(), bench.engine.activity().waiting), (2, 1), "two batches and no more");
+    // The second batch is answered first all the way; the third begins in its place.
     let mut first = source.0.lock().unwrap().remove(0);
     while poll(&mut requests[1]).is_none() {
         source.take().into_iter().for_each(|request| serve(&mut other, request, "x"));
