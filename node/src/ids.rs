@@ -14,29 +14,29 @@ pub fn peer_id(peer: &Peer) -> Option<PeerId> {
 }
 
 /// The model's name for an expert of the placement.
-pub fn to_model(expert: coel_store::ExpertId) -> coel_model::layout::ExpertId {
-    coel_model::layout::ExpertId { layer: expert.layer, index: expert.index }
+pub fn to_model(expert: coel_store::ExpertId) -> coel_model::weights::layout::ExpertId {
+    coel_model::weights::layout::ExpertId { layer: expert.layer, index: expert.index }
 }
 
 /// The placement's name for a precision of the model.
-pub fn to_store_precision(precision: coel_model::slices::Precision) -> coel_store::Precision {
+pub fn to_store_precision(precision: coel_model::weights::slices::Precision) -> coel_store::Precision {
     match precision {
-        coel_model::slices::Precision::Q4 => coel_store::Precision::Q4,
-        coel_model::slices::Precision::Q8 => coel_store::Precision::Q8,
-        coel_model::slices::Precision::Exact => coel_store::Precision::Exact,
+        coel_model::weights::slices::Precision::Q4 => coel_store::Precision::Q4,
+        coel_model::weights::slices::Precision::Q8 => coel_store::Precision::Q8,
+        coel_model::weights::slices::Precision::Exact => coel_store::Precision::Exact,
     }
 }
 
 /// The placement's name for an expert of the model.
-pub fn to_store(expert: coel_model::layout::ExpertId) -> coel_store::ExpertId {
+pub fn to_store(expert: coel_model::weights::layout::ExpertId) -> coel_store::ExpertId {
     coel_store::ExpertId { layer: expert.layer, index: expert.index }
 }
 
 /// The model's name for a precision of the placement.
-pub fn to_model_precision(precision: coel_store::Precision) -> coel_model::slices::Precision {
+pub fn to_model_precision(precision: coel_store::Precision) -> coel_model::weights::slices::Precision {
     match precision {
-        coel_store::Precision::Q4 => coel_model::slices::Precision::Q4,
-        coel_store::Precision::Q8 => coel_model::slices::Precision::Q8,
-        coel_store::Precision::Exact => coel_model::slices::Precision::Exact,
+        coel_store::Precision::Q4 => coel_model::weights::slices::Precision::Q4,
+        coel_store::Precision::Q8 => coel_model::weights::slices::Precision::Q8,
+        coel_store::Precision::Exact => coel_model::weights::slices::Precision::Exact,
     }
 }

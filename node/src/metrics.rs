@@ -2,8 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use coel_model::engine::Activity;
-use coel_model::tiers::meter::TierStats;
+use coel_model::offload::meter::OffloadStats;
+use coel_model::serve::engine::Activity;
 use coel_store::Precision;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -169,7 +169,7 @@ impl Metrics {
     }
 
     /// Takes over what the engine has counted of experts on disk.
-    pub fn note_tiers(&self, stats: &TierStats) {
+    pub fn note_tiers(&self, stats: &OffloadStats) {
         let tiers = &self.tiers;
         for (counter, count) in [
             (&tiers.hits, stats.hits),
@@ -186,8 +186,8 @@ impl Metrics {
         for (counter, count) in [
             (&device.hits, of.hits),
             (&device.raised, of.raised),
-            (&device.by_host, of.by_host),
-            (&device.raised_bytes, of.bytes_raised),
+            (&device.on_cpu, of.on_cpu),
+            (&device.raised_bytes, of.bytes_promoted),
         ] {
             counter.inner().store(count, Ordering::Relaxed);
         }
@@ -246,7 +246,7 @@ struct Tiers {
 struct Device {
     hits: Counter,
     raised: Counter,
-    by_host: Counter,
+    cpu_class: Counter,
     raised_bytes: Counter,
     experts: Gauge,
     bytes: Gauge,
@@ -262,7 +262,7 @@ impl Device {
                 &self.hits,
             ),
             ("tier_device_raised", "Experts needed that were brought to the device for it", &self.raised),
-            ("tier_device_by_host", "Experts needed that the host computed", &self.by_host),
+            ("tier_device_by_host", "Experts needed that the host computed", &self.on_cpu),
         ] {
             registry.register(name, help, counter.clone());
         }
@@ -307,7 +307,7 @@ impl Tiers {
 
 #[cfg(test)]
 mod tests {
-    use coel_model::tiers::meter::{DeviceStats, LayerRecall, Tally};
+    use coel_model::offload::meter::{DeviceStats, LayerRecall, Tally};
 
     use super::*;
 
@@ -317,7 +317,7 @@ mod tests {
         let tally = |pairs, found| Tally { pairs, found };
         let recall = [(tally(0, 0), tally(0, 0)), (tally(8, 4), tally(4, 3)), (tally(0, 0), tally(2, 1))];
         let recall = recall.map(|(early, late)| LayerRecall { early, late });
-        let stats = TierStats {
+        let stats = OffloadStats {
             shelved: 9,
             hits: 5,
             misses: 7,
@@ -326,10 +326,10 @@ mod tests {
             bytes_read: 4096,
             stall: std::time::Duration::from_millis(1500),
             recall: recall.into(),
-            device: DeviceStats { hits: 11, by_host: 2, bytes: 640, bytes_raised: 1280, ..DeviceStats::default() },
-            ..TierStats::default()
+            device: DeviceStats { hits: 11, cpu_class: 2, bytes: 640, bytes_raised: 1280, ..DeviceStats::default() },
+            ..OffloadStats::default()
         };
-        metrics.note_tiers(&TierStats { misses: 1, ..stats.clone() });
+        metrics.note_tiers(&OffloadStats { misses: 1, ..stats.clone() });
         metrics.note_tiers(&stats);
         let text = metrics.text();
         for line in [

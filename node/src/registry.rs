@@ -7,8 +7,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use coel_model::config::ModelConfig;
-use coel_model::text::TextModel;
+use coel_model::text::model::TextModel;
+use coel_model::weights::config::ModelConfig;
 use coel_store::manifest::MANIFEST_BYTES_MAX;
 use coel_store::{BlobEntry, BlobId, Blobs, CHUNK_BYTES, Manifest, Model, ModelId, Precision};
 use tokio::sync::watch;

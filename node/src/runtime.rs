@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coel_gossip::{Handle, Identity};
-use coel_model::device::Device;
+use coel_model::serve::device::Device;
 use coel_store::{Blobs, Log, MemberInfo, Timing};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -78,7 +78,7 @@ pub enum RunError {
     Io { what: String, source: std::io::Error },
     /// The requested device does not exist.
     #[error("{0}")]
-    Device(#[from] coel_model::device::DeviceError),
+    Device(#[from] coel_model::serve::device::DeviceError),
     /// GPU memory was given and no GPU can be used.
     #[error(
         "--vram {vram} and --device {device}: no GPU can be used here, so this node computes on the CPU; leave --vram out, or name the \
@@ -279,7 +279,11 @@ fn wire_up(node: &Node, api_url: &str) -> Parts {
         metrics: metrics.clone(),
         lifecycle: lifecycle.clone(),
         newcomer: *newcomer,
-        remote_experts: Arc::new(Caller::new(CallerHandles { loaded: loaded.downgrade(), view: view.clone(), metrics: metrics.clone() })),
+        remote_experts: Arc::new(Caller::new(CallerHandles {
+            loaded: loaded.downgrade(),
+            view: view.clone(),
+            metrics: metrics.clone(),
+        })),
         rows_max: wire::rows_max,
     };
     let importer = Importer {
@@ -350,7 +354,10 @@ async fn serve(
     task("members", Box::pin(members::follow(gossip.clone(), log.clone())));
     task("raft", Box::pin(raft_network::serve(raft_in, log.clone())));
     task("admission", Box::pin(protocol::serve(join_in, log.clone(), gossip.local_peer_id())));
-    task("experts", Box::pin(host::serve(experts_in, HostHandles { loaded: parts.loaded, metrics: parts.metrics.clone() })));
+    task(
+        "experts",
+        Box::pin(host::serve(experts_in, HostHandles { loaded: parts.loaded, metrics: parts.metrics.clone() })),
+    );
     task("weights", Box::pin(weights::serve::serve(weights_in, blobs, parts.metrics)));
     task("hosting", Box::pin(hosting::run(parts.hosting)));
     task("leader", Box::pin(leader::run(parts.view, parts.leader_report)));

@@ -8,8 +8,8 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use coel_model::chat::Message;
-use coel_model::sequence::{Emitted, FinishReason, GenerateParams};
+use coel_model::text::chat::Message;
+use coel_model::text::sequence::{Emitted, FinishReason, GenerateParams};
 use coel_store::Precision;
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};

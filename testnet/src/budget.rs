@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use coel_model::folder::ModelFolder;
+use coel_model::weights::folder::ModelFolder;
 use coel_node::budget::ModelSizes;
 use coel_store::Precision;
 

@@ -11,9 +11,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use coel_model::checkpoint::Checkpoint;
-use coel_model::layout::{self, ExpertId};
-use coel_model::parts::{Part, PartKind, TensorRange, parts};
+use coel_model::weights::checkpoint::Checkpoint;
+use coel_model::weights::layout;
+use coel_model::weights::layout::ExpertId;
+use coel_model::weights::parts::{Part, PartKind, TensorRange, parts};
 use serde_json::{Map, json};
 
 /// What is done to the importer's copy.

@@ -6,17 +6,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use coel_model::chat::Message;
-use coel_model::checkpoint::Checkpoint;
-use coel_model::decoder::Want;
-use coel_model::device::Device;
-use coel_model::engine::block_on;
-use coel_model::generate::{Generation, LocalModel, LocalOptions};
-use coel_model::parts::parts;
-use coel_model::popularity::{CALIBRATION_TEXT, WINDOW_TOKENS};
-use coel_model::sampling::SamplingParams;
-use coel_model::sequence::GenerateParams;
-use coel_model::slices::Precision;
+use coel_model::nn::batch::Want;
+use coel_model::serve::device::Device;
+use coel_model::serve::engine::block_on;
+use coel_model::text::chat::Message;
+use coel_model::text::sampling::SamplingParams;
+use coel_model::text::sequence::GenerateParams;
+use coel_model::tools::generate::{Generation, LocalModel, LocalOptions};
+use coel_model::tools::popularity::{CALIBRATION_TEXT, WINDOW_TOKENS};
+use coel_model::weights::checkpoint::Checkpoint;
+use coel_model::weights::parts::parts;
+use coel_model::weights::slices::Precision;
 use coel_node::ids;
 use coel_node::status::expert_key;
 use coel_store::ExpertId;

@@ -1,9 +1,9 @@
 //! Experts on disk: two nodes whose memories do not hold the model serve it all the same, until a third one joins.
 
-use coel_model::checkpoint::Checkpoint;
-use coel_model::parts::parts;
-use coel_model::slices::Precision as Slices;
-use coel_model::slices::blob::part_bytes;
+use coel_model::weights::checkpoint::Checkpoint;
+use coel_model::weights::parts::parts;
+use coel_model::weights::slices::Precision as Slices;
+use coel_model::weights::slicing::part_slices::part_bytes;
 use coel_node::control::Request;
 use coel_node::service::ModelInfo;
 use coel_node::status::{Counts, Status};

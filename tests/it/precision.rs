@@ -58,7 +58,9 @@ async fn a_mesh_too_small_for_everything_exactly_serves_at_mixed_precision() {
         });
         let bytes = placed.sum::<u64>();
         assert_eq!(node.expert_bytes, Some(bytes));
-        assert!(bytes + budget.fixed_bytes <= node.memory_budget_bytes.unwrap() || node.trunk != Some(Precision::Exact));
+        assert!(
+            bytes + budget.fixed_bytes <= node.memory_budget_bytes.unwrap() || node.trunk != Some(Precision::Exact)
+        );
     }
     assert!(all.exact < 144 && all.q8 > 0, "{all:?}");
 

@@ -11,7 +11,7 @@ use coel_weights::slices::Precision;
 use super::{
     error::EngineError,
     executor::Executor,
-    jobs::{Computed, JOBS_MAX, RemoteCall, JobReply},
+    jobs::{Computed, JOBS_MAX, JobReply, RemoteCall},
 };
 use crate::offload::{cpu::CpuOffload, residency::ClaimId};
 

@@ -99,7 +99,8 @@ pub struct Scheduler {
 impl Limits {
     /// Shares a batch of at most `room` rows out among `ready`, which are in the order of service.
     fn fill(&self, room: usize, ready: &[QueuedRequest]) -> Vec<ScheduledChunk> {
-        let (few, long): (Vec<&QueuedRequest>, Vec<&QueuedRequest>) = ready.iter().partition(|request| request.rows <= FEW_ROWS);
+        let (few, long): (Vec<&QueuedRequest>, Vec<&QueuedRequest>) =
+            ready.iter().partition(|request| request.rows <= FEW_ROWS);
         let prompt_room = if long.is_empty() { 0 } else { room.saturating_sub(self.decode_rows_kept) };
         let beside = prompt_room.min(self.prompt_rows_beside);
         let mut chunks = Vec::new();

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use crate::{
     budget::{
-        fit::{HostFit, DeviceTooSmall, Fit, Needs, TooSmall},
+        fit::{DeviceTooSmall, Fit, HostFit, Needs, TooSmall},
         footprint::Footprint,
         inventory::Inventory,
     },

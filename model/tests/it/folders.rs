@@ -8,7 +8,7 @@ use coel_model::{
     serve::{device::Device, engine::block_on},
     tools::{
         generate::{LocalError, LocalModel, LocalOptions},
-        synth::{SynthSpec, SynthError},
+        synth::{SynthError, SynthSpec},
     },
     weights::{
         checkpoint::Checkpoint,

@@ -10,7 +10,7 @@ use coel_model::{
     text::model::TextModel,
     tools::{
         popularity::{CALIBRATION_TEXT, WINDOW_TOKENS, route_popularity},
-        survey::{SurveySource, Survey, SurveyError, survey},
+        survey::{Survey, SurveyError, SurveySource, survey},
     },
     weights::{checkpoint::Checkpoint, error::LoadError, layout::ExpertId, slices::Precision, tensors::Tensors},
 };

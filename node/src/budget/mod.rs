@@ -12,15 +12,15 @@ mod offer;
 
 use std::collections::BTreeMap;
 
-use coel_model::config::ModelConfig;
-use coel_model::decoder::CHUNK_ROWS;
-use coel_model::engine::Ledger;
-use coel_model::folder::ModelFolder;
-use coel_model::footprint::Footprint;
-use coel_model::pages::PAGE_TOKENS;
-use coel_model::parts::{Part, PartKind, parts};
-use coel_model::slices::blob::part_bytes;
-use coel_model::tiers::buffer::PAGE;
+use coel_model::budget::footprint::Footprint;
+use coel_model::nn::batch::CHUNK_ROWS;
+use coel_model::serve::engine::Ledger;
+use coel_model::serve::pages::PAGE_TOKENS;
+use coel_model::weights::config::ModelConfig;
+use coel_model::weights::folder::ModelFolder;
+use coel_model::weights::memory::PAGE;
+use coel_model::weights::parts::{Part, PartKind, parts};
+use coel_model::weights::slicing::part_slices::part_bytes;
 use coel_store::{Bounds, ExpertId, Manifest, Precision, Slices};
 use serde::Serialize;
 
@@ -36,7 +36,7 @@ pub const RUNNING_MAX: usize = 32;
 /// Experts a node fetches and loads at once: enough to keep a link busy.
 pub const LOADS_MAX: usize = 4;
 
-/// Name of the trunk part that is the embedding table (`coel_model::parts`). It stays in the machine's memory, also with a GPU.
+/// Name of the trunk part that is the embedding table (`coel_model::weights::parts`). It stays in the machine's memory, also with a GPU.
 const EMBEDDINGS: &str = "embeddings";
 
 /// The experts of a model and their sizes.
@@ -276,7 +276,7 @@ impl ModelSizes {
     /// memory below it, that alone is for them.
     pub fn paging_room(&self, limits: &Limits, trunk: Precision, ledger: &Ledger, more: u64) -> u64 {
         let rest = self.expert_room(limits, trunk).saturating_sub(ledger.expert_bytes + more);
-        let offloaded = ledger.beneath_bytes.saturating_sub(ledger.tier_bytes_reserved);
+        let offloaded = ledger.cpu_offload_bytes.saturating_sub(ledger.disk_cache_bytes_reserved);
         match limits.offload_bytes {
             Some(bytes) => rest.min(bytes.saturating_sub(self.offload_fixed_bytes(trunk) + offloaded + more)),
             None => rest,

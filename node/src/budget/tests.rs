@@ -1,4 +1,4 @@
-use coel_model::checkpoint::Checkpoint;
+use coel_model::weights::checkpoint::Checkpoint;
 use coel_store::manifest::FORMAT;
 use coel_store::{BlobEntry, PartEntry};
 

@@ -8,9 +8,9 @@ use std::process::Command;
 use std::time::Instant;
 
 use clap::Args;
-use coel_model::bench::{Bench, read_gb_s};
-use coel_model::generate::LocalModel;
-use coel_model::tiers::meter::{DeviceStats, LayerRecall, TierStats};
+use coel_model::offload::meter::{DeviceStats, LayerRecall, OffloadStats};
+use coel_model::tools::bench::{Bench, read_gb_s};
+use coel_model::tools::generate::LocalModel;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -102,7 +102,7 @@ struct Tiers {
     /// Experts that take turns in memory, and the share of all that fits.
     shelved: usize,
     in_memory: usize,
-    tier_bytes: u64,
+    disk_cache_bytes: u64,
     /// Share of needed experts that were in memory.
     hit_rate: f64,
     /// Waiting for the disk with nothing to compute.
@@ -114,13 +114,13 @@ struct Tiers {
     recall: Option<f64>,
     recall_layers: Vec<LayerRecall>,
     #[serde(skip)]
-    sums: TierStats,
+    sums: OffloadStats,
     #[serde(skip)]
     tokens: usize,
 }
 
 impl Tiers {
-    fn add(&mut self, round: &TierStats, tokens: usize) {
+    fn add(&mut self, round: &OffloadStats, tokens: usize) {
         self.sums.add(round);
         self.tokens += tokens;
         let (sums, tokens) = (&self.sums, self.tokens.max(1) as f64);
@@ -153,13 +153,13 @@ impl Above {
     /// Nothing where all is in one memory.
     fn of(sums: &DeviceStats, tokens: usize) -> Option<Self> {
         let tokens = tokens.max(1) as f64;
-        (sums.hits + sums.raised + sums.by_host > 0).then(|| Self {
+        (sums.hits + sums.raised + sums.on_cpu > 0).then(|| Self {
             device_experts: sums.experts,
             device_bytes: sums.bytes,
             device_budget_bytes: sums.budget_bytes,
             device_hit_rate: sums.hit_rate(),
-            host_experts_per_token: sums.by_host as f64 / tokens,
-            raised_bytes_per_token: sums.bytes_raised as f64 / tokens,
+            host_experts_per_token: sums.on_cpu as f64 / tokens,
+            raised_bytes_per_token: sums.bytes_promoted as f64 / tokens,
         })
     }
 }
@@ -203,9 +203,9 @@ impl BenchArgs {
         let mut tiers = Tiers::default();
         for _ in 0..self.rounds {
             coel[0].push(bench.prefill(self.prompt)?);
-            let before = model.engine.tiers();
+            let before = model.engine.offload_stats();
             coel[1].push(bench.decode(self.r#gen)?);
-            tiers.add(&model.engine.tiers().since(&before), self.r#gen);
+            tiers.add(&model.engine.offload_stats().since(&before), self.r#gen);
             if let Some(requests) = self.concurrent {
                 coel[2].push(bench.concurrent(requests, CONCURRENT_PROMPT, self.r#gen)?);
             }
@@ -226,7 +226,7 @@ impl BenchArgs {
             coel: rates(&coel),
             llama_cpp: self.llama_bench.as_ref().map(|_| rates(&llama)),
             device: Above::of(&tiers.sums.device, tiers.tokens),
-            tiers: (model.engine.tiers().shelved > 0).then_some(tiers),
+            tiers: (model.engine.offload_stats().shelved > 0).then_some(tiers),
         };
         let report = self.report(&model, &bench, measured);
         if self.output.json { print::json(&report) } else { report.print() }
@@ -255,8 +255,8 @@ impl BenchArgs {
             peak_rss_bytes: peak_rss_bytes(),
             packed_bytes: ledger.trunk_bytes
                 + ledger.expert_bytes
-                + ledger.tier_bytes_reserved
-                + ledger.tier_bytes_raised
+                + ledger.disk_cache_bytes_reserved
+                + ledger.disk_cache_bytes_promoted
                 + ledger.kv_bytes_reserved,
             tiers,
             device,

@@ -4,11 +4,11 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
-use coel_model::folder::ModelFolder;
-use coel_model::inventory::{FormBytes, Inventory};
-use coel_model::slices::Precision;
-use coel_model::slicing::slice_checkpoint;
-use coel_model::synth::Recipe;
+use coel_model::budget::inventory::{FormBytes, Inventory};
+use coel_model::tools::synth::SynthSpec;
+use coel_model::weights::folder::ModelFolder;
+use coel_model::weights::slices::Precision;
+use coel_model::weights::slicing::slice_checkpoint;
 use serde::Serialize;
 
 use super::print::{self, Progress};

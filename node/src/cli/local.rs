@@ -4,12 +4,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use coel_model::device::Device;
-use coel_model::eval::{TextReport, WINDOW_TOKENS, eval_qa, eval_reference, eval_text, eval_text_against};
-use coel_model::generate::{LocalModel, LocalOptions};
-use coel_model::sampling::SamplingParams;
-use coel_model::sequence::GenerateParams;
-use coel_model::slices::Precision;
+use coel_model::serve::device::Device;
+use coel_model::text::sampling::SamplingParams;
+use coel_model::text::sequence::GenerateParams;
+use coel_model::tools::eval::{TextReport, WINDOW_TOKENS, eval_qa, eval_reference, eval_text, eval_text_against};
+use coel_model::tools::generate::{LocalModel, LocalOptions};
+use coel_model::weights::slices::Precision;
 use serde::Serialize;
 
 use super::policies::{self, Comparison};
@@ -98,7 +98,7 @@ impl LocalArgs {
 
     /// Opens the model with a KV cache of so many tokens, or of one full context; `foresee` counts how well experts are
     /// predicted.
-    pub fn open_with(&self, kv_tokens: Option<usize>, foresee: bool) -> Result<LocalModel, Failure> {
+    pub fn open_with(&self, kv_tokens: Option<usize>, measure_recall: bool) -> Result<LocalModel, Failure> {
         let options = LocalOptions { kv_tokens, foresee, ..self.options()? };
         Ok(LocalModel::open_with(&self.model, &options)?)
     }
@@ -182,7 +182,7 @@ impl Generate {
         let model = self.local.open()?;
         let json = self.output.json;
         let mut shown = Ok(());
-        let show = |emitted: &coel_model::sequence::Emitted| {
+        let show = |emitted: &coel_model::text::sequence::Emitted| {
             if !json && shown.is_ok() {
                 let mut stdout = std::io::stdout();
                 shown = write!(stdout, "{}", emitted.text).and_then(|()| stdout.flush());
@@ -330,7 +330,7 @@ impl Eval {
             fields.remove("passed");
         }
         if let (true, Some(fields)) = (self.recall, fields.as_object_mut()) {
-            let stats = model.engine.tiers();
+            let stats = model.engine.offload_stats();
             let [early, late] = stats.mean_recall();
             fields.insert("recall_early".into(), early.into());
             fields.insert("recall_late".into(), late.into());

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use coel_gossip::Multiaddr;
-use coel_model::device::Device;
+use coel_model::serve::device::Device;
 use coel_store::Bounds;
 use serde::Deserialize;
 

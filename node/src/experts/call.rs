@@ -21,8 +21,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use coel_gossip::Frame;
-use coel_model::experts::ExpertCall;
-use coel_model::source::{ExpertOutputs, Share};
+use coel_model::nn::expert_call::ExpertCall;
+use coel_model::serve::expert_source::{ExpertOutputs, Share};
 use coel_store::{ExpertId, ModelId, NodeId};
 use rand::Rng;
 

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use coel_gossip::{Frame, Handle, Liveness, PeerId, Peers, RequestError};
-use coel_model::engine::{Engine, EngineError};
-use coel_model::experts::ExpertCall;
-use coel_model::source::{ExpertRequest, ExpertSource, SourceError};
+use coel_model::nn::expert_call::ExpertCall;
+use coel_model::serve::engine::{Engine, EngineError};
+use coel_model::serve::expert_source::{ExpertRequest, ExpertSource, SourceError};
 use coel_store::{NodeId, State};
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use coel_gossip::{Frame, FrameStream, Incoming, PeerId};
-use coel_model::engine::{Computed, EngineError};
+use coel_model::serve::engine::{Computed, EngineError};
 use coel_store::ExpertId;
 use tokio::sync::Semaphore;
 use tracing::{debug, debug_span, warn};
@@ -84,9 +84,9 @@ async fn compute(peer: PeerId, frame: &Frame, handles: &HostHandles) -> (ReplyHe
     let class = serving.class(&work.iter().map(|work| held[&id(work.expert)]).collect());
     let calls =
         work.into_iter().map(|work| (work.expert, work.rows.into_iter().map(u32::from).collect::<Vec<_>>())).collect();
-    match serving.engine.run_experts_telling(layer, rows, calls).await {
-        Ok(Computed { outputs, by_host }) => {
-            let class = by_host.map_or(class.clone(), |by_host| format!("{class}{}{by_host}", class::AND));
+    match serving.engine.compute_experts(layer, rows, calls).await {
+        Ok(Computed { outputs, cpu_class }) => {
+            let class = cpu_class.map_or(class.clone(), |cpu_class| format!("{class}{}{cpu_class}", class::AND));
             // A device names itself; homes take nothing but short, printable names.
             let class = class::printable(&class, class::CLASS_BYTES_MAX);
             handles.metrics.rows_served.inc_by(served);

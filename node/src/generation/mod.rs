@@ -9,12 +9,13 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use coel_model::decoder::Want;
-use coel_model::engine::EngineError;
-use coel_model::sequence::{Sequence, SequenceError};
-use coel_model::session::{Advanced, Session};
-use coel_model::source::SourceError;
-use coel_model::text::TextError;
+use coel_model::nn::batch::Want;
+use coel_model::serve::Advanced;
+use coel_model::serve::engine::EngineError;
+use coel_model::serve::expert_source::SourceError;
+use coel_model::serve::session::Session;
+use coel_model::text::model::TextError;
+use coel_model::text::sequence::{Sequence, SequenceError};
 use coel_store::Precision;
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -365,7 +366,7 @@ impl Service for Generator {
         metrics.memory_budget_bytes.set(node.memory_bytes as i64);
         if let Some(model) = node.loaded.model() {
             metrics.note_engine(model.engine.activity());
-            metrics.note_tiers(&model.engine.tiers());
+            metrics.note_tiers(&model.engine.offload_stats());
         }
         metrics.text()
     }

@@ -4,10 +4,10 @@
 //! replaced. Slices are made wherever exact weights lie, even if peers have them: reading the part once costs less than sending it
 //! over a network. Where no peer has a slice any more, the exact weights are fetched and sliced.
 
-use coel_model::bytes::WeightBytes;
-use coel_model::parts::PartKind;
-use coel_model::slices::blob::PartBlobs;
-use coel_model::tiers::buffer::Buffer;
+use coel_model::weights::memory::Buffer;
+use coel_model::weights::memory::WeightBytes;
+use coel_model::weights::parts::PartKind;
+use coel_model::weights::slices::PartBlobs;
 use coel_store::{BlobEntry, BlobError, Blobs, ExpertId, PartEntry, Precision, Slice, Slices, State};
 use tracing::{debug, info, warn};
 

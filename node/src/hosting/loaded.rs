@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
-use coel_model::engine::Engine;
+use coel_model::serve::engine::Engine;
 use coel_store::{ExpertId, Precision};
 use tokio::sync::watch;
 

@@ -22,9 +22,9 @@ mod slicing;
 use std::sync::Arc;
 use std::time::Duration;
 
-use coel_model::device::Device;
-use coel_model::engine::{Engine, EngineOptions};
-use coel_model::source::ExpertSource;
+use coel_model::serve::device::Device;
+use coel_model::serve::engine::{Engine, EngineOptions};
+use coel_model::serve::expert_source::ExpertSource;
 use coel_store::{Blobs, Command, ExpertId, Model, ModelId, Precision, State};
 use futures::StreamExt;
 use futures::stream;
@@ -306,7 +306,7 @@ impl Hosting {
             device_bytes: limits.offload_bytes.map(|_| limits.fixed_budget().1.saturating_sub(fixed_bytes)),
             ..EngineOptions::default()
         };
-        let failed = |error: coel_model::engine::EngineError| HostingError::load("the trunk", error);
+        let failed = |error: coel_model::serve::engine::EngineError| HostingError::load("the trunk", error);
         let (device, config) = (node.device, meta.config.clone());
         let engine = run_blocking(move || Engine::start(device, config, options)).await.map_err(failed)?;
         if let (Some(vram), Device::Cpu) = (limits.vram_bytes, engine.device()) {

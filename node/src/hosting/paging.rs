@@ -7,8 +7,8 @@
 
 use std::time::Duration;
 
-use coel_model::bytes::WeightBytes;
-use coel_model::tensors::Tensors;
+use coel_model::weights::memory::WeightBytes;
+use coel_model::weights::tensors::Tensors;
 use coel_store::{Blobs, ExpertId, Precision, Segment, State};
 use tracing::info;
 
@@ -96,7 +96,7 @@ impl Hosting {
         let rest = self.paging_room(model, bytes);
         for _ in 0..LOOKS_MAX {
             self.resize_cache(model, rest).await?;
-            if model.engine.tiers().bytes_in_memory <= rest {
+            if model.engine.offload_stats().bytes_in_memory <= rest {
                 return Ok(());
             }
             tokio::time::sleep(LOOK).await;
@@ -107,7 +107,7 @@ impl Hosting {
 
     /// Ends paging once no expert is paged any more.
     pub(super) async fn end_paging(&self, model: &LoadedModel) -> Result<(), HostingError> {
-        if model.engine.tiers().budget_bytes > 0 && self.node.loaded.paged().is_empty() {
+        if model.engine.offload_stats().budget_bytes > 0 && self.node.loaded.paged().is_empty() {
             self.resize_cache(model, 0).await?;
             info!("every expert is in memory again");
         }
@@ -137,7 +137,7 @@ impl Hosting {
     }
 
     async fn resize_cache(&self, model: &LoadedModel, bytes: u64) -> Result<(), HostingError> {
-        let resized = model.engine.set_tier_bytes(bytes).await;
+        let resized = model.engine.set_disk_cache_bytes(bytes).await;
         resized.map_err(|error| HostingError::load("the cache of experts on disk", error))
     }
 
@@ -148,7 +148,7 @@ impl Hosting {
         precision: Precision,
         tensors: Tensors,
     ) -> Result<(), HostingError> {
-        let paged = model.engine.shelve_expert_tensors(ids::to_model(expert), tensors).await;
+        let paged = model.engine.load_expert_tensors_on_disk(ids::to_model(expert), tensors).await;
         paged.map_err(|error| HostingError::load(format!("expert {expert}"), error))?;
         self.node.loaded.add_paged(expert, precision);
         Ok(())

@@ -7,9 +7,10 @@
 use std::cell::RefCell;
 use std::io::{self, Write};
 
-use coel_model::parts::{Part, PartKind};
-use coel_model::slices::blob::{ReadAt, SliceError, write_part};
-use coel_model::tensors::LoadError;
+use coel_model::weights::error::LoadError;
+use coel_model::weights::parts::{Part, PartKind};
+use coel_model::weights::slices::SliceError;
+use coel_model::weights::slicing::part_slices::{ReadAt, write_part};
 use coel_store::{BlobEntry, BlobError, BlobReader, Blobs, Draft, Slice, Slices};
 
 /// Why slices were not made.
@@ -76,8 +77,8 @@ impl Write for Out {
 mod tests {
     use std::path::Path;
 
-    use coel_model::checkpoint::Checkpoint;
-    use coel_model::parts::parts;
+    use coel_model::weights::checkpoint::Checkpoint;
+    use coel_model::weights::parts::parts;
 
     use super::*;
 

@@ -6,7 +6,7 @@
 //!
 //! It does not know tokenizers: what a token stands for is an argument.
 
-use coel_model::sampling::Logprobs;
+use coel_model::text::sampling::Logprobs;
 use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 

@@ -7,9 +7,9 @@
 //! It is pure: the seed for a request without one is an argument. It does not know the model, so whether a prompt fits the
 //! context, or a token id the vocabulary, is the service's to say.
 
-use coel_model::chat::Message;
-use coel_model::sampling::SamplingParams;
-use coel_model::sequence::GenerateParams;
+use coel_model::text::chat::Message;
+use coel_model::text::sampling::SamplingParams;
+use coel_model::text::sequence::GenerateParams;
 use serde_json::Value;
 
 use super::error::ApiError;

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
-use coel_model::sequence::{Emitted, FinishReason};
+use coel_model::text::sequence::{Emitted, FinishReason};
 use coel_store::Precision;
 use serde::Serialize;
 

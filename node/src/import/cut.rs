@@ -12,10 +12,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-use coel_model::checkpoint::Checkpoint;
-use coel_model::parts::{Part, PartKind, parts};
-use coel_model::slices::blob::{FORMAT, PartBytes, ReadAt, SliceError, part_bytes, write_part};
-use coel_model::slices::encode::first_not_finite;
+use coel_model::weights::checkpoint::Checkpoint;
+use coel_model::weights::parts::{Part, PartKind, parts};
+use coel_model::weights::slices::encode::first_not_finite;
+use coel_model::weights::slices::{FORMAT, SliceError};
+use coel_model::weights::slicing::part_slices::{PartBytes, ReadAt, part_bytes, write_part};
 use coel_store::{
     BlobEntry, BlobError, BlobHasher, Blobs, CHUNK_BYTES, Manifest, NewPart, NewSlices, PartKey, Segment, Slices,
 };

@@ -11,17 +11,19 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use coel_model::bytes::WeightBytes;
-use coel_model::checkpoint::Checkpoint;
-use coel_model::layout::ExpertId;
-use coel_model::parts::PartKind;
-use coel_model::popularity::{CALIBRATION_NAME, CALIBRATION_TEXT};
-use coel_model::slices::Precision;
-use coel_model::slices::blob::PartBlobs;
-use coel_model::survey::{self, Source, Survey, SurveyError, survey};
-use coel_model::tensors::{LoadError, Tensors};
-use coel_model::text::TextModel;
-use coel_model::tiers::buffer::Buffer;
+use coel_model::text::model::TextModel;
+use coel_model::tools::popularity::{CALIBRATION_NAME, CALIBRATION_TEXT};
+use coel_model::tools::survey;
+use coel_model::tools::survey::{Survey, SurveyError, SurveySource, survey};
+use coel_model::weights::checkpoint::Checkpoint;
+use coel_model::weights::error::LoadError;
+use coel_model::weights::layout::ExpertId;
+use coel_model::weights::memory::Buffer;
+use coel_model::weights::memory::WeightBytes;
+use coel_model::weights::parts::PartKind;
+use coel_model::weights::slices::PartBlobs;
+use coel_model::weights::slices::Precision;
+use coel_model::weights::tensors::Tensors;
 use coel_store::manifest::FORMAT;
 use coel_store::{BlobId, Blobs, Command, FileEntry, Loss, Manifest, Model, ModelId, PartEntry};
 use tracing::{info, instrument, warn};
@@ -241,7 +243,7 @@ struct CutExperts<'a> {
     progress: Progress<'a>,
 }
 
-impl Source for CutExperts<'_> {
+impl SurveySource for CutExperts<'_> {
     fn expert(&mut self, id: ExpertId, precision: Precision) -> Result<Option<Tensors>, LoadError> {
         if precision == Precision::Exact {
             return Ok(Some(self.checkpoint.expert(id)));

@@ -9,15 +9,17 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use coel_model::eval::{Closeness, TextReport, eval_qa, eval_text, eval_text_against};
-use coel_model::folder::ModelFolder;
-use coel_model::generate::LocalModel;
-use coel_model::layout::{self, ExpertId};
-use coel_model::popularity::{CALIBRATION_NAME, CALIBRATION_TEXT};
-use coel_model::slices::Precision;
-use coel_model::survey::{Source, survey};
-use coel_model::tensors::{LoadError, Tensors};
-use coel_model::text::TextModel;
+use coel_model::text::model::TextModel;
+use coel_model::tools::eval::{Closeness, TextReport, eval_qa, eval_text, eval_text_against};
+use coel_model::tools::generate::LocalModel;
+use coel_model::tools::popularity::{CALIBRATION_NAME, CALIBRATION_TEXT};
+use coel_model::tools::survey::{SurveySource, survey};
+use coel_model::weights::error::LoadError;
+use coel_model::weights::folder::ModelFolder;
+use coel_model::weights::layout;
+use coel_model::weights::layout::ExpertId;
+use coel_model::weights::slices::Precision;
+use coel_model::weights::tensors::Tensors;
 use serde::Serialize;
 
 use super::local::LocalArgs;
@@ -245,7 +247,7 @@ struct Folder<'a> {
     progress: &'a mut Progress,
 }
 
-impl Source for Folder<'_> {
+impl SurveySource for Folder<'_> {
     fn expert(&mut self, id: ExpertId, precision: Precision) -> Result<Option<Tensors>, LoadError> {
         self.folder.expert(id, precision).map(Some)
     }

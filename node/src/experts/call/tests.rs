@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use coel_gossip::Frame;
-use coel_model::experts::ExpertCall;
-use coel_model::router::Route;
-use coel_model::source::ExpertOutputs;
+use coel_model::nn::expert_call::ExpertCall;
+use coel_model::nn::router::Route;
+use coel_model::serve::expert_source::ExpertOutputs;
 use coel_store::{ExpertId, ModelId, NodeId, Precision};
 use proptest::prelude::*;
 use rand::SeedableRng;

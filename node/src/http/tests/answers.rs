@@ -1,6 +1,6 @@
 //! Answers: exact shapes, whole and streamed, and that both say the same.
 
-use coel_model::sequence::FinishReason;
+use coel_model::text::sequence::FinishReason;
 use reqwest::header::CONTENT_TYPE;
 use serde_json::{Value, json};
 

@@ -12,8 +12,8 @@ mod requests;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use coel_model::sampling::Logprobs;
-use coel_model::sequence::{Emitted, FinishReason};
+use coel_model::text::sampling::Logprobs;
+use coel_model::text::sequence::{Emitted, FinishReason};
 use coel_store::Precision;
 use futures::FutureExt;
 use futures::future::BoxFuture;

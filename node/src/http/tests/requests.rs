@@ -1,8 +1,8 @@
 //! Every field of a request: what the service is asked, or what the client is told.
 
-use coel_model::chat::Message;
-use coel_model::sampling::SamplingParams;
-use coel_model::sequence::GenerateParams;
+use coel_model::text::chat::Message;
+use coel_model::text::sampling::SamplingParams;
+use coel_model::text::sequence::GenerateParams;
 use serde_json::{Value, json};
 
 use super::{chat_body, text_body};

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use coel_model::bytes::WeightBytes;
-use coel_model::slices::blob::PartBlobs;
-use coel_model::tensors::Tensors;
+use coel_model::weights::memory::WeightBytes;
+use coel_model::weights::slices::PartBlobs;
+use coel_model::weights::tensors::Tensors;
 use coel_store::{PartEntry, Precision};
 use serde_json::Value;
 

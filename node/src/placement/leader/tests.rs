@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use coel_model::config::ModelConfig;
+use coel_model::weights::config::ModelConfig;
 use coel_store::manifest::FORMAT;
 use coel_store::{
     BlobEntry, BlobId, Bounds, Epoch, ExpertId, Manifest, Member, Model, PartEntry, Peer, Precision, Replica, Slices,
