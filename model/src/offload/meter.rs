@@ -1,7 +1,8 @@
-//! What tiers and predictions came to.
+//! Counters of offloading and prediction.
 //!
-//! Owns [`Meter`], which the compute thread counts on, and [`OffloadStats`], what others see of it. Counters only grow, so
-//! that whoever measures takes two readings and subtracts ([`OffloadStats::since`]).
+//! Owns [`OffloadStats`], the counters, and [`Meter`], through which the compute thread shares them with its handles.
+//! The invariant: counters only grow. To measure a stretch of time, take two readings and subtract
+//! ([`OffloadStats::since`]). Nothing here decides by them.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -10,17 +11,17 @@ use std::{
 
 use serde::Serialize;
 
-/// Predictions that came true, as many as there were choices.
+/// How many choices of a router were predicted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Tally {
-    /// (row, expert) pairs the router chose.
+    /// (row, expert) pairs that the router chose.
     pub pairs: u64,
     /// Of these, predicted.
     pub found: u64,
 }
 
 impl Tally {
-    /// None where there was nothing to choose.
+    /// The share that was predicted; nothing if there were no pairs.
     pub fn recall(&self) -> Option<f64> {
         (self.pairs > 0).then(|| share(self.found, self.pairs))
     }
@@ -38,9 +39,9 @@ impl Tally {
 /// How well the experts of one layer were predicted for rows that decode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LayerRecall {
-    /// Before any expert of the layer before was computed; counted only where that is asked for.
+    /// Predicted before any expert of the layer before was computed. Counted only on request.
     pub early: Tally,
-    /// While some of them were missing, by those that were in memory: what is read ahead.
+    /// Predicted from the experts in memory while others were missing. These are prefetched.
     pub late: Tally,
 }
 
@@ -51,26 +52,29 @@ impl LayerRecall {
     }
 }
 
-/// A device's memory above host memory; all 0 where everything the engine holds is in one memory.
+/// The GPU's memory, for an engine that offloads experts to the CPU; all 0 where everything is in one memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct DeviceStats {
-    /// Bytes of the device's memory that experts may take.
+    /// Bytes of the GPU's memory that experts may take.
     pub budget_bytes: u64,
-    /// Experts there now, and what they take.
+    /// Experts on the GPU now.
     pub experts: usize,
+    /// Bytes of the experts on the GPU now.
     pub bytes: u64,
     /// Of these bytes, those of experts that are on disk too.
     pub on_disk_bytes: u64,
-    /// Experts needed by a layer that were there, that were brought there for it, and that the host computed.
+    /// Experts that were on the GPU when a layer needed them.
     pub hits: u64,
+    /// Experts that were promoted for a layer that needed them.
     pub promoted: u64,
+    /// Experts that the CPU computed for a layer that needed them.
     pub on_cpu: u64,
-    /// Weights brought to the device, also before anybody needed them.
+    /// Bytes of weights that were promoted, needed or not.
     pub bytes_promoted: u64,
 }
 
 impl DeviceStats {
-    /// Share of needs that found the expert on the device; 1 where there were none.
+    /// Share of needed experts that were on the GPU; 1 if none was needed.
     pub fn hit_rate(&self) -> f64 {
         share(self.hits, self.hits + self.promoted + self.on_cpu)
     }
@@ -95,39 +99,43 @@ impl DeviceStats {
     }
 }
 
-/// What an engine's tiers have done so far.
+/// What an engine's offloading has done so far.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct OffloadStats {
-    /// Experts on disk, and the bytes of memory they take by turns.
+    /// Experts on disk.
     pub on_disk: usize,
+    /// Bytes of memory in which experts on disk take turns.
     pub budget_bytes: u64,
-    /// Of these, in memory now.
+    /// Experts on disk that are in memory now.
     pub in_memory: usize,
-    /// Bytes of memory taken for them now: more than the budget for a moment after that was made smaller.
+    /// Bytes of memory taken for experts on disk now. After the budget was made smaller, they exceed it for a moment.
     pub bytes_in_memory: u64,
-    /// The embedding table is on disk too, read row by row.
+    /// Whether the embedding table is on disk too, and read row by row.
     pub embedding_on_disk: bool,
-    /// Experts needed by a flight that were in memory, and that were not.
+    /// Experts on disk that were in memory when a batch or a call came to need them.
     pub hits: u64,
+    /// Experts on disk that were not.
     pub misses: u64,
-    /// Experts read before they were needed; of these, needed before they were evicted.
+    /// Prefetches of experts on disk.
     pub prefetched: u64,
+    /// Of these, the ones whose expert was needed afterwards.
     pub prefetch_used: u64,
+    /// Bytes read from disk.
     pub bytes_read: u64,
     /// Time in which the compute thread had nothing to do but wait for the disk.
     pub stall: Duration,
-    /// By layer; empty where nothing was predicted.
+    /// By layer; empty if nothing was predicted.
     pub recall: Vec<LayerRecall>,
     pub device: DeviceStats,
 }
 
 impl OffloadStats {
-    /// Share of needs that were in memory; 1 where there were none.
+    /// Share of needed experts on disk that were in memory; 1 if none was needed.
     pub fn hit_rate(&self) -> f64 {
         share(self.hits, self.hits + self.misses)
     }
 
-    /// Predicted experts among those chosen, on average over the layers for which some were: early, and late.
+    /// The early and the late recall, each the mean over the layers that had pairs.
     pub fn mean_recall(&self) -> [Option<f64>; 2] {
         let mean = |of: fn(&LayerRecall) -> Tally| {
             let layers: Vec<f64> = self.recall.iter().filter_map(|layer| of(layer).recall()).collect();
@@ -136,7 +144,7 @@ impl OffloadStats {
         [mean(|layer| layer.early), mean(|layer| layer.late)]
     }
 
-    /// Adds what was done in another stretch of time.
+    /// Adds the counters of another stretch of time, and takes its gauges.
     pub fn add(&mut self, other: &Self) {
         (self.on_disk, self.budget_bytes, self.in_memory) = (other.on_disk, other.budget_bytes, other.in_memory);
         self.hits += other.hits;
@@ -152,7 +160,7 @@ impl OffloadStats {
         }
     }
 
-    /// What was done since `earlier`.
+    /// The counters since `earlier`, with the present gauges.
     pub fn since(&self, earlier: &Self) -> Self {
         let recall = self.recall.iter().enumerate().map(|(layer, now)| {
             let before = earlier.recall.get(layer).copied().unwrap_or_default();
@@ -176,7 +184,7 @@ fn share(part: u64, whole: u64) -> f64 {
     if whole == 0 { 1.0 } else { part as f64 / whole as f64 }
 }
 
-/// What is counted, shared by the compute thread and its handles.
+/// The counters, shared by the compute thread and its handles.
 #[derive(Debug, Default)]
 pub(crate) struct Meter(Mutex<OffloadStats>);
 

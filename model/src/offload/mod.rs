@@ -1,45 +1,48 @@
-//! Experts that do not all fit where they are computed.
+//! Experts that do not fit into the memory of the device that computes them.
 //!
-//! Two offloads lie below the memory that computes: host memory beside a GPU's own, and disk. An expert in host memory can
-//! be computed there too; [`device`] decides, as values, which experts are promoted to the GPU, by their score and by what
-//! moving and computing were measured to [cost](costs), and [`cpu`] carries it out.
+//! They are offloaded to two places: to host memory beside a GPU, where the CPU computes them (`cpu`), and to disk,
+//! from where they are read while others are computed (`disk`). Each offload is a driver, which moves bytes, and a
+//! policy, which decides as values. Both policies stand on one cache.
 //!
-//! Experts on disk are read while others are computed. [`residency`] decides, as values, what is read and what is evicted;
-//! [`disk`] carries it out with `readers`, threads that follow a [`read_plan`]; [`predict`] says what the next layer will
-//! need before it is asked; [`meter`] counts what came of it all.
+//! | room | what it owns |
+//! |---|---|
+//! | `cpu` | the driver of CPU offload, its policy `DeviceCache`, and the measured costs of moving and computing |
+//! | `disk` | the driver of disk offload, its policy `DiskCache`, read plans and reading threads |
+//! | `cache` | capacity, pins, predictions and eviction, for any kind of entry |
+//! | `score` | how much an entry is used |
+//! | [`predict`] | which experts the next layer will need |
+//! | [`meter`] | counters of all this |
 //!
-//! The invariants: a budget is hard, because what is read goes past the page cache into memory that was counted
-//! beforehand; and no result depends on what was read when, because expert outputs are added in one order however they
-//! come. An expert that the CPU computes beside a GPU may differ in its last bits; an answer's usage names the CPU's
-//! kernel class then. Nothing here knows sessions or peers.
+//! Arrows: driver → policy → cache → score.
+//!
+//! The invariants: budgets are hard, because experts are read into memory that was counted beforehand, past the page
+//! cache; and no result depends on what was read when, because expert outputs are added in one order however they come.
+//! An expert that the CPU computes beside a GPU may differ in its last bits; the usage of an answer then names the
+//! CPU's kernel class. Nothing here knows sessions or peers.
 
 use std::collections::HashMap;
 
 use coel_kernels::DeviceExpert;
 use coel_weights::{layout::ExpertId, memory::ReadError, slices::Precision};
 
-pub mod costs;
+mod cache;
 pub(crate) mod cpu;
-pub mod device;
 pub(crate) mod disk;
-mod heat;
 pub mod meter;
 pub mod predict;
-pub mod read_plan;
-mod readers;
-pub mod residency;
+mod score;
 
-/// Experts where a device computes them, and their precisions.
+/// Experts in the memory of the device that computes them, with their precisions.
 pub(crate) type DeviceExperts = HashMap<ExpertId, (DeviceExpert, Precision)>;
 
-/// Why an expert cannot be kept on disk, or cannot be read from it. Requests that need it fail; others do not.
+/// Why an expert cannot be kept on disk, or cannot be read. Requests that need the expert fail; others do not.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OffloadError {
     #[error("{id} cannot be read: {why}")]
     Read { id: ExpertId, why: ReadError },
     #[error("there is no memory to read {id} into: {why}")]
     Memory { id: ExpertId, why: String },
-    #[error("{id} takes {bytes} bytes in memory, and experts on disk have {budget} there")]
+    #[error("{id} takes {bytes} bytes in memory, and experts on disk may take {budget}")]
     TooSmall { id: ExpertId, bytes: u64, budget: u64 },
     #[error("reading threads cannot be started: {why}")]
     Start { why: String },

@@ -1,27 +1,27 @@
 //! Which experts the next layer will need.
 //!
-//! Owns [`Predictor`] and [`Prediction`], what was predicted for the rows of a batch and how it came true. While a layer
-//! waits for experts, the rows go on without them: what is known of the layer's output (the shared expert's part, and
-//! that of the experts in memory, all of which is computed anyway) passes through the next layer's own attention to its
-//! router. That takes no training and no memory, and costs one attention where the disk is waited for. The invariant:
-//! predictions change nothing but what is read ahead. Nothing here reads.
+//! Owns [`Predictor`], and [`Prediction`]: the routes predicted for the rows of a batch, and how many came true. While
+//! a layer waits for experts, its rows go ahead without them. The known part of the layer's output (from the shared
+//! expert and the experts in memory, both computed anyway) passes through the next layer's own attention to its router.
+//! This needs no training and no memory, and costs one attention while the layer waits for the disk. The invariant:
+//! predictions change what is prefetched, and nothing else. Nothing here reads.
 
 use super::meter::{LayerRecall, Tally};
 use crate::nn::{batch::Batch, forward::ForwardContext, outputs::LayerOutputs, router::Route};
 
-/// How experts are predicted.
+/// How the experts of the next layer are predicted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Predictor {
     /// Not at all.
     Off,
-    /// By the next layer's attention and router, shown the rows as far as they are known.
+    /// By the next layer's attention and router, from the rows as far as they are known.
     #[default]
     Attention,
 }
 
 impl Predictor {
-    /// For each row of `batch` the experts that the next layer with experts will need, ascending, as far as `known`
-    /// tells; nothing if there is no such layer.
+    /// Predicts from the `known` outputs which experts the next layer with experts will need, ascending, for each row
+    /// of `batch`; nothing if there is no such layer.
     pub(crate) fn predict(
         self,
         context: &mut ForwardContext<'_>,
@@ -35,19 +35,19 @@ impl Predictor {
     }
 }
 
-/// What is predicted for the next layer of a batch; nothing where there are no rows.
+/// The routes predicted for the next layer of a batch. Without rows, nothing was predicted.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Prediction {
-    /// The layer it is about.
+    /// The layer that the routes are for.
     pub layer: usize,
-    /// For each row, before any expert of the layer before was computed.
+    /// For each row, predicted before any expert of the layer before was computed.
     pub early: Vec<Vec<Route>>,
-    /// With those that were in memory, while others were missing.
+    /// For each row, predicted from the experts in memory while others were missing.
     pub late: Vec<Vec<Route>>,
 }
 
 impl Prediction {
-    /// How much of what `layer` chose was predicted, over the rows for which `counts`.
+    /// How many of the routes `chosen` in `layer` were predicted, over the rows for which `counts` holds.
     pub(crate) fn recall(&self, layer: usize, chosen: &[Vec<Route>], counts: impl Fn(usize) -> bool) -> LayerRecall {
         let tally = |predicted: &[Vec<Route>]| {
             let mut tally = Tally::default();
@@ -66,7 +66,7 @@ impl Prediction {
     }
 }
 
-/// The experts of some routes, the weightiest first.
+/// The experts of some routes, by the sum of their weights, largest first.
 pub(crate) fn by_weight(routes: &[Vec<Route>]) -> Vec<u16> {
     let mut weights = std::collections::BTreeMap::<u16, f32>::new();
     for route in routes.iter().flatten() {
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn what_came_true_is_counted_for_the_rows_that_count() {
+    fn hits_are_counted_for_the_rows_that_count() {
         let early = vec![routes(&[(1, 0.5), (4, 0.5)]), routes(&[(0, 0.5), (1, 0.5)])];
         let late = vec![routes(&[(1, 0.5), (5, 0.5)]), routes(&[(0, 0.5), (2, 0.5)])];
         let chosen = [routes(&[(1, 0.6), (5, 0.4)]), routes(&[(2, 0.6), (3, 0.4)])];
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn the_weightiest_first() {
+    fn largest_weight_first() {
         let rows = [routes(&[(1, 0.5), (4, 0.3)]), routes(&[(4, 0.3), (7, 0.1)])];
         assert_eq!(by_weight(&rows), [4, 1, 7]);
     }

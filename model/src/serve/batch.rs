@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     nn::{batch::Batch, outputs::LayerOutputs, router::Route},
-    offload::{meter::LayerRecall, predict::Prediction, residency::ClaimId},
+    offload::{disk::ClaimId, meter::LayerRecall, predict::Prediction},
 };
 
 /// One chunk of a batch: what it has come to since the batch began. Dropped if the batch fails.

@@ -13,7 +13,7 @@ use super::{
     executor::Executor,
     jobs::{Computed, JOBS_MAX, JobReply, RemoteCall},
 };
-use crate::offload::{cpu::CpuOffload, residency::ClaimId};
+use crate::offload::{cpu::CpuOffload, disk::ClaimId};
 
 /// Calls that may wait at once: as many again as may wait for the compute thread.
 const PENDING_MAX: usize = JOBS_MAX;

@@ -1,4 +1,4 @@
-//! Experts on their way from memory to disk and back while the engine serves, and the memory they have meanwhile.
+//! Experts that move from memory to disk and back while the engine serves, and the memory they take meanwhile.
 
 use coel_model::{
     nn::batch::Want,
@@ -36,7 +36,7 @@ fn experts_go_to_disk_and_come_back_and_the_bits_stay() {
     let loaded = engine.memory();
     assert_eq!((loaded.disk_cache_bytes_reserved, engine.offload_stats().on_disk), (0, 0));
 
-    // There, a few at a time; what they had is the shelf's.
+    // To disk, one by one; their memory becomes the disk cache's.
     block_on(engine.set_disk_cache_bytes(8 * EXPERT)).unwrap();
     assert_eq!(engine.memory().disk_cache_bytes_reserved, 0, "nothing is on disk yet");
     for (index, id) in all.iter().enumerate() {
@@ -45,22 +45,22 @@ fn experts_go_to_disk_and_come_back_and_the_bits_stay() {
             assert!(logits(&engine) == expected, "with {} on disk", index + 1);
         }
     }
-    let shelved = engine.memory();
-    assert_eq!((shelved.expert_bytes, shelved.disk_cache_bytes_reserved), (0, 8 * EXPERT));
+    let on_disk = engine.memory();
+    assert_eq!((on_disk.expert_bytes, on_disk.disk_cache_bytes_reserved), (0, 8 * EXPERT));
     assert_eq!((engine.held().len(), engine.offload_stats().on_disk), (all.len(), all.len()));
     let misses = engine.offload_stats().misses;
     assert!(logits(&engine) == expected && engine.offload_stats().misses > misses);
     assert!(engine.offload_stats().bytes_in_memory <= 8 * EXPERT);
 
-    // More memory is used, and given back when there is less.
+    // A larger budget is used; a smaller one gives memory back.
     block_on(engine.set_disk_cache_bytes(40 * EXPERT)).unwrap();
     assert!(logits(&engine) == expected);
     assert!(engine.offload_stats().bytes_in_memory > 8 * EXPERT);
     block_on(engine.set_disk_cache_bytes(2 * EXPERT)).unwrap();
-    assert!(engine.offload_stats().bytes_in_memory <= 2 * EXPERT, "nobody computes now");
+    assert!(engine.offload_stats().bytes_in_memory <= 2 * EXPERT, "no expert is needed now");
     assert!(logits(&engine) == expected);
 
-    // And back.
+    // And back to memory.
     for id in &all {
         block_on(engine.load_expert_tensors(*id, checkpoint.expert(*id))).unwrap();
     }
@@ -72,7 +72,7 @@ fn experts_go_to_disk_and_come_back_and_the_bits_stay() {
 }
 
 #[test]
-fn tensors_are_read_where_they_lie_in_pieces() {
+fn tensors_are_read_from_pieces_of_a_file() {
     let checkpoint = checkpoint();
     let file = WeightBytes::map(&checkpoint.weight_files()[0]).unwrap();
     let id = layout::experts(checkpoint.config()).last().unwrap();

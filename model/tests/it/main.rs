@@ -1,9 +1,10 @@
 //! Tests of the model crate as its users see it, in one binary.
 
-mod beneath;
 mod budgets;
 mod checkpoints;
+mod cpu_offload;
 mod decoding;
+mod disk_offload;
 mod engines;
 mod families;
 mod folders;
@@ -12,5 +13,4 @@ mod part_blobs;
 mod slices;
 mod survey;
 mod synth;
-mod tiers;
 mod whole;

@@ -1,7 +1,7 @@
-//! Experts for rows of somebody else.
+//! Expert calls of peers.
 //!
-//! A call whose experts are all in memory is one call of the kernels. Otherwise each expert is computed as it comes from
-//! disk. The invariant: outputs are in the call's order.
+//! A call whose experts are all in memory is one call of the kernels. Otherwise each expert is computed as it arrives
+//! from disk. The invariant: outputs are in the call's order.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,7 +15,7 @@ impl Executor {
     /// Takes a call whose experts are all held.
     pub(crate) fn begin_call(&mut self, call: RemoteCall) -> Result<PendingCall, EngineError> {
         let ids = call.experts.iter().map(|(index, _)| ExpertId { layer: call.layer, index: *index });
-        // Known before anything is computed: a stale placement costs its caller no time.
+        // Checked before anything is computed: a stale placement costs the caller no time.
         if let Some(id) = ids.clone().find(|id| self.precision(*id).is_none()) {
             return Err(EngineError::NotHeld(id));
         }
@@ -28,13 +28,13 @@ impl Executor {
         Ok(PendingCall { call, claim, outputs, on_cpu: BTreeSet::new() })
     }
 
-    /// Computes what can be computed by now; whether that is all.
+    /// Computes the experts that are in memory; whether the call is complete.
     pub(crate) fn step_call(&mut self, pending: &mut PendingCall) -> Result<bool, EngineError> {
         let Some(claim) = pending.claim else {
             self.promote_for_call(pending);
             let PendingCall { call, outputs, .. } = pending;
             let computed = self.run_experts(call.layer, &call.rows, &call.experts)?;
-            // All outputs in one piece, as the first expert's.
+            // All outputs together stand in the first expert's place.
             if let Some((first, rest)) = outputs.split_first_mut() {
                 *first = Some(computed);
                 rest.fill(Some(Vec::new()));
@@ -42,7 +42,7 @@ impl Executor {
             return Ok(true);
         };
         let id = |layer: u16, index: u16| ExpertId { layer, index };
-        // Also experts that were on a GPU when the call came, and were evicted from it since.
+        // Among them may be experts that were on the GPU when the call came, and were demoted since.
         let open = pending.call.experts.iter().zip(&pending.outputs).filter(|(_, output)| output.is_none());
         let missing = open.map(|((index, _), _)| id(pending.call.layer, *index));
         let missing: Vec<_> = missing.filter(|id| self.comes_from_disk(*id)).collect();
@@ -56,7 +56,7 @@ impl Executor {
                 *output = Some(self.run_experts(*layer, rows, std::slice::from_ref(call))?);
             }
         }
-        // Not before all calls are through: one expert may be in several of them.
+        // Only after the loop: the call may name an expert more than once.
         let whole = (rows.len() / self.state.config.hidden_size).max(1);
         for id in ready {
             let used: usize = experts.iter().filter(|call| call.0 == id.index).map(|call| call.1.len()).sum();
@@ -65,15 +65,15 @@ impl Executor {
         Ok(outputs.iter().all(Option::is_some))
     }
 
-    /// Unpins the call's experts. It is over.
+    /// Ends a call: unpins its experts.
     pub(crate) fn end_call(&mut self, pending: &mut PendingCall) {
         if let Some(claim) = pending.claim.take() {
             self.release(claim);
         }
     }
 
-    /// Promotes to the GPU those of the call's open experts in host memory that are worth it; notes the precisions of
-    /// those that the CPU will compute.
+    /// Promotes to the GPU the call's open experts in host memory that are worth it, and notes the precisions of those
+    /// that the CPU will compute.
     fn promote_for_call(&mut self, pending: &mut PendingCall) {
         if !self.has_cpu_offload() {
             return;
@@ -81,7 +81,7 @@ impl Executor {
         let RemoteCall { layer, rows, experts } = &pending.call;
         let mut needs = BTreeMap::<ExpertId, usize>::new();
         for ((index, rows), _) in experts.iter().zip(&pending.outputs).filter(|(_, output)| output.is_none()) {
-            // An expert that is in several calls counts with the rows of all.
+            // An expert that is named more than once counts with all its rows.
             *needs.entry(ExpertId { layer: *layer, index: *index }).or_default() += rows.len();
         }
         let rows = rows.len() / self.state.config.hidden_size;
@@ -89,14 +89,14 @@ impl Executor {
         pending.on_cpu.extend(on_cpu.into_iter().filter_map(|id| self.precision(id)));
     }
 
-    /// Experts over the rows of a checked call, in its order; all must be in memory.
+    /// Computes experts of a checked call, all of which must be in memory. The outputs in the call's order.
     fn run_experts(&mut self, layer: u16, rows: &[f32], experts: &[(u16, Vec<u32>)]) -> Result<Vec<f32>, EngineError> {
         let (mut work, mut on_cpu) = (Vec::new(), Vec::new());
         for (index, rows) in experts {
             let id = ExpertId { layer, index: *index };
             match self.experts.get(&id) {
                 Some((expert, _)) => work.push(DeviceWork { expert, rows }),
-                None if self.is_here(id) => on_cpu.push((id, rows.clone())),
+                None if self.is_in_memory(id) => on_cpu.push((id, rows.clone())),
                 None => return Err(EngineError::NotHeld(id)),
             }
         }

@@ -1,9 +1,9 @@
 //! One layer of a batch.
 //!
-//! A layer's experts are computed as they are there: those in memory at once, while others come from disk or are computed
-//! elsewhere, then each as it comes; so a layer that needs more experts than there is memory for goes through them by
-//! turns. The experts of the next layer are predicted and read ahead. The invariant: a layer goes on when every output is
-//! there, and no result depends on the order in which outputs came.
+//! Experts in memory are computed at once, while others are read from disk or computed elsewhere; those follow as they
+//! arrive. So a layer can need more experts than fit into memory. The experts of the next layer are predicted and
+//! prefetched. The invariant: a layer ends when it has every output, and no result depends on the order in which
+//! outputs arrived.
 
 use std::collections::BTreeSet;
 
@@ -17,7 +17,7 @@ use crate::{
         outputs::LayerOutputs,
         router::Route,
     },
-    offload::{cpu::CpuOffload, meter::LayerRecall, predict::by_weight, residency::ClaimId},
+    offload::{cpu::CpuOffload, disk::ClaimId, meter::LayerRecall, predict::by_weight},
     serve::{
         batch::{InFlightBatch, PendingLayer, RemoteOutputs},
         error::EngineError,
@@ -32,14 +32,14 @@ impl Executor {
         Ok(self.context()?.begin(chunks)?)
     }
 
-    /// Whether there is something to compute for a batch.
+    /// Whether anything can be computed for a batch now.
     pub(crate) fn can_step(&self, batch: &InFlightBatch) -> bool {
         let comes_from_disk = || batch.claim.is_some_and(|claim| self.is_ready(claim));
         batch.can_step() || comes_from_disk()
     }
 
-    /// Computes the layer's experts that are there and, once all are done, what follows up to the next layer's experts;
-    /// logits at the end.
+    /// Computes the layer's experts that are in memory. Once all outputs are there, goes on to the next layer's
+    /// experts, or to the logits at the end.
     pub(crate) fn step(&mut self, batch: &mut InFlightBatch) -> Result<Option<Vec<Vec<f32>>>, EngineError> {
         let mut layer = match batch.layer.take() {
             None => self.begin_layer(batch)?,
@@ -56,7 +56,7 @@ impl Executor {
         }
     }
 
-    /// Unpins the batch's experts. It is over.
+    /// Ends a batch: unpins its experts.
     pub(crate) fn end(&mut self, batch: &mut InFlightBatch) {
         if let Some(claim) = batch.claim.take() {
             self.release(claim);
@@ -73,7 +73,7 @@ impl Executor {
             batch.claim = batch.claim.or_else(|| self.claim());
         }
         if let Some(claim) = batch.claim {
-            // Also if there is nothing to need: what was predicted for this layer is over.
+            // Even if the batch needs none: this ends the predictions for this layer.
             self.need(claim, &from_disk.iter().copied().collect::<Vec<_>>());
         }
         let next = self.sparse_layer_from(usize::from(layer) + 1).filter(|_| self.predicts());
@@ -106,7 +106,7 @@ impl Executor {
         Ok(Some(RemoteOutputs::new(slots, answer)))
     }
 
-    /// Adds outputs that have come since.
+    /// Adds the outputs that have arrived since the last call.
     fn take_outputs(&mut self, batch: &mut InFlightBatch, layer: &mut PendingLayer) -> Result<(), EngineError> {
         if let Some(result) = layer.remote.as_mut().and_then(|remote| remote.result.take()) {
             let slots = layer.remote.take().map(|remote| remote.slots).unwrap_or_default();
@@ -123,7 +123,7 @@ impl Executor {
         Ok(())
     }
 
-    /// Adds outputs that came from elsewhere for `slots`.
+    /// Adds outputs for `slots` that were computed elsewhere.
     fn add_remote(
         &mut self,
         batch: &mut InFlightBatch,
@@ -141,8 +141,8 @@ impl Executor {
         Ok(())
     }
 
-    /// Promotes to the GPU those wanted experts in host memory that are worth it, and names the CPU's kernel class to the
-    /// entries whose rows the CPU will compute.
+    /// Promotes to the GPU the `wanted` experts in host memory that are worth it, and names the CPU's kernel class in
+    /// the entries whose rows the CPU will compute.
     fn promote_for_batch(&mut self, batch: &mut InFlightBatch, wanted: impl Fn(ExpertId) -> bool) {
         if !self.has_cpu_offload() {
             return;
@@ -160,7 +160,7 @@ impl Executor {
         });
     }
 
-    /// Experts from disk were computed: their memory may go to others.
+    /// Notes that experts from disk were computed, so that they may be evicted.
     fn note_computed(&mut self, batch: &Batch, layer: &mut PendingLayer, claim: ClaimId, ids: &[ExpertId]) {
         let pairs = by_expert(batch.routes());
         let rows = batch.routes().len() as f64;
@@ -171,8 +171,8 @@ impl Executor {
         }
     }
 
-    /// Predicts which experts `next` will need while this layer waits for its own, and has them read ahead. Where nothing
-    /// is missing nothing is predicted: the next layer itself tells as soon.
+    /// Predicts which experts layer `next` will need, and prefetches them, while this layer waits for its own. A layer
+    /// that does not wait predicts nothing: the next layer's router decides as soon.
     fn predict_layer(
         &mut self,
         batch: &mut InFlightBatch,
@@ -190,14 +190,14 @@ impl Executor {
             if !nearly_all {
                 let experts = by_weight(&batch.prediction.late);
                 self.prefetch(batch, next, &experts);
-                self.promote_ahead(&ids(next, &experts));
+                self.promote_predicted(&ids(next, &experts));
             }
         }
         Ok(())
     }
 
-    /// The experts that a batch's rows will need in the next layer with experts, as far as `known` outputs of this layer
-    /// tell.
+    /// Predicts from the `known` outputs of this layer which experts a batch's rows will need in the next layer with
+    /// experts.
     fn predict(&mut self, batch: &Batch, known: &LayerOutputs) -> Result<Vec<Vec<Route>>, EngineError> {
         let predictor = self.state.options.predictor;
         Ok(predictor.predict(&mut self.context()?, batch, known))
@@ -216,6 +216,7 @@ impl Executor {
         batch.rows() * config.num_experts_per_tok >= 2 * config.num_experts
     }
 
+    /// Counts how many of the layer's routes had been predicted.
     fn note_recall(&self, batch: &mut InFlightBatch) {
         let layer = usize::from(batch.batch.layer());
         let recall = batch.take_recall(self.state.options.measure_recall);
@@ -227,8 +228,8 @@ impl Executor {
         }
     }
 
-    /// Counts the layer's pairs as computed here, shows the routes to those who watch, and names the experts that are not
-    /// held here, and those that are on disk.
+    /// Counts the layer's pairs as computed here and shows its routes to the entries that watch them. The experts that
+    /// are not held here, and those that come from disk.
     fn note_routes(&self, batch: &mut InFlightBatch) -> (BTreeSet<u16>, BTreeSet<ExpertId>) {
         let layer = batch.batch.layer();
         let (mut absent, mut from_disk) = (BTreeSet::new(), BTreeSet::new());

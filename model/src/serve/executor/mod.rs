@@ -1,10 +1,10 @@
 //! All tensors of a device, and what is computed with them.
 //!
 //! Owns [`Executor`]: kernels, trunk, KV cache and experts, with those that are offloaded to the CPU and to disk. The
-//! compute thread owns the one executor, so nothing here is locked. It runs a batch through a layer (`layer`) and serves
-//! calls of peers (`calls`); both hand it plain state. The invariant: an expert is in memory, or on disk, or not held,
-//! and every expert that is held is in the ledger. Whoever needs an expert that is on disk pins it with a claim, and
-//! computes it when it has come.
+//! compute thread owns the one executor, so nothing here is locked. It runs a batch through a layer (`layer`) and
+//! serves calls of peers (`calls`); both hand it plain state. The invariant: an expert is in memory for good, or on
+//! disk, or not held, and every expert that is held is in the ledger. A batch or a call pins the experts on disk that
+//! it needs with a claim, and computes them when they have arrived.
 
 use std::{
     collections::HashMap,
@@ -32,10 +32,8 @@ use crate::{
     },
     offload::{
         DeviceExperts, OffloadError,
-        cpu::CpuOffload,
-        device::Need,
-        disk::{CacheSink, DiskOffload},
-        residency::ClaimId,
+        cpu::{CpuOffload, Need},
+        disk::{CacheSink, ClaimId, DiskOffload},
     },
 };
 
@@ -46,15 +44,15 @@ pub(crate) struct Executor {
     kernels: Box<dyn DynKernels>,
     state: Arc<EngineState>,
     trunk: Option<(Trunk, KvCache)>,
-    /// Experts where the kernels compute, for good or brought from disk.
+    /// Experts in the device's memory, for good or loaded from disk.
     experts: DeviceExperts,
-    /// There where the device may not hold all experts.
+    /// Set if the device may not hold all experts.
     cpu: Option<CpuOffload>,
-    /// There once an expert was put on disk.
+    /// Set since the first expert was put on disk.
     disk: Option<DiskOffload>,
 }
 
-/// Brings experts from disk to where they are computed.
+/// Takes experts that were loaded from disk to the memory that computes them.
 struct Sink<'a> {
     kernels: &'a dyn DynKernels,
     config: &'a ModelConfig,
@@ -96,7 +94,7 @@ impl Executor {
         &mut *self.kernels
     }
 
-    /// Loads the trunk; its embedding table stays in its files if so wanted.
+    /// Loads the trunk, but for its embedding table if that is to stay on disk.
     pub(crate) fn load_trunk(&mut self, tensors: &Tensors, embedding_on_disk: bool) -> Result<(), EngineError> {
         if self.trunk.is_some() {
             return Err(EngineError::TrunkLoaded);
@@ -117,7 +115,7 @@ impl Executor {
         Ok(())
     }
 
-    /// Holds an expert in memory for good, in the place of another of this id.
+    /// Holds an expert in memory for good. It replaces another one of this id.
     pub(crate) fn load_expert(&mut self, id: ExpertId, tensors: &Tensors) -> Result<(), EngineError> {
         let precision = tensors.precision();
         let weights = expert_weights(&self.state.config, id, tensors)?;
@@ -125,7 +123,7 @@ impl Executor {
             self.remove_from_disk(id);
             self.experts.remove(&id);
             if let Some((cpu, kernels, experts)) = self.cpu() {
-                cpu.hold(id, weights, precision, kernels, experts);
+                cpu.add(id, weights, precision, kernels, experts);
             }
         } else {
             let expert = self.kernels.expert(weights);
@@ -137,7 +135,7 @@ impl Executor {
         Ok(())
     }
 
-    /// Holds an expert on disk: it is read when it is needed.
+    /// Holds an expert on disk, from where it is read when it is needed. It replaces another one of this id.
     pub(crate) fn load_expert_on_disk(&mut self, id: ExpertId, tensors: &Tensors) -> Result<(), EngineError> {
         let weights = expert_weights(&self.state.config, id, tensors)?;
         if self.disk.is_none() {
@@ -149,7 +147,7 @@ impl Executor {
         let Some((disk, mut sink)) = self.disk() else { return Ok(()) };
         disk.add(id, tensors, &mut sink)?;
         if !was_on_disk || self.cpu.is_some() {
-            self.experts.remove(&id); // of the former kind
+            self.experts.remove(&id); // the expert that is replaced
         }
         if let Some(cpu) = &mut self.cpu {
             cpu.add_on_disk(id, tensors.precision(), &weights, &*self.kernels);
@@ -159,20 +157,20 @@ impl Executor {
         Ok(())
     }
 
-    /// Gives experts on disk another budget of memory.
+    /// Sets the bytes of memory in which experts on disk take turns.
     pub(crate) fn set_disk_cache_bytes(&mut self, bytes: u64) {
         self.state.set_disk_cache_bytes(bytes);
         if let Some((disk, mut sink)) = self.disk() {
-            disk.set_budget(bytes, &mut sink);
+            disk.set_capacity(bytes, &mut sink);
         }
         self.note_disk();
     }
 
-    /// Whether the expert was held.
+    /// Drops an expert; whether it was held.
     pub(crate) fn drop_expert(&mut self, id: ExpertId) -> bool {
         self.state.expert_dropped(id);
         let on_disk = self.remove_from_disk(id);
-        let on_cpu = self.cpu.as_mut().is_some_and(|cpu| cpu.forget(id));
+        let on_cpu = self.cpu.as_mut().is_some_and(|cpu| cpu.remove(id));
         let held = self.experts.remove(&id).is_some() || on_disk || on_cpu;
         if let Some((cpu, kernels, experts)) = self.cpu() {
             cpu.fill(kernels, experts);
@@ -196,7 +194,7 @@ impl Executor {
         cpu.as_mut().map(|cpu| (cpu, &**kernels, experts))
     }
 
-    /// At which precision the expert is held, if it is, in memory or on disk.
+    /// The precision of an expert, if it is held in memory or on disk.
     fn precision(&self, id: ExpertId) -> Option<Precision> {
         let on_cpu = || self.cpu.as_ref().and_then(|cpu| cpu.precision(id));
         let on_disk = || self.disk.as_ref().and_then(|disk| disk.precision(id));
@@ -207,24 +205,24 @@ impl Executor {
         self.disk.as_ref().is_some_and(|disk| disk.precision(id).is_some())
     }
 
-    /// Whether the expert is brought from disk, be it in memory at the moment or not: one that has a copy on a GPU beside
-    /// host memory needs none.
+    /// Whether an expert has to be claimed from disk, even if it is in memory now. A copy on the GPU beside host memory
+    /// needs no claim.
     fn comes_from_disk(&self, id: ExpertId) -> bool {
         self.is_on_disk(id) && !(self.cpu.is_some() && self.experts.contains_key(&id))
     }
 
-    /// Whether experts may be in host memory while the device is a GPU.
+    /// Whether experts may be in host memory beside a GPU.
     fn has_cpu_offload(&self) -> bool {
         self.cpu.is_some()
     }
 
-    /// Promotes to the GPU those of `needs`, each needed by so many of a layer's `rows`, that are in host memory and worth
-    /// it. The rest, which the CPU will compute.
+    /// Promotes to the GPU those of `needs`, each needed by so many of a layer's `rows`, that are in host memory and
+    /// worth it. The others in host memory are returned: the CPU will compute them.
     fn promote(&mut self, needs: &[(ExpertId, usize)], rows: usize) -> Vec<ExpertId> {
         let Some((cpu, kernels, experts)) = self.cpu() else { return Vec::new() };
-        let here = |id: &ExpertId| experts.contains_key(id) || cpu.weights(*id).is_some();
+        let in_memory = |id: &ExpertId| experts.contains_key(id) || cpu.weights(*id).is_some();
         let share = |needed: usize| needed as f64 / rows.max(1) as f64;
-        let needs = needs.iter().filter(|(id, _)| here(id));
+        let needs = needs.iter().filter(|(id, _)| in_memory(id));
         let needs: Vec<_> = needs.map(|(id, rows)| Need { id: *id, rows: *rows, share: share(*rows) }).collect();
         let promoted = cpu.need(&needs, kernels, experts);
         let on_cpu = needs.iter().map(|need| need.id).filter(|id| !experts.contains_key(id)).collect();
@@ -235,16 +233,16 @@ impl Executor {
         on_cpu
     }
 
-    /// Promotes to the GPU those of `ids`, predicted for the next layer, that are worth it. No expert on the GPU may be
-    /// needed any more by the layer before.
-    fn promote_ahead(&mut self, ids: &[ExpertId]) {
+    /// Promotes to the GPU those of `ids`, predicted for the next layer, that are worth it. The layer before must not
+    /// need any expert on the GPU any more.
+    fn promote_predicted(&mut self, ids: &[ExpertId]) {
         let Some((cpu, kernels, experts)) = self.cpu() else { return };
         if cpu.prefetch(ids, kernels, experts) {
             self.note_device();
         }
     }
 
-    /// Whether experts may have to be waited for.
+    /// Whether batches may have to wait for experts from disk.
     pub(crate) fn has_disk_offload(&self) -> bool {
         self.disk.is_some()
     }
@@ -265,19 +263,19 @@ impl Executor {
         }
     }
 
-    /// A claim on experts that are on disk, which must be [released](Self::release).
+    /// Opens a claim on experts on disk. It must be [released](Self::release).
     fn claim(&mut self) -> Option<ClaimId> {
         self.disk.as_mut().map(DiskOffload::claim)
     }
 
-    /// `claim` needs these experts from disk, now.
+    /// `claim` needs these experts from disk now.
     fn need(&mut self, claim: ClaimId, ids: &[ExpertId]) {
         if let Some((disk, mut sink)) = self.disk() {
             disk.need(claim, ids, &mut sink);
         }
     }
 
-    /// These are predicted for `claim`.
+    /// These experts are predicted for `claim`: prefetches those that have to come from disk.
     fn prefetch_from_disk(&mut self, claim: ClaimId, ids: &[ExpertId]) {
         let ids: Vec<ExpertId> = ids.iter().copied().filter(|id| self.comes_from_disk(*id)).collect();
         if let Some((disk, mut sink)) = self.disk() {
@@ -285,7 +283,7 @@ impl Executor {
         }
     }
 
-    /// The experts that `claim` needs and that can be computed now.
+    /// The experts that `claim` needs and that can be computed now, or the failure to read one of them.
     fn ready(&mut self, claim: ClaimId) -> Result<Vec<ExpertId>, OffloadError> {
         self.disk.as_mut().map_or(Ok(Vec::new()), |disk| disk.ready(claim))
     }
@@ -294,9 +292,9 @@ impl Executor {
         self.disk.as_ref().is_some_and(|disk| disk.is_ready(claim))
     }
 
-    /// `claim` has computed these, each for a share of its rows.
+    /// `claim` has computed these experts, each for a share of its rows.
     fn computed(&mut self, claim: ClaimId, ids: &[(ExpertId, f64)]) {
-        // An expert with a copy on the GPU is not needed in host memory: its use is no reason to stay there.
+        // The GPU computed an expert that has a copy there: this is no reason to keep it in host memory.
         let has_cpu = self.cpu.is_some();
         let share = |id: &ExpertId, share: f64| if has_cpu && self.experts.contains_key(id) { 0.0 } else { share };
         let ids: Vec<_> = ids.iter().map(|(id, of)| (*id, share(id, *of))).collect();
@@ -305,19 +303,19 @@ impl Executor {
         }
     }
 
-    /// `claim` needs nothing any more.
+    /// Ends `claim`.
     fn release(&mut self, claim: ClaimId) {
         if let Some((disk, mut sink)) = self.disk() {
             disk.release(claim, &mut sink);
         }
     }
 
-    /// Ready when something has come from disk.
+    /// Ready when a load from disk has ended, which [`settle`](Self::settle) takes in.
     pub(crate) fn poll_disk(&mut self, context: &mut Context<'_>) -> Poll<()> {
         self.disk.as_mut().map_or(Poll::Pending, |disk| disk.poll(context))
     }
 
-    /// Takes in what has come from disk.
+    /// Takes in the loads from disk that have ended.
     pub(crate) fn settle(&mut self) {
         let Some((disk, mut sink)) = self.disk() else { return };
         disk.settle(&mut sink);
@@ -327,16 +325,16 @@ impl Executor {
     fn note_disk(&self) {
         let Some(disk) = &self.disk else { return };
         let bytes_in_memory = disk.bytes();
-        let (counts, bytes_read, in_memory) = (disk.residency().counts(), disk.bytes_read(), disk.in_memory());
+        let (counts, bytes_read, in_memory) = (disk.counts(), disk.bytes_read(), disk.in_memory());
         self.state.meter.update(|stats| {
             (stats.hits, stats.misses) = (counts.hits, counts.misses);
-            (stats.prefetched, stats.prefetch_used) = (counts.ahead, counts.ahead_used);
+            (stats.prefetched, stats.prefetch_used) = (counts.prefetched, counts.prefetch_used);
             (stats.bytes_read, stats.in_memory) = (bytes_read, in_memory);
             stats.bytes_in_memory = bytes_in_memory;
         });
     }
 
-    /// What is on the GPU, for the ledger.
+    /// Counts what is on the GPU, for the ledger.
     fn note_device(&self) {
         let Some(cpu) = &self.cpu else { return };
         self.state.meter.update(|stats| {
@@ -350,8 +348,8 @@ impl Executor {
         let Some(cpu) = &self.cpu else { return };
         let uses = cpu.uses();
         self.state.meter.update(|stats| {
-            (stats.device.hits, stats.device.promoted) = (uses.there, uses.brought);
-            stats.device.on_cpu = uses.beneath;
+            (stats.device.hits, stats.device.promoted) = (uses.hits, uses.promoted);
+            stats.device.on_cpu = uses.on_cpu;
         });
     }
 
@@ -366,14 +364,14 @@ impl Executor {
         self.state.config.sparse_layers().find(|sparse| *sparse >= layer)
     }
 
-    /// The awaited experts of a batch, as far as they are in memory, and the one that all rows share.
+    /// Computes the batch's experts that are in memory, and the shared expert.
     fn run_held(&mut self, batch: &Batch) -> Result<LayerOutputs, EngineError> {
         self.run(batch, |_| true, true)
     }
 
-    /// Those of `ids` into `outputs`; all must be in memory.
+    /// Computes the batch's experts `ids`, all of which must be in memory, into `outputs`.
     fn run_more(&mut self, batch: &Batch, ids: &[ExpertId], outputs: &mut LayerOutputs) -> Result<(), EngineError> {
-        if let Some(id) = ids.iter().find(|id| !self.is_here(**id)) {
+        if let Some(id) = ids.iter().find(|id| !self.is_in_memory(**id)) {
             return Err(EngineError::NotHeld(*id));
         }
         let more = self.run(batch, |id| ids.contains(&id), false)?;
@@ -381,8 +379,8 @@ impl Executor {
         Ok(())
     }
 
-    /// Whether the expert can be computed now.
-    fn is_here(&self, id: ExpertId) -> bool {
+    /// Whether an expert can be computed now.
+    fn is_in_memory(&self, id: ExpertId) -> bool {
         self.experts.contains_key(&id) || self.host_weights(id).is_some()
     }
 
@@ -390,8 +388,8 @@ impl Executor {
         self.cpu.as_ref().and_then(|cpu| cpu.weights(id))
     }
 
-    /// Those of the awaited experts that are wanted and in memory: the device is told its share, then the CPU computes
-    /// its own, then the device is waited for.
+    /// Computes the batch's experts that are `wanted` and in memory: launches the device's part, computes the CPU's
+    /// part meanwhile, then waits for the device.
     fn run(
         &mut self,
         batch: &Batch,
@@ -411,7 +409,7 @@ impl Executor {
         }
         let (trunk, cache) = self.trunk.as_mut().ok_or(EngineError::NoTrunk)?;
         let mut context = ForwardContext { kernels: &mut *self.kernels, trunk, cache };
-        // Before the device is busy: it answers in order.
+        // Read before the device is busy: it works in order.
         let rows = (!on_cpu.is_empty()).then(|| context.rows(batch));
         let experts = &self.experts;
         let held = |index| {

@@ -1,7 +1,7 @@
-//! Experts in host memory beneath a device's own, on a Vulkan device, software or not: see `gpu` for what is skipped where.
+//! Experts in host memory beside a GPU, on a Vulkan device, software or not: `gpu` says which tests are skipped where.
 //!
-//! A device and the host are different kernel classes, so results are compared within the bound that they are held to;
-//! `worker/tests` has the same on one class, bit by bit.
+//! The GPU and the CPU are different kernel classes, so results are compared within the bound for both; `worker/tests`
+//! compares them on one class, bit by bit.
 
 use coel_model::{
     kernels::cpu::isa::Isa,
@@ -30,8 +30,8 @@ use crate::{
 
 /// An expert of the bundled model, exact.
 const EXPERT: u64 = 3 * 96 * 256 * 2;
-/// The same in the shelf's buffers: three runs of whole pages, at most.
-const SHELVED: u64 = EXPERT + 3 * 2 * 4096;
+/// The same in a buffer of the disk cache: three runs of whole pages, at most.
+const EXPERT_BUFFER: u64 = EXPERT + 3 * 2 * 4096;
 const EXPERTS: u64 = 6 * 24;
 
 fn start(device_expert_bytes: Option<u64>, disk_cache_bytes: u64) -> Engine {
@@ -39,14 +39,14 @@ fn start(device_expert_bytes: Option<u64>, disk_cache_bytes: u64) -> Engine {
     Engine::start(Device::Vulkan(0), checkpoint().config().clone(), options).expect("it was opened before")
 }
 
-/// The bundled model with room for so many of its experts on the device.
-fn with_room(checkpoint: &Checkpoint, experts: u64) -> Engine {
+/// The bundled model with space for so many of its experts on the GPU.
+fn with_capacity(checkpoint: &Checkpoint, experts: u64) -> Engine {
     let engine = start(Some(experts * EXPERT), 0);
     block_on(engine.load_checkpoint(checkpoint)).unwrap();
     engine
 }
 
-/// What came of a prompt of 20 tokens, then of each of 6 more.
+/// The results of a prompt of 20 tokens, then of each of 6 more.
 fn follow(engine: &Engine) -> Vec<Advanced> {
     let tokens: Vec<u32> = (0..26).map(|index| (index * index * 7 + index * 31 + 100) % 4096).collect();
     let mut session = engine.open_session(26).unwrap();
@@ -66,27 +66,27 @@ fn check_close(found: &[Advanced], expected: &[Advanced], bound: f32) {
     }
 }
 
-/// The budget holds, and the ledger knows both memories.
+/// Checks that the budget holds, and that the ledger counts both memories.
 #[track_caller]
 fn check_budget(engine: &Engine, experts: u64) {
     let (ledger, device) = (engine.memory(), engine.offload_stats().device);
     assert_eq!(device.budget_bytes, experts * EXPERT);
     assert!(device.bytes <= device.budget_bytes, "{device:?}");
     assert_eq!(device.bytes, device.experts as u64 * EXPERT, "{device:?}");
-    let raised_for_good = device.bytes - ledger.disk_cache_bytes_promoted;
-    assert_eq!(ledger.cpu_offload_bytes, ledger.expert_bytes - raised_for_good + ledger.disk_cache_bytes_reserved);
+    let promoted_for_good = device.bytes - ledger.disk_cache_bytes_promoted;
+    assert_eq!(ledger.cpu_offload_bytes, ledger.expert_bytes - promoted_for_good + ledger.disk_cache_bytes_reserved);
 }
 
-fn host_class(precision: Precision) -> String {
+fn cpu_class(precision: Precision) -> String {
     format!("cpu-{}/{precision}", Isa::best().name())
 }
 
 #[test]
-fn a_third_on_the_device_answers_as_the_reference() {
+fn a_third_on_the_gpu_answers_as_the_reference() {
     if vulkan().is_none() {
         return;
     }
-    let engine = with_room(&checkpoint(), EXPERTS / 3);
+    let engine = with_capacity(&checkpoint(), EXPERTS / 3);
     let config = engine.config().clone();
     let files = checkpoint().files();
     let model = LocalModel { text: TextModel::from_paths(&config, files).unwrap(), engine };
@@ -98,11 +98,11 @@ fn a_third_on_the_device_answers_as_the_reference() {
     check_budget(&model.engine, EXPERTS / 3);
     let device = model.engine.offload_stats().device;
     assert!(device.hits > 0 && device.on_cpu > 0 && device.promoted > 0, "{device:?}");
-    assert!(device.bytes_promoted > (EXPERTS / 3) * EXPERT, "more than what was loaded there: {device:?}");
+    assert!(device.bytes_promoted > (EXPERTS / 3) * EXPERT, "more than was loaded there: {device:?}");
 }
 
 #[test]
-fn without_room_the_host_computes_them_all_and_with_enough_none() {
+fn without_capacity_the_cpu_computes_all_experts_and_with_enough_none() {
     if vulkan().is_none() {
         return;
     }
@@ -113,25 +113,25 @@ fn without_room_the_host_computes_them_all_and_with_enough_none() {
     assert!(expected.iter().all(|advanced| advanced.classes.is_empty()));
     assert_eq!((whole.offload_stats().device, whole.memory().cpu_offload_bytes), Default::default());
 
-    let none = with_room(&checkpoint, 0);
+    let none = with_capacity(&checkpoint, 0);
     let found = follow(&none);
     check_close(&found, &expected, 1e-4);
-    assert!(found.iter().all(|advanced| advanced.classes == [host_class(Precision::Exact)]), "{:?}", found[0].classes);
+    assert!(found.iter().all(|advanced| advanced.classes == [cpu_class(Precision::Exact)]), "{:?}", found[0].classes);
     let device = none.offload_stats().device;
     assert_eq!((device.experts, device.hits, device.promoted, device.bytes_promoted), (0, 0, 0, 0), "{device:?}");
     assert!(device.on_cpu > 0, "{device:?}");
     assert_eq!(none.memory().cpu_offload_bytes, EXPERTS * EXPERT);
 
-    let all = with_room(&checkpoint, EXPERTS);
+    let all = with_capacity(&checkpoint, EXPERTS);
     let found = follow(&all);
-    assert!(found == expected, "the same bits, and nobody else took part");
+    assert!(found == expected, "the same bits, and no other kernel class took part");
     let device = all.offload_stats().device;
     assert_eq!((device.experts as u64, device.on_cpu, device.promoted), (EXPERTS, 0, 0), "{device:?}");
     assert_eq!((all.memory().cpu_offload_bytes, all.memory().total()), (0, whole.memory().total()));
 }
 
 #[test]
-fn experts_on_the_device_are_exchanged_and_dropped() {
+fn experts_on_the_gpu_are_replaced_and_dropped() {
     if vulkan().is_none() {
         return;
     }
@@ -140,7 +140,7 @@ fn experts_on_the_device_are_exchanged_and_dropped() {
     for engine in [&whole, &engine] {
         block_on(engine.load_trunk_tensors(checkpoint.trunk())).unwrap();
     }
-    // Sliced on the way: weights in memory of this process's own, which is given up while they are on the device.
+    // Sliced on loading: weights in memory of this process, which is freed while they are on the GPU.
     let load = |precision| {
         for id in layout::experts(checkpoint.config()) {
             for engine in [&whole, &engine] {
@@ -171,7 +171,7 @@ fn experts_on_the_device_are_exchanged_and_dropped() {
     let (device, ledger) = (engine.offload_stats().device, engine.memory());
     assert!(device.experts <= 24 && device.bytes <= ledger.expert_bytes, "{device:?}");
     assert_eq!(ledger.cpu_offload_bytes, ledger.expert_bytes - device.bytes);
-    // A peer's call, of experts wherever they are.
+    // A call of a peer, with experts in both memories.
     let rows: Vec<f32> = (0..4 * 256).map(|index| (index % 13) as f32 / 16.0 - 0.4).collect();
     let calls: Vec<(u16, Vec<u32>)> = (0..16).map(|expert| (23 - expert, vec![u32::from(expert) % 4])).collect();
     let [found, expected] =
@@ -182,7 +182,7 @@ fn experts_on_the_device_are_exchanged_and_dropped() {
 }
 
 #[test]
-fn disk_beneath_host_memory_beneath_the_device() {
+fn disk_and_cpu_offload_together() {
     if vulkan().is_none() {
         return;
     }
@@ -190,9 +190,9 @@ fn disk_beneath_host_memory_beneath_the_device() {
     let whole = start(None, 0);
     block_on(whole.load_checkpoint(&checkpoint)).unwrap();
     let expected = follow(&whole);
-    // All of them on disk, a sixth in memory by turns, a third on the device.
+    // All experts on disk; a sixth of them take turns in memory, and a third on the GPU.
     let (in_memory, on_device) = (EXPERTS / 6, EXPERTS / 3);
-    let engine = start(Some(on_device * EXPERT), in_memory * SHELVED);
+    let engine = start(Some(on_device * EXPERT), in_memory * EXPERT_BUFFER);
     block_on(engine.load_trunk_tensors(checkpoint.trunk())).unwrap();
     for id in layout::experts(checkpoint.config()) {
         block_on(engine.load_expert_tensors_on_disk(id, checkpoint.expert(id))).unwrap();
@@ -201,13 +201,13 @@ fn disk_beneath_host_memory_beneath_the_device() {
         check_close(&follow(&engine), &expected, 1e-4);
         check_budget(&engine, on_device);
         let stats = engine.offload_stats();
-        assert!(stats.bytes_in_memory <= in_memory * SHELVED, "{stats:?}");
+        assert!(stats.bytes_in_memory <= in_memory * EXPERT_BUFFER, "{stats:?}");
     }
     let stats = engine.offload_stats();
     assert!(stats.device.experts > 0 && stats.device.hits > 0 && stats.bytes_read > 0, "{stats:?}");
     assert_eq!(engine.memory().disk_cache_bytes_promoted, stats.device.bytes);
 
-    // What is on the device needs no disk: a second time the same rows want less of it.
+    // Half of the experts move from disk to memory for good, and then most are dropped.
     let ids: Vec<ExpertId> = layout::experts(checkpoint.config()).collect();
     for id in &ids[..72] {
         block_on(engine.load_expert_tensors(*id, checkpoint.expert(*id))).unwrap();
@@ -243,7 +243,7 @@ fn a_local_model_keeps_to_both_budgets() {
     let params = GenerateParams { max_tokens: Some(4), ..GenerateParams::default() };
     let answer = third.chat("What is the capital of France?", params, |_| {}).unwrap();
     assert_eq!(answer.text, "The capital of France");
-    assert_eq!(answer.other_classes, [host_class(Precision::Exact)]);
+    assert_eq!(answer.other_classes, [cpu_class(Precision::Exact)]);
 
     let all = open(short.least + EXPERTS * EXPERT, Some(1 << 40)).unwrap();
     assert_eq!((all.engine.offload_stats().device, all.engine.memory().cpu_offload_bytes), Default::default());

@@ -1,9 +1,13 @@
-//! Experts that wait on disk until they are needed, as the compute thread sees them.
+//! Experts on disk that take turns in memory.
 //!
-//! Owns [`DiskOffload`]: the plans of all experts on it, the buffers of those in memory, and the threads that read. It
-//! carries out what [`Residency`] decides and reports back. The invariant: a buffer is lent to the readers, or holds an
-//! expert that is in the sink tier, or is free. Where experts go when they come is [`CacheSink`]'s business: it makes
-//! weights of tensors in memory, in place or by bringing them to a device.
+//! Owns [`DiskOffload`], the driver: the read plans of all experts on disk, the buffers of those in memory, and the
+//! threads that read. It carries out what the [`DiskCache`] decides and reports how loads ended. The invariant: a
+//! buffer is with the readers, or holds an expert that the sink has, or is free. Where loaded experts go is up to the
+//! [`CacheSink`], which makes weights of tensors in memory, in place or by a copy to a device. Nothing here knows
+//! batches or calls of peers: both come as claims.
+//!
+//! Arrows: this driver → `disk_cache` → [`Cache`](super::cache) → [`Score`](super::score); this driver → `readers` →
+//! `read_plan`.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -14,12 +18,12 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use super::{
-    OffloadError,
+use self::{
+    disk_cache::{Arrival, Counts, DiskCache, Effect, LoadId},
     read_plan::ReadPlan,
     readers::{Load, Loaded, Readers},
-    residency::{Arrival, ClaimId, Effect, LoadId, Residency},
 };
+use super::OffloadError;
 use coel_weights::{
     error::LoadError,
     layout::ExpertId,
@@ -28,11 +32,17 @@ use coel_weights::{
     tensors::Tensors,
 };
 
+mod disk_cache;
+mod read_plan;
+mod readers;
+
+pub(crate) use self::disk_cache::ClaimId;
+
 /// Where experts are computed.
 pub(crate) trait CacheSink {
-    /// An expert has come.
+    /// An expert was loaded into memory.
     fn loaded(&mut self, id: ExpertId, precision: Precision, tensors: &Tensors) -> Result<(), LoadError>;
-    /// It goes: nothing may keep its tensors.
+    /// An expert is evicted. The sink must not keep its tensors.
     fn evicted(&mut self, id: ExpertId);
 }
 
@@ -43,15 +53,15 @@ struct OnDisk {
 }
 
 pub(crate) struct DiskOffload {
-    residency: Residency,
+    cache: DiskCache,
     on_disk: HashMap<ExpertId, OnDisk>,
     buffers: Buffers,
-    /// Of the experts in memory.
+    /// The buffers of the experts in memory.
     held: HashMap<ExpertId, Arc<Buffer>>,
     loading: HashMap<LoadId, ExpertId>,
     readers: Readers,
     loaded: mpsc::UnboundedReceiver<Loaded>,
-    /// One that was seen while waiting.
+    /// A load that came back while [`poll`](Self::poll) waited.
     seen: Option<Loaded>,
     failures: BTreeMap<ClaimId, OffloadError>,
     claims: u64,
@@ -59,13 +69,13 @@ pub(crate) struct DiskOffload {
 }
 
 impl DiskOffload {
-    /// With memory for `budget` bytes, and so many threads that read.
-    pub(crate) fn new(budget: u64, readers: usize) -> io::Result<Self> {
+    /// Starts `readers` threads that read into `capacity` bytes of memory.
+    pub(crate) fn new(capacity: u64, readers: usize) -> io::Result<Self> {
         let (readers, loaded) = Readers::start(readers)?;
         Ok(Self {
-            residency: Residency::new(budget),
+            cache: DiskCache::new(capacity),
             on_disk: HashMap::new(),
-            buffers: Buffers::new(budget),
+            buffers: Buffers::new(capacity),
             held: HashMap::new(),
             loading: HashMap::new(),
             readers,
@@ -77,7 +87,7 @@ impl DiskOffload {
         })
     }
 
-    /// Puts an expert on the shelf, in the place of another of this id.
+    /// Adds an expert whose tensors lie in files. It replaces another one of this id.
     pub(crate) fn add(
         &mut self,
         id: ExpertId,
@@ -85,45 +95,45 @@ impl DiskOffload {
         sink: &mut dyn CacheSink,
     ) -> Result<(), OffloadError> {
         let plan = ReadPlan::of(tensors).map_err(|why| OffloadError::Read { id, why })?;
-        let (bytes, budget) = (plan.buffer_bytes(), self.residency.budget());
+        let (bytes, budget) = (plan.buffer_bytes(), self.cache.capacity());
         if bytes > budget {
             return Err(OffloadError::TooSmall { id, bytes, budget });
         }
         self.on_disk.insert(id, OnDisk { plan: Arc::new(plan), precision: tensors.precision() });
-        self.residency.add(id, bytes);
+        self.cache.add(id, bytes);
         self.carry_out(sink);
         Ok(())
     }
 
-    /// Another budget from now on; less takes effect as experts that are needed now are computed.
-    pub(crate) fn set_budget(&mut self, budget: u64, sink: &mut dyn CacheSink) {
-        self.residency.set_budget(budget);
-        self.buffers.set_budget(budget);
+    /// Sets the capacity in bytes. A smaller one takes effect as experts that are needed now are computed.
+    pub(crate) fn set_capacity(&mut self, capacity: u64, sink: &mut dyn CacheSink) {
+        self.cache.set_capacity(capacity);
+        self.buffers.set_budget(capacity);
         self.carry_out(sink);
     }
 
-    /// Bytes of memory it takes, in use or not.
+    /// Bytes of all buffers, in use or free.
     pub(crate) fn bytes(&self) -> u64 {
         self.buffers.bytes()
     }
 
-    /// Whether it was there.
+    /// Removes an expert; whether it was on disk.
     pub(crate) fn remove(&mut self, id: ExpertId, sink: &mut dyn CacheSink) -> bool {
-        self.residency.remove(id);
+        self.cache.remove(id);
         self.carry_out(sink);
         self.on_disk.remove(&id).is_some()
     }
 
-    /// Its precision, if it is here.
+    /// The precision of an expert, if it is on disk.
     pub(crate) fn precision(&self, id: ExpertId) -> Option<Precision> {
         self.on_disk.get(&id).map(|on_disk| on_disk.precision)
     }
 
-    pub(crate) fn residency(&self) -> &Residency {
-        &self.residency
+    pub(crate) fn counts(&self) -> Counts {
+        self.cache.counts()
     }
 
-    /// Experts in memory.
+    /// How many experts are in memory.
     pub(crate) fn in_memory(&self) -> usize {
         self.held.len()
     }
@@ -133,54 +143,58 @@ impl DiskOffload {
         self.bytes_read
     }
 
-    /// A claim that needs nothing yet.
+    /// Opens a claim that needs nothing yet. It must be [released](Self::release).
     pub(crate) fn claim(&mut self) -> ClaimId {
         self.claims += 1;
         ClaimId(self.claims)
     }
 
+    /// A batch begins.
     pub(crate) fn tick(&mut self) {
-        self.residency.tick();
+        self.cache.tick();
     }
 
+    /// `claim` needs these experts now, in this order: pins them, and reads those that are not in memory.
     pub(crate) fn need(&mut self, claim: ClaimId, ids: &[ExpertId], sink: &mut dyn CacheSink) {
-        self.residency.need(claim, ids.iter().copied());
+        self.cache.need(claim, ids.iter().copied());
         self.carry_out(sink);
     }
 
+    /// `claim` will probably need these experts next, the likeliest first. They replace its former predictions.
     pub(crate) fn prefetch(&mut self, claim: ClaimId, ids: &[ExpertId], sink: &mut dyn CacheSink) {
-        self.residency.prefetch(claim, ids.iter().copied());
+        self.cache.prefetch(claim, ids.iter().copied());
         self.carry_out(sink);
     }
 
-    /// What `claim` needs and has in memory, or why it will not have all.
+    /// The experts that `claim` needs and that are in memory, or the failure to read one of them.
     pub(crate) fn ready(&mut self, claim: ClaimId) -> Result<Vec<ExpertId>, OffloadError> {
         match self.failures.remove(&claim) {
             Some(failure) => Err(failure),
-            None => Ok(self.residency.ready(claim)),
+            None => Ok(self.cache.ready(claim)),
         }
     }
 
-    /// Whether [`ready`](Self::ready) has anything to say.
+    /// Whether [`ready`](Self::ready) has anything to return.
     pub(crate) fn is_ready(&self, claim: ClaimId) -> bool {
-        self.failures.contains_key(&claim) || !self.residency.ready(claim).is_empty()
+        self.failures.contains_key(&claim) || !self.cache.ready(claim).is_empty()
     }
 
-    /// `claim` has computed experts, each with the share of its rows that it was for.
+    /// `claim` has computed these experts, each for a share of its rows, and needs them no more.
     pub(crate) fn computed(&mut self, claim: ClaimId, ids: &[(ExpertId, f64)], sink: &mut dyn CacheSink) {
         for (id, share) in ids {
-            self.residency.computed(claim, *id, *share);
+            self.cache.computed(claim, *id, *share);
         }
         self.carry_out(sink);
     }
 
+    /// Ends `claim`.
     pub(crate) fn release(&mut self, claim: ClaimId, sink: &mut dyn CacheSink) {
-        self.residency.release(claim);
+        self.cache.release(claim);
         self.failures.remove(&claim);
         self.carry_out(sink);
     }
 
-    /// Ready when a load has come back, for [`settle`](Self::settle) to see to.
+    /// Ready when a load has come back, which [`settle`](Self::settle) takes in.
     pub(crate) fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
         if self.seen.is_none() {
             match self.loaded.poll_recv(context) {
@@ -188,25 +202,25 @@ impl DiskOffload {
                 Poll::Pending => return Poll::Pending,
             }
         }
-        // The readers live as long as this does, so there is always one to wait for.
+        // The readers live as long as this driver, so the channel never closes.
         if self.seen.is_some() { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    /// Sees to all loads that have come back.
+    /// Takes in all loads that have come back.
     pub(crate) fn settle(&mut self, sink: &mut dyn CacheSink) {
         while let Some(loaded) = self.seen.take().or_else(|| self.loaded.try_recv().ok()) {
-            self.came_back(loaded, sink);
+            self.take_in(loaded, sink);
             self.carry_out(sink);
         }
     }
 
-    fn came_back(&mut self, loaded: Loaded, sink: &mut dyn CacheSink) {
+    fn take_in(&mut self, loaded: Loaded, sink: &mut dyn CacheSink) {
         let Loaded { id: load, buffer, result } = loaded;
         let Some(id) = self.loading.remove(&load) else { return };
         let failure = match result {
             Ok(bytes) => {
                 self.bytes_read += bytes;
-                match self.residency.arrived(load) {
+                match self.cache.arrived(load) {
                     Arrival::Kept(id) => return self.keep(id, buffer, sink),
                     Arrival::Discarded => return self.buffers.take_back(buffer),
                 }
@@ -215,28 +229,28 @@ impl DiskOffload {
             Err(why) => Some(OffloadError::Read { id, why }),
         };
         self.buffers.take_back(buffer);
-        let losers = self.residency.came_back(load, failure.is_some());
+        let losers = self.cache.came_back(load, failure.is_some());
         if let Some(failure) = failure {
             tracing::warn!("{failure}");
             self.failures.extend(losers.into_iter().map(|claim| (claim, failure.clone())));
         }
     }
 
-    /// Hands an expert that is in memory to whoever computes with it.
+    /// Hands an expert that was loaded to the sink.
     fn keep(&mut self, id: ExpertId, buffer: Buffer, sink: &mut dyn CacheSink) {
         let on_disk = &self.on_disk[&id];
         let buffer = Arc::new(buffer);
         let tensors = on_disk.plan.tensors(&buffer);
         self.held.insert(id, buffer);
         if let Err(error) = sink.loaded(id, on_disk.precision, &tensors) {
-            // They were checked when they were put on the shelf: shapes do not change with the bytes.
+            // The tensors were checked when the expert was added, and shapes do not change with the bytes.
             tracing::error!("{id}: {error}");
         }
     }
 
     fn carry_out(&mut self, sink: &mut dyn CacheSink) {
         loop {
-            let effects = self.residency.effects();
+            let effects = self.cache.effects();
             if effects.is_empty() {
                 return;
             }
@@ -254,7 +268,7 @@ impl DiskOffload {
                         if let Some(Load { id, buffer, .. }) = self.readers.abandon(load) {
                             self.loading.remove(&id);
                             self.buffers.take_back(buffer);
-                            self.residency.came_back(id, false);
+                            self.cache.came_back(id, false);
                         }
                     }
                 }
@@ -271,7 +285,7 @@ impl DiskOffload {
             }
             Err(error) => {
                 let failure = OffloadError::Memory { id, why: error.to_string() };
-                let losers = self.residency.came_back(load, true);
+                let losers = self.cache.came_back(load, true);
                 self.failures.extend(losers.into_iter().map(|claim| (claim, failure.clone())));
             }
         }

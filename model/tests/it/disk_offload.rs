@@ -1,4 +1,4 @@
-//! Experts on disk: the same bits as in memory, within the budget, and files that cannot be read.
+//! Experts on disk: the same bits as in memory, the budget, and files that cannot be read.
 
 use std::{
     fs,
@@ -37,19 +37,19 @@ fn start_with(checkpoint: &Checkpoint, options: EngineOptions) -> Engine {
     Engine::start(Device::Cpu, checkpoint.config().clone(), options).expect("the CPU is always there")
 }
 
-/// Everything in memory.
+/// An engine with everything in memory.
 fn whole(checkpoint: &Checkpoint) -> Engine {
     let engine = start(checkpoint, 0);
     block_on(engine.load_checkpoint(checkpoint)).unwrap();
     engine
 }
 
-/// All experts on disk, with memory for `experts` of them.
-fn shelved(checkpoint: &Checkpoint, experts: u64) -> Engine {
-    shelved_with(checkpoint, experts, EngineOptions::default())
+/// An engine with all experts on disk, and memory for `experts` of them.
+fn on_disk(checkpoint: &Checkpoint, experts: u64) -> Engine {
+    on_disk_with(checkpoint, experts, EngineOptions::default())
 }
 
-fn shelved_with(checkpoint: &Checkpoint, experts: u64, options: EngineOptions) -> Engine {
+fn on_disk_with(checkpoint: &Checkpoint, experts: u64, options: EngineOptions) -> Engine {
     let engine = start_with(checkpoint, EngineOptions { disk_cache_bytes: experts * EXPERT, ..options });
     block_on(engine.load_trunk_tensors(checkpoint.trunk())).unwrap();
     for id in layout::experts(checkpoint.config()) {
@@ -81,9 +81,9 @@ fn any_budget_gives_the_same_bits() {
         let engine = whole(&checkpoint);
         cases.map(|(prompt, more, salt)| follow(&engine, prompt, more, salt))
     };
-    // One at a time, what one row takes twice, a third, and nearly all of them.
+    // Memory for one expert, for two rows' experts, for a third, and for nearly all of them.
     for experts in [1, 8, 40, 140] {
-        let engine = shelved(&checkpoint, experts);
+        let engine = on_disk(&checkpoint, experts);
         let ledger = engine.memory();
         assert_eq!((ledger.expert_bytes, ledger.disk_cache_bytes_reserved), (0, experts * EXPERT));
         assert_eq!(engine.held().len(), 6 * 24);
@@ -97,7 +97,7 @@ fn any_budget_gives_the_same_bits() {
         assert_eq!(stats.on_disk, 144, "{stats:?}");
         assert!(stats.in_memory as u64 * engine.footprint().expert_bytes <= experts * EXPERT, "{stats:?}");
         assert!(stats.misses > 0 && stats.bytes_read > 0, "{stats:?}");
-        // One row decodes in 36 flights, with five layers to foresee in each where the layer before waits.
+        // 36 batches decode one row, and predict up to five layers each, if the layer before waits.
         let pairs: u64 = stats.recall.iter().map(|layer| layer.late.pairs).sum();
         let most = (12 + 1 + 20 + 3) * 5 * 4;
         assert!(if experts == 1 { pairs == most } else { (1..=most).contains(&pairs) }, "{stats:?}");
@@ -109,21 +109,24 @@ fn any_budget_gives_the_same_bits() {
 #[test]
 fn rows_that_go_ahead_leave_no_trace() {
     let checkpoint = checkpoint();
-    // Pages have 16 tokens: sessions begin some, and go on in the middle of others.
+    // Pages have 16 tokens: some sessions begin a page, others go on in the middle of one.
     let cases = [(150, 12, 1), (1, 20, 2), (15, 3, 3)];
     let run = |engine: &Engine| cases.map(|(prompt, more, salt)| follow(engine, prompt, more, salt));
     let expected = run(&whole(&checkpoint));
-    // Prompts too go ahead, in every layer, with everything in memory and without.
+    // If recall is measured, the rows of prompts go ahead too, in every layer, even with everything in memory.
     for predictor in [Predictor::Off, Predictor::Attention] {
-        for foresee in [false, true] {
-            let options = || EngineOptions { predictor, measure_recall: foresee, ..EngineOptions::default() };
-            let engine = shelved_with(&checkpoint, 20, options());
-            assert!(run(&engine) == expected, "{predictor:?}, measured: {foresee}");
+        for measure_recall in [false, true] {
+            let options = || EngineOptions { predictor, measure_recall, ..EngineOptions::default() };
+            let engine = on_disk_with(&checkpoint, 20, options());
+            assert!(run(&engine) == expected, "{predictor:?}, measured: {measure_recall}");
             let off = predictor == Predictor::Off;
-            assert_eq!(engine.offload_stats().mean_recall().map(|recall| recall.is_some()), [!off && foresee, !off]);
+            assert_eq!(
+                engine.offload_stats().mean_recall().map(|recall| recall.is_some()),
+                [!off && measure_recall, !off]
+            );
             let engine = start_with(&checkpoint, options());
             block_on(engine.load_checkpoint(&checkpoint)).unwrap();
-            assert!(run(&engine) == expected, "in memory, {predictor:?}, measured: {foresee}");
+            assert!(run(&engine) == expected, "in memory, {predictor:?}, measured: {measure_recall}");
         }
     }
 }
@@ -143,7 +146,7 @@ fn experts_are_predicted_better_than_by_the_next_router_alone() {
     }
     let stats = engine.offload_stats();
     assert_eq!(stats.recall.iter().map(|layer| layer.early.pairs).sum::<u64>(), 2 * 256 * 5 * 4);
-    // The next router shown the rows as they are finds 0.66, and 0.76 once all outputs are there.
+    // The next router finds 0.66 from the rows as they are, and 0.76 once all outputs are there.
     let [early, late] = stats.mean_recall();
     assert!(early.is_some_and(|early| early > 0.82) && late.is_none(), "{stats:?}");
 }
@@ -155,7 +158,7 @@ fn sessions_that_wait_for_the_disk_do_not_disturb_each_other() {
     let engine = whole(&checkpoint);
     let expected: Vec<_> = cases.iter().map(|(prompt, salt)| follow(&engine, *prompt, 8, *salt)).collect();
     for experts in [4, 60] {
-        let engine = shelved(&checkpoint, experts);
+        let engine = on_disk(&checkpoint, experts);
         let found: Vec<_> = std::thread::scope(|scope| {
             let run = |(prompt, salt): &(usize, u32)| {
                 let (prompt, salt, engine) = (*prompt, *salt, &engine);
@@ -169,22 +172,22 @@ fn sessions_that_wait_for_the_disk_do_not_disturb_each_other() {
 }
 
 #[test]
-fn a_peers_call_waits_for_the_disk_too() {
+fn a_call_of_a_peer_waits_for_the_disk_too() {
     let checkpoint = checkpoint();
     let rows: Vec<f32> = (0..4 * 256).map(|index| (index % 13) as f32 / 16.0 - 0.4).collect();
     let calls: Vec<(u16, Vec<u32>)> = (0..12).map(|expert| (expert * 2, vec![u32::from(expert) % 4])).collect();
     let run = |engine: &Engine| block_on(engine.run_experts(3, rows.clone(), calls.clone())).unwrap();
     let expected = run(&whole(&checkpoint));
-    let engine = shelved(&checkpoint, 3);
+    let engine = on_disk(&checkpoint, 3);
     assert!(run(&engine) == expected);
-    assert!(run(&engine) == expected, "also when others are in memory");
+    assert!(run(&engine) == expected, "even with other experts in memory");
     assert!(block_on(engine.drop_expert(ExpertId { layer: 3, index: 4 })).unwrap());
     let gone = block_on(engine.run_experts(3, rows.clone(), calls.clone())).unwrap_err();
     assert!(matches!(gone, EngineError::NotHeld(ExpertId { layer: 3, index: 4 })), "{gone}");
 }
 
 #[test]
-fn slices_on_disk_and_experts_that_change_places() {
+fn slices_on_disk_and_experts_that_move_between_disk_and_memory() {
     let checkpoint = checkpoint();
     let (_dir, slices) = sliced();
     let folder = ModelFolder::open(&slices).unwrap();
@@ -202,22 +205,22 @@ fn slices_on_disk_and_experts_that_change_places() {
     block_on(engine.load_trunk_without_embedding(folder.trunk(Precision::Q8).unwrap())).unwrap();
     let whole_trunk = load(Precision::Q4).memory().trunk_bytes;
     assert!(engine.memory().trunk_bytes < whole_trunk, "the embedding table is not in memory");
-    let shelve = |precision| {
+    let offload = |precision| {
         for id in layout::experts(folder.config()) {
             block_on(engine.load_expert_tensors_on_disk(id, folder.expert(id, precision).unwrap())).unwrap();
         }
     };
-    shelve(Precision::Q4);
+    offload(Precision::Q4);
     assert!(follow(&engine, 20, 6, 1) == q4);
     assert!(engine.held().values().all(|precision| *precision == Precision::Q4));
-    shelve(Precision::Q8);
-    assert!(follow(&engine, 20, 6, 1) == q8, "raised on the shelf");
+    offload(Precision::Q8);
+    assert!(follow(&engine, 20, 6, 1) == q8, "upgraded on disk");
     for id in layout::experts(folder.config()).filter(|id| id.index % 2 == 0) {
         block_on(engine.load_expert_tensors(id, folder.expert(id, Precision::Q8).unwrap())).unwrap();
     }
     assert_eq!((engine.offload_stats().on_disk, engine.held().len()), (72, 144));
     assert!(follow(&engine, 20, 6, 1) == q8, "half of them in memory for good");
-    shelve(Precision::Q4);
+    offload(Precision::Q4);
     assert!(follow(&engine, 20, 6, 1) == q4, "and back");
 }
 
@@ -230,7 +233,7 @@ fn sliced() -> (tempfile::TempDir, PathBuf) {
 }
 
 #[test]
-fn a_file_that_goes_ends_the_requests_that_need_it_and_says_which() {
+fn a_missing_file_ends_the_requests_that_need_it_and_is_named() {
     // Slices: each expert is a file of its own.
     let (_dir, slices) = sliced();
     let folder = ModelFolder::open(&slices).unwrap();
@@ -241,7 +244,7 @@ fn a_file_that_goes_ends_the_requests_that_need_it_and_says_which() {
     }
     let expected = follow(&engine, 40, 2, 1);
 
-    // One layer's experts, of which a prompt needs many and one row four.
+    // The experts of one layer: a prompt needs many of them, a single row four.
     let file = |index: u16| slices.join(format!("layer.2.expert.{index}.base.safetensors"));
     let mut session = engine.open_session(1).unwrap();
     let (_, routes) = block_on(session.advance_watched(&[7], Want::Last)).unwrap();
@@ -255,7 +258,7 @@ fn a_file_that_goes_ends_the_requests_that_need_it_and_says_which() {
             _ => fs::File::options().write(true).open(file(*index)).unwrap().set_len(8192).unwrap(),
         }
     }
-    // Others come and go until none of the spoilt ones is in memory.
+    // Other experts displace them until none of the spoilt ones is in memory.
     for salt in 0..8 {
         let mut session = engine.open_session(1).unwrap();
         _ = block_on(session.advance(&[salt * 50 + 11], Want::Last));
@@ -279,7 +282,7 @@ fn a_file_that_goes_ends_the_requests_that_need_it_and_says_which() {
 }
 
 #[test]
-fn what_cannot_stay_on_disk_is_refused() {
+fn experts_that_cannot_stay_on_disk_are_refused() {
     let checkpoint = checkpoint();
     let id = ExpertId { layer: 1, index: 2 };
     let refused = |engine: &Engine, tensors| block_on(engine.load_expert_tensors_on_disk(id, tensors)).unwrap_err();

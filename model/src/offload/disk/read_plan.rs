@@ -1,9 +1,10 @@
-//! How an expert's weights come from files into a buffer.
+//! How an expert's weights get from files into a buffer.
 //!
-//! Owns [`ReadPlan`]: the runs of bytes to read, where in the buffer they go, and the tensors that are then there. Runs
-//! start and end at whole pages, of the file as of the buffer, so that they can be read past the page cache; tensors
-//! that lie near each other in a file are one run. The invariant: the tensors a plan makes have the same bytes as those
-//! it was made of, or filling the buffer was an error that names the file.
+//! Owns [`ReadPlan`]: the runs of bytes to read, their places in the buffer, and the tensors that are in a filled
+//! buffer. Runs start and end at whole pages of both the file and the buffer, so that they can bypass the page cache.
+//! Tensors that lie near each other in a file share a run. The invariant: the tensors in a filled buffer have the same
+//! bytes as those that the plan was made of, or filling it returned an error that names the file. Nothing here knows
+//! when to read.
 
 use std::{
     fs::File,
@@ -20,43 +21,43 @@ use coel_weights::{
     tensors::Tensors,
 };
 
-/// Tensors closer than this in a file are read in one go, with what lies between.
+/// Tensors closer than this in a file share a run, which reads the gap as well.
 const GAP: u64 = 64 << 10;
-/// Bytes read at once: enough for a disk to be at its best, few enough that a read that is not wanted any more ends soon.
+/// Bytes of one read: enough for a disk's full speed, few enough that an abandoned load ends soon.
 const READ_BYTES: usize = 4 << 20;
 
-/// Bytes of one file that are read in one go, and where they go.
+/// Consecutive bytes of one file, and their place in the buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Run {
     file: PathBuf,
     /// A multiple of [`PAGE`], as is `at`.
     offset: u64,
-    /// Up to the last byte that is wanted.
+    /// Up to the end of the last tensor.
     bytes: u64,
-    /// In the buffer.
+    /// Where they begin in the buffer.
     at: usize,
 }
 
 impl Run {
-    /// Where the next run may begin.
+    /// Where the next run may begin in the buffer.
     fn end(&self) -> usize {
         (self.at + self.bytes as usize).next_multiple_of(PAGE)
     }
 }
 
-/// How to read some tensors.
+/// How to read an expert's tensors.
 #[derive(Clone, Debug)]
-pub struct ReadPlan {
+pub(super) struct ReadPlan {
     runs: Vec<Run>,
-    /// The tensors without their bytes.
+    /// The tensors, without their bytes.
     tensors: Tensors,
-    /// Where in the buffer each range of bytes begins and ends, in the order of [`Tensors::moved`].
+    /// Where each range of bytes begins and ends in the buffer, in the order of [`Tensors::moved`].
     ranges: Vec<(usize, usize)>,
 }
 
 impl ReadPlan {
-    /// How to read `tensors`, all of which must lie in files.
-    pub fn of(tensors: &Tensors) -> Result<Self, ReadError> {
+    /// Plans to read `tensors`, all of which must lie in files.
+    pub(super) fn of(tensors: &Tensors) -> Result<Self, ReadError> {
         let mut places = Vec::new();
         let empty = WeightBytes::from(Vec::new());
         let bare = tensors.moved(|name, bytes| {
@@ -87,13 +88,13 @@ impl ReadPlan {
         Ok(Self { runs, tensors: bare, ranges })
     }
 
-    /// Bytes of the buffer it takes: whole pages.
-    pub fn buffer_bytes(&self) -> u64 {
+    /// Bytes of the buffer that the plan fills: whole pages.
+    pub(super) fn buffer_bytes(&self) -> u64 {
         self.runs.last().map_or(PAGE, Run::end).max(PAGE) as u64
     }
 
-    /// Reads everything, unless `abandoned` becomes true; bytes read.
-    pub fn fill(&self, buffer: &mut Buffer, abandoned: &AtomicBool) -> Result<u64, ReadError> {
+    /// Reads everything, unless `abandoned` becomes true. The number of bytes read.
+    pub(super) fn fill(&self, buffer: &mut Buffer, abandoned: &AtomicBool) -> Result<u64, ReadError> {
         let mut total = 0;
         for run in &self.runs {
             let into = &mut buffer.as_mut_slice()[run.at..run.end()];
@@ -102,8 +103,8 @@ impl ReadPlan {
         Ok(total)
     }
 
-    /// The tensors, in a buffer that was filled.
-    pub fn tensors(&self, buffer: &Arc<Buffer>) -> Tensors {
+    /// The tensors in a filled buffer.
+    pub(super) fn tensors(&self, buffer: &Arc<Buffer>) -> Tensors {
         let whole = WeightBytes::from(buffer.clone());
         let mut ranges = self.ranges.iter();
         let moved = self.tensors.moved(|_, _| {
@@ -118,12 +119,12 @@ impl ReadPlan {
 struct Reading<'a> {
     path: &'a Path,
     file: File,
-    /// Past the page cache.
+    /// Whether reads bypass the page cache.
     direct: bool,
 }
 
 impl<'a> Reading<'a> {
-    /// Opens a file for reading past the page cache, or where that cannot be, as usual.
+    /// Opens a file for reads that bypass the page cache, where the file system allows it.
     fn open(path: &'a Path) -> Result<Self, ReadError> {
         #[cfg(target_os = "linux")]
         {
@@ -157,10 +158,10 @@ impl<'a> Reading<'a> {
                         found,
                     });
                 }
-                // A file may end in the middle of a page; before its end whole pages come.
+                // A file may end in the middle of a page; before its end, reads return whole pages.
                 Ok(read) => done += read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Some file systems take the flag and then refuse to read.
+                // Some file systems accept the flag and then refuse to read.
                 Err(error) if self.direct && error.kind() == io::ErrorKind::InvalidInput => {
                     return Self::open_cached(self.path)?.read(run, into, abandoned);
                 }
@@ -191,12 +192,12 @@ fn failed(path: &Path, error: &io::Error) -> ReadError {
     ReadError::Io { file: path.to_owned(), why: error.to_string() }
 }
 
-/// Tells the system that it need not keep what was read of a file.
+/// Tells the system that it need not cache what was read of a file.
 fn drop_cached(file: &File, offset: u64, bytes: u64) {
     #[cfg(target_os = "linux")]
     {
         use std::os::fd::AsRawFd;
-        // SAFETY: plain system call on a file that is open.
+        // SAFETY: `file` keeps the descriptor open during the call, and the call takes no pointers.
         unsafe { libc::posix_fadvise(file.as_raw_fd(), offset as i64, bytes as i64, libc::POSIX_FADV_DONTNEED) };
     }
     #[cfg(not(target_os = "linux"))]
@@ -228,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_read_is_what_was_mapped() {
+    fn a_filled_buffer_has_the_mapped_bytes() {
         for id in [ExpertId { layer: 0, index: 0 }, ExpertId { layer: 3, index: 17 }] {
             let mapped = tensors(fixture(), id);
             let plan = ReadPlan::of(&mapped).unwrap();

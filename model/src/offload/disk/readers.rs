@@ -1,9 +1,9 @@
 //! Threads that read experts from disk.
 //!
-//! Owns [`Readers`]. Loads that somebody waits for are read before those that are read ahead, each kind in order; a load
-//! read ahead that is wanted after all moves up, and one that is not wanted any more is given back unread, or stops in
-//! the middle. The invariant: every load comes back exactly once, with its buffer, however it ends. The queue is as long
-//! as there are buffers: whoever reads bounds it. Nothing here knows what is worth reading.
+//! Owns [`Readers`]. Urgent loads are read before prefetches, each kind in order. A prefetch that becomes urgent moves
+//! up; an abandoned load is returned unread, or stops in the middle. The invariant: every load comes back exactly once,
+//! with its buffer, however it ends. The queue is bounded by the buffers, because each load has one. Nothing here knows
+//! which experts are worth reading.
 
 use std::{
     collections::VecDeque,
@@ -18,30 +18,30 @@ use tokio::sync::mpsc;
 
 use coel_weights::memory::{Buffer, ReadError};
 
-use super::{read_plan::ReadPlan, residency::LoadId};
+use super::{disk_cache::LoadId, read_plan::ReadPlan};
 
-/// Something to read.
+/// An expert to read, and the buffer to read it into.
 pub(super) struct Load {
     pub(super) id: LoadId,
     pub(super) plan: Arc<ReadPlan>,
     pub(super) buffer: Buffer,
 }
 
-/// How it ended.
+/// A load that has ended.
 pub(super) struct Loaded {
     pub(super) id: LoadId,
     pub(super) buffer: Buffer,
-    /// Bytes read.
+    /// Bytes read, or why the buffer is not filled.
     pub(super) result: Result<u64, ReadError>,
 }
 
-/// A pool of reading threads. They end when this is dropped.
+/// A pool of reading threads, which ends when it is dropped.
 pub(super) struct Readers {
-    shared: Arc<Shared>,
+    pool: Arc<Pool>,
     threads: Vec<JoinHandle<()>>,
 }
 
-struct Shared {
+struct Pool {
     queue: Mutex<Queue>,
     changed: Condvar,
 }
@@ -49,22 +49,23 @@ struct Shared {
 #[derive(Default)]
 struct Queue {
     urgent: VecDeque<Load>,
-    ahead: VecDeque<Load>,
+    prefetches: VecDeque<Load>,
+    /// Loads that are being read, each with the flag that abandons it.
     reading: Vec<(LoadId, Arc<AtomicBool>)>,
     closed: bool,
 }
 
 impl Queue {
     fn next(&mut self) -> Option<(Load, Arc<AtomicBool>)> {
-        let load = self.urgent.pop_front().or_else(|| self.ahead.pop_front())?;
+        let load = self.urgent.pop_front().or_else(|| self.prefetches.pop_front())?;
         let abandoned = Arc::new(AtomicBool::new(false));
         self.reading.push((load.id, abandoned.clone()));
         Some((load, abandoned))
     }
 }
 
-impl Shared {
-    /// Nothing under this lock can panic half-way, so a poisoned one is still whole.
+impl Pool {
+    /// Nothing that holds this lock can panic half-way, so a poisoned queue is still consistent.
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -85,51 +86,53 @@ impl Shared {
             let result = load.plan.fill(&mut load.buffer, &abandoned);
             self.queue().reading.retain(|(id, _)| *id != load.id);
             if done.send(Loaded { id: load.id, buffer: load.buffer, result }).is_err() {
-                return; // nobody is left to use it
+                return; // the driver is gone
             }
         }
     }
 }
 
 impl Readers {
-    /// Starts `threads` threads; what they have read comes through the channel.
+    /// Starts `threads` threads, at least one. Loads come back through the channel.
     pub(super) fn start(threads: usize) -> std::io::Result<(Self, mpsc::UnboundedReceiver<Loaded>)> {
-        // No longer than there are loads, each of which has a buffer.
+        // Bounded by the loads, each of which has a buffer.
         let (done, loaded) = mpsc::unbounded_channel();
-        let shared = Arc::new(Shared { queue: Mutex::default(), changed: Condvar::new() });
-        let mut readers = Self { shared: shared.clone(), threads: Vec::new() };
+        let pool = Arc::new(Pool { queue: Mutex::default(), changed: Condvar::new() });
+        let mut readers = Self { pool: pool.clone(), threads: Vec::new() };
         for index in 0..threads.max(1) {
-            let (shared, done) = (shared.clone(), done.clone());
+            let (pool, done) = (pool.clone(), done.clone());
             let thread = thread::Builder::new().name(format!("coel-read-{index}"));
-            readers.threads.push(thread.spawn(move || shared.run(&done))?);
+            readers.threads.push(thread.spawn(move || pool.run(&done))?);
         }
         Ok((readers, loaded))
     }
 
+    /// Queues a load.
     pub(super) fn read(&self, load: Load, urgent: bool) {
-        let mut queue = self.shared.queue();
+        let mut queue = self.pool.queue();
         match urgent {
             true => queue.urgent.push_back(load),
-            false => queue.ahead.push_back(load),
+            false => queue.prefetches.push_back(load),
         }
         drop(queue);
-        self.shared.changed.notify_one();
+        self.pool.changed.notify_one();
     }
 
-    /// Somebody waits for a load that was to be read ahead.
+    /// A prefetch becomes urgent.
     pub(super) fn hurry(&self, id: LoadId) {
-        let mut queue = self.shared.queue();
-        let found = queue.ahead.iter().position(|load| load.id == id);
-        if let Some(load) = found.and_then(|index| queue.ahead.remove(index)) {
+        let mut queue = self.pool.queue();
+        let found = queue.prefetches.iter().position(|load| load.id == id);
+        if let Some(load) = found.and_then(|index| queue.prefetches.remove(index)) {
             queue.urgent.push_back(load);
         }
     }
 
-    /// Nobody wants a load any more. It is returned if it was not begun; else it comes back like any other, perhaps sooner.
+    /// A load is not wanted any more. It is returned if it was not begun; otherwise it comes back like any other,
+    /// perhaps sooner.
     pub(super) fn abandon(&self, id: LoadId) -> Option<Load> {
-        let mut queue = self.shared.queue();
+        let mut queue = self.pool.queue();
         let queue = &mut *queue;
-        for loads in [&mut queue.ahead, &mut queue.urgent] {
+        for loads in [&mut queue.prefetches, &mut queue.urgent] {
             if let Some(index) = loads.iter().position(|load| load.id == id) {
                 return loads.remove(index);
             }
@@ -143,15 +146,15 @@ impl Readers {
 
 impl Drop for Readers {
     fn drop(&mut self) {
-        let mut queue = self.shared.queue();
+        let mut queue = self.pool.queue();
         queue.closed = true;
         for (_, abandoned) in &queue.reading {
             abandoned.store(true, Ordering::Relaxed);
         }
         drop(queue);
-        self.shared.changed.notify_all();
+        self.pool.changed.notify_all();
         for thread in self.threads.drain(..) {
-            // A thread that panicked has said so already.
+            // The panic hook has reported a thread that panicked.
             let _ = thread.join();
         }
     }
