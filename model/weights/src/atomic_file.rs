@@ -16,14 +16,14 @@ const BUFFER_BYTES: usize = 1 << 20;
 pub struct TemporaryFile {
     path: PathBuf,
     file: Option<BufWriter<File>>,
-    sum: blake3::Hasher,
+    hasher: blake3::Hasher,
 }
 
 impl TemporaryFile {
     pub fn new(dir: &Path, name: &str) -> io::Result<Self> {
         let path = dir.join(format!("{name}.partial"));
         let file = File::create(&path)?;
-        Ok(Self { path, file: Some(BufWriter::with_capacity(BUFFER_BYTES, file)), sum: blake3::Hasher::new() })
+        Ok(Self { path, file: Some(BufWriter::with_capacity(BUFFER_BYTES, file)), hasher: blake3::Hasher::new() })
     }
 
     fn writer(&mut self) -> &mut BufWriter<File> {
@@ -31,8 +31,8 @@ impl TemporaryFile {
     }
 
     /// Of what was written.
-    pub fn sum(&self) -> String {
-        self.sum.finalize().to_string()
+    pub fn checksum(&self) -> String {
+        self.hasher.finalize().to_string()
     }
 
     /// Puts it under its name, once all of it is on disk. Returns its sum.
@@ -44,14 +44,14 @@ impl TemporaryFile {
         if let Some(dir) = name.parent() {
             File::open(dir)?.sync_all()?;
         }
-        Ok(self.sum())
+        Ok(self.checksum())
     }
 }
 
 impl Write for TemporaryFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.writer().write(bytes)?;
-        self.sum.update(&bytes[..written]);
+        self.hasher.update(&bytes[..written]);
         Ok(written)
     }
 

@@ -2,6 +2,7 @@
 //!
 //! | room | what it owns |
 //! |---|---|
+//! | [`isa`] | the instruction sets of this machine |
 //! | [`memory`] | weight bytes, mapped or owned; page-aligned buffers |
 //! | [`matrix`] | element types and packed matrices |
 //! | [`slices`] | the slice format: cells, constants, encoders, [`Weight`](slices::Weight) |
@@ -18,6 +19,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod folder;
+pub mod isa;
 pub mod layout;
 pub mod matrix;
 pub mod memory;

@@ -83,18 +83,22 @@ impl Matrix {
         (bytes.len() == expected).then_some(Self { bytes, dtype, rows, cols })
     }
 
+    #[inline]
     pub fn rows(&self) -> usize {
         self.rows
     }
 
+    #[inline]
     pub fn cols(&self) -> usize {
         self.cols
     }
 
+    #[inline]
     pub fn dtype(&self) -> DType {
         self.dtype
     }
 
+    #[inline]
     pub fn bytes(&self) -> &[u8] {
         self.bytes.as_slice()
     }
@@ -110,6 +114,7 @@ impl Matrix {
     }
 
     /// The packed bytes of rows `range`.
+    #[inline]
     pub fn rows_bytes(&self, range: Range<usize>) -> &[u8] {
         let row_bytes = self.cols * self.dtype.size();
         &self.bytes.as_slice()[range.start * row_bytes..range.end * row_bytes]

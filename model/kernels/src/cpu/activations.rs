@@ -137,7 +137,7 @@ pub fn quantize(isa: Isa, x: &[f32; GROUP], values: &mut Values) -> Scale {
     fn avx2(x: &[f32; GROUP], values: &mut Values) -> Scale {
         quantize_body(x, values)
     }
-    match isa.0 {
+    match isa.level() {
         Level::Portable => quantize_body(x, values),
         // SAFETY: an `Isa` exists only for a set this machine has.
         #[cfg(target_arch = "x86_64")]

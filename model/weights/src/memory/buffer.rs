@@ -28,6 +28,7 @@ impl Buffer {
         Ok(Self(map))
     }
 
+    #[inline]
     pub fn as_slice(&self) -> &[u8] {
         &self.0
     }

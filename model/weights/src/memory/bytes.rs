@@ -80,6 +80,7 @@ impl WeightBytes {
         (start <= end && end <= self.range.end).then(|| Self { owner: self.owner.clone(), range: start..end })
     }
 
+    #[inline]
     pub fn as_slice(&self) -> &[u8] {
         match &self.owner {
             Owner::Map(mapped) => &mapped.map[self.range.clone()],
@@ -88,6 +89,7 @@ impl WeightBytes {
         }
     }
 
+    #[inline]
     pub fn len(&self) -> usize {
         self.range.len()
     }

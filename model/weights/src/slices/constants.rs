@@ -29,21 +29,25 @@ pub struct Constants(pub u16);
 
 impl Constants {
     /// The scale of code `scale`, at most [`SCALE_MOST`], and zero point number `zero`, at most [`ZERO_MOST`].
+    #[inline]
     pub const fn new(scale: i32, zero: i32) -> Self {
         Self((scale << 7 | zero) as u16)
     }
 
+    #[inline]
     pub const fn from_le_bytes(bytes: [u8; 2]) -> Self {
         Self(u16::from_le_bytes(bytes))
     }
 
     /// The code of the least scale that is at least `value`, which must not be negative; it may be beyond
     /// [`SCALE_MOST`].
+    #[inline]
     pub const fn scale_code(value: f32) -> i32 {
         let above = (value.to_bits() as i32 - EXPONENT_BIAS + (1 << CUT) - 1) >> CUT;
         if above < 1 { 1 } else { above }
     }
 
+    #[inline]
     pub const fn scale(self) -> f32 {
         match self.0 >> 7 {
             0 => 0.0,
@@ -52,16 +56,19 @@ impl Constants {
     }
 
     /// The level of a weight of 0.
+    #[inline]
     pub const fn zero(self) -> f32 {
         LOWEST_ZERO + ZERO_STEP * (self.0 & 127) as f32
     }
 
     /// What is added to scale times level at Q8.
+    #[inline]
     pub const fn offset(self) -> f32 {
         self.scale() * -self.zero()
     }
 
     /// What is added to scale times sixteen times the high nibble at Q4.
+    #[inline]
     pub const fn middle_offset(self) -> f32 {
         self.scale() * (MIDDLE - self.zero())
     }
@@ -160,6 +167,8 @@ mod tests {
     fn vectors_read_what_one_reads() {
         use std::arch::x86_64::*;
 
+        use crate::isa::{Isa, Level};
+
         #[target_feature(enable = "avx2,fma")]
         fn avx2(eight: [i32; 8], refined: bool) -> ([f32; 8], [f32; 8]) {
             let (mut scales, mut offsets) = ([0.0; 8], [0.0; 8]);
@@ -184,6 +193,7 @@ mod tests {
             (scales, offsets)
         }
 
+        let has = |level| Isa::best().level() >= level;
         let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
         for first in (0..=u16::MAX).step_by(16) {
             let sixteen: [u16; 16] = std::array::from_fn(|index| first + index as u16);
@@ -196,17 +206,17 @@ mod tests {
                 // A scale of 0 may make an offset of -0.0: as a sum's addend it is 0.
                 let plain = |values: &[f32]| bits(&values.iter().map(|value| value + 0.0).collect::<Vec<_>>());
                 let wide = sixteen.map(i32::from);
-                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                if has(Level::Avx2) {
                     for half in [0, 8] {
                         let eight = wide[half..half + 8].try_into().unwrap();
-                        // SAFETY: looked up above.
+                        // SAFETY: an `Isa` exists only for a set this machine has, and larger sets include smaller ones.
                         let found = unsafe { avx2(eight, refined) };
                         assert_eq!(bits(&found.0), bits(&scales[half..half + 8]));
                         assert_eq!(plain(&found.1), plain(&offsets[half..half + 8]));
                     }
                 }
-                if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-                    // SAFETY: looked up above.
+                if has(Level::Avx512) {
+                    // SAFETY: an `Isa` exists only for a set this machine has, and larger sets include smaller ones.
                     let found = unsafe { avx512(wide, refined) };
                     assert_eq!((bits(&found.0), plain(&found.1)), (bits(&scales), plain(&offsets)));
                 }

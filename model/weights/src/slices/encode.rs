@@ -14,8 +14,15 @@
 
 use std::{ops::Range, sync::OnceLock};
 
-use super::{BASE_CELL, BLOCK_ROWS, GROUP, Precision, REFINE_CELL, Sliced, cells};
-use crate::matrix::{DType, Matrix};
+use super::{
+    Precision,
+    cell::{BASE_CELL, BLOCK_ROWS, GROUP, REFINE_CELL, cells},
+    sliced::Sliced,
+};
+use crate::{
+    isa::{Isa, Level},
+    matrix::{DType, Matrix},
+};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -50,16 +57,9 @@ pub struct EncodeError {
     pub kind: EncodeErrorKind,
 }
 
+/// An encoder this machine can run, named after the instruction set it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Level {
-    Portable,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-}
-
-/// An encoder this machine can run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Encoder(Level);
+pub struct Encoder(Isa);
 
 /// Up to [`BLOCK_ROWS`] rows as the checkpoint has them.
 #[derive(Clone, Copy)]
@@ -91,22 +91,20 @@ impl Encoder {
         *BEST.get_or_init(|| *Self::available().last().expect("portable code is always available"))
     }
 
-    /// Every encoder this machine can run, slowest first.
+    /// Every encoder this machine can run, slowest first. No encoder uses AVX-512.
     pub fn available() -> Vec<Self> {
-        let mut found = vec![Encoder(Level::Portable)];
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
-            found.push(Encoder(Level::Avx2));
-        }
-        found
+        let has_encoder = |isa: &Isa| match isa.level() {
+            Level::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => true,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => false,
+        };
+        Isa::available().into_iter().filter(has_encoder).map(Self).collect()
     }
 
     pub fn name(self) -> &'static str {
-        match self.0 {
-            Level::Portable => "portable",
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => "avx2",
-        }
+        self.0.name()
     }
 
     /// Encodes one block: `bytes` holds 1 to [`BLOCK_ROWS`] whole rows of `cols` weights, `cols` a multiple of
@@ -134,13 +132,13 @@ impl Encoder {
         assert!(fits, "a block of at most {BLOCK_ROWS} rows and its cells");
         let block = Block { dtype, bytes, cols };
         let (base, refine) = (base.as_chunks_mut().0, refine.as_chunks_mut().0);
-        match self.0 {
+        match self.0.level() {
             Level::Portable => portable::encode(block, base, refine),
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: this level exists only where the instructions do.
-            Level::Avx2 => match unsafe { avx2::encode(block, base, refine) } {
+            // SAFETY: an `Isa` exists only for a set this machine has, and both sets include AVX2, FMA and F16C.
+            Level::Avx2 | Level::Avx512 => match unsafe { avx2::encode(block, base, refine) } {
                 true => Ok(()),
-                // It only notices; the other says what is wrong, and where.
+                // The fast encoder only notices a fault; the portable one says what is wrong, and where.
                 false => Err(portable::encode(block, base, refine).expect_err("both refuse the same weights")),
             },
         }

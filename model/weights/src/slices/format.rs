@@ -6,7 +6,7 @@
 use std::io;
 
 use super::{
-    BASE_CELL, BLOCK_ROWS, GROUP, REFINE_CELL,
+    cell::{BASE_CELL, BLOCK_ROWS, GROUP, REFINE_CELL},
     encode::{EncodeError, EncodeErrorKind},
 };
 use crate::memory::WeightBytes;

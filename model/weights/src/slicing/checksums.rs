@@ -99,14 +99,14 @@ fn check(dir: &Path, name: &str, sum: &str) -> Result<Option<Seen>, LoadError> {
     let path = dir.join(name);
     let file = path.display().to_string();
     let seen = Seen::now(&path, sum).ok();
-    match sum_of_file(&path).map_err(|source| LoadError::Io { file: file.clone(), source })? == sum {
+    match checksum_of_file(&path).map_err(|source| LoadError::Io { file: file.clone(), source })? == sum {
         true => Ok(seen),
         false => Err(LoadError::Corrupt { file }),
     }
 }
 
 /// BLAKE3 of a file's contents, in hexadecimal.
-pub(crate) fn sum_of_file(path: &Path) -> io::Result<String> {
+pub(crate) fn checksum_of_file(path: &Path) -> io::Result<String> {
     let (mut file, mut sum, mut piece) = (File::open(path)?, blake3::Hasher::new(), vec![0; PIECE]);
     loop {
         match file.read(&mut piece)? {
@@ -133,7 +133,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         fs::write(&path, vec![7; PIECE + 1]).unwrap();
-        let sum = sum_of_file(&path).unwrap();
+        let sum = checksum_of_file(&path).unwrap();
         let check = || verify(dir.path(), vec![("a", &sum)]);
         check().unwrap();
         assert!(dir.path().join(NOTE).is_file());
@@ -150,7 +150,7 @@ mod tests {
     fn what_is_noted_of_another_sum_does_not_count() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("a"), b"bytes").unwrap();
-        let sum = sum_of_file(&dir.path().join("a")).unwrap();
+        let sum = checksum_of_file(&dir.path().join("a")).unwrap();
         verify(dir.path(), vec![("a", &sum)]).unwrap();
         assert!(matches!(verify(dir.path(), vec![("a", "00")]), Err(LoadError::Corrupt { .. })));
     }

@@ -14,6 +14,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use super::{checksums, part_slices::PartBytes};
 use crate::{
     checkpoint::{files_beside, read_config},
     config::ModelConfig,
@@ -22,7 +23,6 @@ use crate::{
     memory::WeightBytes,
     parts::{PartKind, kinds},
     slices::{FORMAT, PartBlobs, Precision, Slice},
-    slicing::{checksums, part_slices::PartBytes},
     tensors::Tensors,
 };
 
@@ -57,13 +57,14 @@ pub(crate) struct SliceFile {
     pub(crate) blake3: String,
 }
 
+/// The name of a slice's file.
+pub(super) fn file_name(kind: &PartKind, slice: Slice) -> String {
+    format!("{kind}.{}.safetensors", slice.name())
+}
+
 impl PartFiles {
     pub(crate) fn new(kind: &PartKind, bytes: PartBytes) -> Self {
-        let named = |slice: Slice, bytes| SliceFile {
-            file: format!("{kind}.{}.safetensors", slice.name()),
-            bytes,
-            blake3: String::new(),
-        };
+        let named = |slice, bytes| SliceFile { file: file_name(kind, slice), bytes, blake3: String::new() };
         let (base, refine) = (named(Slice::Base, bytes.base), named(Slice::Refine, bytes.refine));
         Self { part: kind.to_string(), base, refine }
     }

@@ -61,7 +61,7 @@ pub fn block(isa: Isa, matrix: &Sliced, block: usize, x: View<'_>, rows: &[u32],
     let cells = Cells::of(matrix, block);
     assert!(x.groups() == cells.groups && sums.len() == rows.len());
     assert!(rows.iter().all(|row| (*row as usize) < x.rows()));
-    match isa.0 {
+    match isa.level() {
         Level::Portable => portable::block(cells, x, rows, sums),
         // SAFETY: an `Isa` exists only for a set this machine has; shapes agree by the assertions.
         #[cfg(target_arch = "x86_64")]
