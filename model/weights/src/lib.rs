@@ -11,8 +11,9 @@
 //! | [`slicing`] | slices as files: written part by part, checked, read back |
 //! | [`folder`] | a model folder, whichever form its weights have |
 //!
+//! Beside them: [`error`], why weights could not be loaded, and [`atomic_file`], files that appear whole or not at all.
 //! Arrows point upwards in this table. Deliberately absent: arithmetic on weights, devices, and any knowledge of who
-//! asks for them.
+//! asks for weights.
 
 pub mod atomic_file;
 pub mod checkpoint;

@@ -72,7 +72,7 @@ impl Quantized {
         let slots = self.slots();
         pool.each(slots.rows, ROWS_AT_ONCE, |_, row| {
             for (group, x) in x[row * cols..][..cols].as_chunks::<GROUP>().0.iter().enumerate() {
-                // SAFETY: each row is one worker's.
+                // SAFETY: a row is given to one worker only, and nobody reads before all are done.
                 unsafe { slots.put(isa, group, row, x) };
             }
         });
@@ -103,7 +103,7 @@ impl Slots<'_> {
     /// Nobody else reads or fills this group of this row meanwhile.
     pub(super) unsafe fn put(&self, isa: Isa, group: usize, row: usize, x: &[f32; GROUP]) {
         let at = group * self.rows + row;
-        // SAFETY: passed on from the caller.
+        // SAFETY: nobody else reads or fills this group of this row meanwhile, as the caller promises.
         let (values, scale) = unsafe { (self.values.part(at, 1), self.scales.part(at, 1)) };
         scale[0] = quantize(isa, x, &mut values[0]);
     }
@@ -154,7 +154,7 @@ pub fn quantize(isa: Isa, x: &[f32; GROUP], values: &mut Values) -> Scale {
 fn quantize_avx512(x: &[f32; GROUP], values: &mut Values) -> Scale {
     use std::arch::x86_64::*;
     let mask = _mm512_set1_epi32(MAGNITUDE as i32);
-    // SAFETY: both halves of the array.
+    // SAFETY: the array has 32 floats: two loads of sixteen.
     let halves = unsafe { [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))] };
     let [low, high] = halves.map(|half| _mm512_and_si512(_mm512_castps_si512(half), mask));
     let Some((step, scale)) = scales(_mm512_reduce_max_epi32(_mm512_max_epi32(low, high)) as u32) else {
@@ -163,7 +163,7 @@ fn quantize_avx512(x: &[f32; GROUP], values: &mut Values) -> Scale {
     let scale = _mm512_set1_ps(scale);
     let [low, high] = halves.map(|half| _mm512_cvtps_epi32(_mm512_mul_ps(half, scale)));
     let packed = _mm256_set_m128i(_mm512_cvtsepi32_epi8(high), _mm512_cvtsepi32_epi8(low));
-    // SAFETY: the array's 32 bytes.
+    // SAFETY: `values` has 32 bytes, which is what is stored.
     unsafe { _mm256_storeu_si256(values.0.as_mut_ptr().cast(), packed) };
     Scale { step, sum: step * _mm512_reduce_add_epi32(_mm512_add_epi32(low, high)) as f32 }
 }

@@ -90,7 +90,7 @@ pub(super) fn experts(
     }
     pool.each(pieces.len(), 1, |_, piece| {
         let (index, group) = pieces[piece];
-        // SAFETY: pieces are different groups of different experts.
+        // SAFETY: no two pieces are the same group of the same expert, so nobody else touches these columns.
         unsafe {
             match items[index].work.rows.len() {
                 ..=ROWS_HELD_FEW => gate_up::<ROWS_HELD_FEW>(isa, items[index], group, batch),
@@ -118,7 +118,7 @@ pub(super) fn experts(
         let (index, block) = pieces[piece];
         let (down, rows) = ((&work[index].expert.down, None), &rows[..work[index].rows.len()]);
         let batch = Batch { x: &hidden[places[index]].values, quantized: hidden[places[index]].quantized.view() };
-        // SAFETY: pieces are different columns of different parts.
+        // SAFETY: no two pieces are the same block of the same expert, so nobody else touches these columns.
         unsafe {
             match rows.len() {
                 ..=ROWS_HELD_FEW => columns::<ROWS_HELD_FEW>(isa, down, block, batch, rows, parts[index]),
@@ -154,7 +154,7 @@ unsafe fn gate_up<const HELD: usize>(isa: Isa, item: Item<'_>, group: usize, bat
         for (row, values) in gate[..rows.len()].iter().enumerate() {
             let row = part * HELD + row;
             let values = values.as_flattened();
-            // SAFETY: passed on from the caller.
+            // SAFETY: nobody else reads or writes these hidden columns meanwhile, as the caller promises.
             unsafe {
                 match is_sliced(&expert.down) {
                     true => item.slots.put(isa, group, row, values.try_into().expect("a whole group")),

@@ -15,23 +15,23 @@ macro_rules! per_isa {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
             fn avx512($($arg: $ty),*) {
-                // SAFETY: this function enables what Avx512 needs.
+                // SAFETY: this function enables what the lanes of `Avx512` need.
                 unsafe { $body::<$crate::cpu::lanes::Avx512, 6, 4>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
             fn avx2($($arg: $ty),*) {
-                // SAFETY: this function enables what Avx2 needs.
+                // SAFETY: this function enables what the lanes of `Avx2` need.
                 unsafe { $body::<$crate::cpu::lanes::Avx2, 2, 2>($($arg),*) }
             }
             use $crate::cpu::isa::Level;
             match isa.level() {
-                // SAFETY: portable lanes need nothing.
+                // SAFETY: portable lanes need no instruction that a machine may lack.
                 Level::Portable => unsafe { $body::<$crate::cpu::lanes::Portable, 1, 4>($($arg),*) },
                 // SAFETY: an `Isa` exists only for a set this machine has.
                 #[cfg(target_arch = "x86_64")]
                 Level::Avx2 => unsafe { avx2($($arg),*) },
-                // SAFETY: as above.
+                // SAFETY: an `Isa` exists only for a set this machine has.
                 #[cfg(target_arch = "x86_64")]
                 Level::Avx512 => unsafe { avx512($($arg),*) },
             }

@@ -48,9 +48,10 @@ struct Shared {
     asleep: Vec<AtomicBool>,
 }
 
-// SAFETY: `task` is the only part that is not `Sync`; its field says when it is written and read.
+// SAFETY: `task` is the only field that is not `Sync`. It is written only while no helper is inside a region and none may
+// enter, and read only by helpers that are inside.
 unsafe impl Sync for Shared {}
-// SAFETY: as above; a task may be called from any thread.
+// SAFETY: as above; a task is `Sync`, so any thread may call it.
 unsafe impl Send for Shared {}
 
 /// The caller and `threads - 1` helpers.
@@ -109,8 +110,8 @@ impl Pool {
         if self.helpers.is_empty() {
             return task(0);
         }
-        // SAFETY: the last region is closed and nobody is inside; helpers that enter this one are gone before `task`
-        // ends, as its closing below waits for them, whatever happens in between.
+        // SAFETY: the last region is closed and no helper is inside, so nobody reads the cell. The lifetime may be extended
+        // because this function returns or unwinds only after the region is closed and every helper has left it.
         unsafe { *self.shared.task.get() = Some(std::mem::transmute::<Task<'_>, Task<'static>>(task)) };
         let state = self.shared.state.load(Ordering::Relaxed);
         self.shared.state.store((state + REGION) | OPEN, Ordering::SeqCst);
@@ -243,7 +244,7 @@ impl Shared {
             if !entered {
                 continue;
             }
-            // SAFETY: this helper is inside, so the caller waits for it and changes nothing.
+            // SAFETY: this helper is inside the region, so the caller waits for it and does not write the cell.
             let task = unsafe { *self.task.get() }.expect("an open region has a task");
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(index + 1))) {
                 self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
@@ -289,7 +290,7 @@ pub(super) struct Shares<'a, T> {
     whole: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: elements are reached through `part` alone, whose callers keep them apart.
+// SAFETY: elements are reached through `part` alone, whose callers promise that no two reach the same one.
 unsafe impl<T: Send> Sync for Shares<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Send for Shares<'_, T> {}
@@ -305,7 +306,7 @@ impl<'a, T> Shares<'a, T> {
     /// Nobody else reads or writes them while the result is used.
     pub(super) unsafe fn part(&self, first: usize, len: usize) -> &'a mut [T] {
         assert!(first <= self.len && len <= self.len - first);
-        // SAFETY: inside the slice, by the assertion, and nobody else's, by the caller's promise.
+        // SAFETY: the elements are inside the slice by the assertion, and nobody else uses them as the caller promises.
         unsafe { slice::from_raw_parts_mut(self.start.add(first), len) }
     }
 }

@@ -58,7 +58,7 @@ impl WeightBytes {
         if file.metadata()?.len() == 0 {
             return Ok(Vec::new().into());
         }
-        // SAFETY: the mapping is private and read-only; see the note on truncation above.
+        // SAFETY: the mapping is read-only, and the file is not truncated while mapped: see the note above.
         let map = unsafe { Mmap::map(&file)? };
         let range = 0..map.len();
         Ok(Self { owner: Owner::Map(Arc::new(Mapped { map, path: path.to_owned() })), range })
@@ -107,7 +107,8 @@ impl WeightBytes {
             let start = self.range.start / PAGE * PAGE;
             let end = self.range.end.next_multiple_of(PAGE).min(mapped.map.len());
             if start < end {
-                // SAFETY: the mapping is shared with the file and read-only, so dropped pages come back as they were.
+                // SAFETY: the range is inside the mapping, which is read-only and backed by the file, so that dropped pages
+                // come back with the bytes they had.
                 let advised =
                     unsafe { mapped.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
                 if let Err(error) = advised {

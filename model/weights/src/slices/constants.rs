@@ -100,6 +100,9 @@ mod x86 {
         }
 
         /// Scales, and offsets at Q8 if `refined`, else at Q4, of eight constants of 32 bits each.
+        ///
+        /// # Safety
+        /// The machine has AVX2 and FMA.
         #[target_feature(enable = "avx2,fma")]
         #[inline]
         pub fn read(constants: __m256i, refined: bool) -> (__m256, __m256) {
@@ -116,6 +119,9 @@ mod x86 {
 
     impl Avx512 {
         /// The same of sixteen.
+        ///
+        /// # Safety
+        /// The machine has AVX-512 F and BW.
         #[target_feature(enable = "avx512f,avx512bw")]
         #[inline]
         pub fn read(constants: __m512i, refined: bool) -> (__m512, __m512) {
@@ -172,7 +178,7 @@ mod tests {
         #[target_feature(enable = "avx2,fma")]
         fn avx2(eight: [i32; 8], refined: bool) -> ([f32; 8], [f32; 8]) {
             let (mut scales, mut offsets) = ([0.0; 8], [0.0; 8]);
-            // SAFETY: 32 bytes each.
+            // SAFETY: the arrays have 32 bytes each, and this function enables what `read` needs.
             unsafe {
                 let (scale, offset) = Avx2::read(_mm256_loadu_si256(eight.as_ptr().cast()), refined);
                 _mm256_storeu_ps(scales.as_mut_ptr(), scale);
@@ -184,7 +190,7 @@ mod tests {
         #[target_feature(enable = "avx512f,avx512bw")]
         fn avx512(sixteen: [i32; 16], refined: bool) -> ([f32; 16], [f32; 16]) {
             let (mut scales, mut offsets) = ([0.0; 16], [0.0; 16]);
-            // SAFETY: 64 bytes each.
+            // SAFETY: the arrays have 64 bytes each, and this function enables what `read` needs.
             unsafe {
                 let (scale, offset) = Avx512::read(_mm512_loadu_si512(sixteen.as_ptr().cast()), refined);
                 _mm512_storeu_ps(scales.as_mut_ptr(), scale);

@@ -212,9 +212,10 @@ impl<'a> FolderSink<'a> {
         let slices = serde_json::to_vec_pretty(&slices).expect("strings and numbers");
         let written = write_file(self.out, SLICES, |file| file.write_all(&slices));
         written.map_err(|error| failed(&self.out.join(SLICES), error))?;
-        [CHECKSUMS, MARKER].map(|name| self.out.join(name)).iter().try_for_each(|path| {
-            fs::remove_file(path).map_err(io_error(path))
-        })
+        [CHECKSUMS, MARKER]
+            .map(|name| self.out.join(name))
+            .iter()
+            .try_for_each(|path| fs::remove_file(path).map_err(io_error(path)))
     }
 
     fn failed(&self, file: &str, error: io::Error) -> SlicingError {
@@ -254,17 +255,11 @@ impl SliceSink for FolderSink<'_> {
         Ok(Some([open(base)?, open(refine)?]))
     }
 
-    fn finish(
-        &mut self,
-        index: usize,
-        made: Made<TemporaryFile>,
-        _: Option<Infallible>,
-    ) -> Result<(), SlicingError> {
+    fn finish(&mut self, index: usize, made: Made<TemporaryFile>, _: Option<Infallible>) -> Result<(), SlicingError> {
         let Made::Slices(written) = made else { unreachable!("a folder holds no part exactly") };
         let mut files = self.listed[index].clone();
-        let is_other = |slice: &SliceFile, file: &TemporaryFile| {
-            !slice.blake3.is_empty() && slice.blake3 != file.checksum()
-        };
+        let is_other =
+            |slice: &SliceFile, file: &TemporaryFile| !slice.blake3.is_empty() && slice.blake3 != file.checksum();
         if is_other(&files.base, &written[0]) || is_other(&files.refine, &written[1]) {
             return Err(SlicingError::Occupied { dir: self.out.display().to_string() });
         }

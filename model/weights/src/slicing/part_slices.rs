@@ -20,7 +20,7 @@ use crate::{
     },
 };
 
-/// Bytes read at once of a tensor that is not sliced.
+/// Bytes of an unsliced tensor that are copied at once.
 const COPY_BYTES: usize = 1 << 16;
 
 /// Lengths of a part's blobs.
@@ -33,7 +33,7 @@ pub struct PartBytes {
 /// How long the blobs of `part` will be, headers included.
 ///
 /// # Errors
-/// [`SliceError::Columns`], which is all that can be wrong with shapes.
+/// [`SliceError::Columns`], the only thing that can be wrong with a shape.
 pub fn part_bytes(part: &Part) -> Result<PartBytes, SliceError> {
     let [base, refine] = Slice::ALL.map(|slice| {
         let entries = entries(part, slice)?;
@@ -43,10 +43,10 @@ pub fn part_bytes(part: &Part) -> Result<PartBytes, SliceError> {
     Ok(PartBytes { base: base?, refine: refine? })
 }
 
-/// Writes the base and the refine blob of `part`, of exactly the lengths [`part_bytes`] gives.
+/// Writes the base and the refine blob of `part`. They have exactly the lengths [`part_bytes`] gives.
 ///
 /// # Errors
-/// [`SliceError`]; what was written by then is of no use.
+/// [`SliceError`]; what was written before it is of no use.
 pub fn write_part(
     part: &Part,
     source: &(impl ReadAt + ?Sized),
@@ -64,7 +64,7 @@ pub fn write_part(
     Ok(())
 }
 
-/// The tensors of one slice of a part, in their order.
+/// The tensors of one slice of a part, in file order.
 fn entries(part: &Part, slice: Slice) -> Result<Vec<Entry<'_>>, SliceError> {
     let mut entries = Vec::with_capacity(part.tensors.len());
     for tensor in part.tensors.iter().filter(|tensor| is_sliced(&tensor.name, &tensor.shape)) {
@@ -122,7 +122,7 @@ fn write_matrix(
     Ok(())
 }
 
-/// Copies a tensor as it is, a piece at a time.
+/// Copies a tensor unchanged, a piece at a time.
 fn copy(tensor: &TensorRange, source: &(impl ReadAt + ?Sized), into: &mut impl Write) -> Result<(), SliceError> {
     let mut buffer = vec![0; COPY_BYTES.min(tensor.bytes as usize)];
     let mut done = 0;

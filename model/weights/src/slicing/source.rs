@@ -100,9 +100,10 @@ impl SourceFiles {
 
     /// What identifies these files, as a folder of slices notes it while it is being written.
     pub fn origin(&self) -> Value {
-        let each = self.identities.iter().map(|file| {
-            json!({"file": file.path, "bytes": file.bytes, "modified_ns": file.modified_ns.to_string()})
-        });
+        let each = self
+            .identities
+            .iter()
+            .map(|file| json!({"file": file.path, "bytes": file.bytes, "modified_ns": file.modified_ns.to_string()}));
         each.collect::<Vec<_>>().into()
     }
 
@@ -149,7 +150,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("weights");
         std::fs::write(&path, b"weights").unwrap();
-        let files = SourceFiles::open(&[path.clone()]).unwrap();
+        let files = SourceFiles::open(std::slice::from_ref(&path)).unwrap();
         files.check_unchanged(0).unwrap();
         let mut bytes = [0; 3];
         files.read_at(0, 2, &mut bytes).unwrap();

@@ -53,7 +53,7 @@ fn widen(block: Block<'_>, group: usize, weights: &mut [[f32; GROUP]; BLOCK_ROWS
     for (row, weights) in rows.zip(weights) {
         let raw = &row[2 * group * GROUP..][..2 * GROUP];
         for index in 0..VECTORS {
-            // SAFETY: eight halves of the group's 32, into as many floats.
+            // SAFETY: `index` is below a quarter of the group: eight of its 32 halves, into as many of its 32 floats.
             unsafe {
                 let eight = _mm_loadu_si128(raw.as_ptr().add(16 * index).cast());
                 _mm256_storeu_ps(weights.as_mut_ptr().add(8 * index), _mm256_cvtph_ps(eight));
@@ -75,7 +75,7 @@ fn constants(
     let magnitude = _mm256_set1_epi32(0x7fff_ffff);
     for (row, weights) in weights.iter().enumerate() {
         let load = |index: usize| {
-            // SAFETY: inside the array.
+            // SAFETY: `index` is below four, so eight floats at `8 * index` are inside the 32 of the array.
             unsafe { _mm256_add_ps(_mm256_loadu_ps(weights.as_ptr().add(8 * index)), zero) }
         };
         let v: [__m256; VECTORS] = std::array::from_fn(load);
@@ -93,7 +93,8 @@ fn constants(
     let (mut scales, mut offsets) = ([0.0f32; BLOCK_ROWS], [0.0f32; BLOCK_ROWS]);
     for half in 0..2 {
         let at = 8 * half;
-        // SAFETY: eight of sixteen elements each, and the cell has sixteen constants of two bytes after its nibbles.
+        // SAFETY: `at` is 0 or 8: eight of sixteen elements each, and the cell has sixteen constants of two bytes after its
+        // nibbles. This function enables what `of`, `best` and `read` need.
         unsafe {
             let (min, max) = (_mm256_loadu_ps(mins.as_ptr().add(at)), _mm256_loadu_ps(maxs.as_ptr().add(at)));
             let eight = weights[at..at + 8].try_into().expect("half of sixteen");
@@ -135,7 +136,7 @@ fn levels(
     let (scale, offset, zero) = (_mm256_set1_ps(s), _mm256_set1_ps(m), _mm256_setzero_ps());
     let some = _mm256_cmp_ps::<_CMP_NEQ_OQ>(scale, zero);
     let level = |index: usize| {
-        // SAFETY: inside the array.
+        // SAFETY: `index` is below four, so eight floats at `8 * index` are inside the 32 of the array.
         let w = unsafe { _mm256_loadu_ps(weights.as_ptr().add(8 * index)) };
         // Where the scale is zero this divides by it, and the mask discards what comes of that.
         let q = _mm256_and_ps(_mm256_div_ps(_mm256_sub_ps(w, offset), scale), some);
@@ -151,7 +152,7 @@ fn levels(
     let coarse = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi64::<4>(q), low), _mm256_and_si256(upper, high));
     let fine = _mm256_or_si256(_mm256_and_si256(q, low), _mm256_and_si256(_mm256_slli_epi64::<4>(upper), high));
     let (mut coarse_bytes, mut fine_bytes) = ([0u8; GROUP], [0u8; GROUP]);
-    // SAFETY: 32 bytes each.
+    // SAFETY: the arrays have 32 bytes each, which is what is stored.
     unsafe {
         _mm256_storeu_si256(coarse_bytes.as_mut_ptr().cast(), coarse);
         _mm256_storeu_si256(fine_bytes.as_mut_ptr().cast(), fine);

@@ -188,7 +188,10 @@ fn weights_beyond_the_scales_are_held_exactly_where_the_sink_does_so() {
     let large = WeightBytes::from(spoilt(&bytes, 0, 0x7180)); // 2^100
     let mut sink = Memory::new(2);
     let refused = run(&parts, &large, &mut sink).unwrap_err();
-    assert!(matches!(&refused, Failure::Slice(why) if why.contains("layer.1") && why.contains("up_proj")), "{refused:?}");
+    assert!(
+        matches!(&refused, Failure::Slice(why) if why.contains("layer.1") && why.contains("up_proj")),
+        "{refused:?}"
+    );
     assert_eq!(sink.order, [0]);
     let mut sink = Memory { may_hold_exactly: true, ..Memory::new(2) };
     run(&parts, &large, &mut sink).unwrap();

@@ -45,7 +45,7 @@ impl Groups {
         let mut pairs = [[0u32; 8]; PAIRS];
         let some = _mm256_cmp_ps::<_CMP_GT_OQ>(range, zero);
         let per_range = _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(PLACES), range), some);
-        // SAFETY: eight elements each.
+        // SAFETY: the arrays have eight elements each, which is what is stored.
         unsafe {
             _mm256_storeu_ps(mins.as_mut_ptr(), min);
             _mm256_storeu_ps(factors.as_mut_ptr(), per_range);
@@ -53,7 +53,7 @@ impl Groups {
         for (row, weights) in weights.iter().enumerate() {
             let (min, factor) = (_mm256_set1_ps(mins[row]), _mm256_set1_ps(factors[row]));
             let place = |index: usize| {
-                // SAFETY: inside the array.
+                // SAFETY: `index` is below four, so eight floats at `8 * index` are inside the 32 of the array.
                 let w = unsafe { _mm256_loadu_ps(weights.as_ptr().add(8 * index)) };
                 _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(w, min), factor))
             };
@@ -63,14 +63,14 @@ impl Groups {
                 [_mm256_packus_epi32(v[0], v[1]), _mm256_packus_epi32(v[2], v[3])].into_iter().enumerate()
             {
                 let mut eight = [0u32; 8];
-                // SAFETY: 32 bytes.
+                // SAFETY: the array has 32 bytes, which is what is stored.
                 unsafe { _mm256_storeu_si256(eight.as_mut_ptr().cast(), packed) };
                 for (into, pair) in pairs[8 * half..].iter_mut().zip(eight) {
                     into[row] = pair;
                 }
             }
         }
-        // SAFETY: 32 bytes each.
+        // SAFETY: each of the arrays has 32 bytes, which is what is loaded.
         let places = std::array::from_fn(|pair| unsafe { _mm256_loadu_si256(pairs[pair].as_ptr().cast()) });
         Some(Self { places, min, range, least, none })
     }
