@@ -13,7 +13,7 @@ use std::{
 const BUFFER_BYTES: usize = 1 << 20;
 
 /// A file that is deleted on drop unless it is kept. Its content is hashed while it is written.
-pub struct TemporaryFile {
+pub(crate) struct TemporaryFile {
     path: PathBuf,
     file: Option<BufWriter<File>>,
     hasher: blake3::Hasher,
@@ -21,7 +21,7 @@ pub struct TemporaryFile {
 
 impl TemporaryFile {
     /// Creates `name` in `dir`, under a temporary name.
-    pub fn new(dir: &Path, name: &str) -> io::Result<Self> {
+    pub(crate) fn new(dir: &Path, name: &str) -> io::Result<Self> {
         let path = dir.join(format!("{name}.partial"));
         let file = File::create(&path)?;
         Ok(Self { path, file: Some(BufWriter::with_capacity(BUFFER_BYTES, file)), hasher: blake3::Hasher::new() })
@@ -32,12 +32,12 @@ impl TemporaryFile {
     }
 
     /// BLAKE3 of what was written so far, in hexadecimal.
-    pub fn checksum(&self) -> String {
+    pub(crate) fn checksum(&self) -> String {
         self.hasher.finalize().to_string()
     }
 
     /// Syncs the file and renames it to `name`. Returns its [`checksum`](Self::checksum).
-    pub fn keep(mut self, name: &Path) -> io::Result<String> {
+    pub(crate) fn keep(mut self, name: &Path) -> io::Result<String> {
         self.writer().flush()?;
         self.writer().get_ref().sync_all()?;
         fs::rename(&self.path, name)?;

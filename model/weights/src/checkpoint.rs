@@ -116,13 +116,13 @@ impl Checkpoint {
 }
 
 /// The files of `dir` that belong to a model beside its weights, as (name, path).
-pub fn files_beside(dir: &Path) -> Vec<(String, PathBuf)> {
+pub(crate) fn files_beside(dir: &Path) -> Vec<(String, PathBuf)> {
     let present = FILES.iter().map(|name| (name.to_string(), dir.join(name)));
     present.filter(|(_, path)| path.is_file()).collect()
 }
 
 /// Reads and validates `config.json` of a folder.
-pub fn read_config(dir: &Path) -> Result<ModelConfig, LoadError> {
+pub(crate) fn read_config(dir: &Path) -> Result<ModelConfig, LoadError> {
     let path = dir.join("config.json");
     let file = path.display().to_string();
     let text = fs::read_to_string(&path).map_err(|source| match source.kind() {

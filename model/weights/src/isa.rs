@@ -3,7 +3,7 @@
 //! Owns [`Isa`] and the only place that asks the CPU what it can do. The invariant: an [`Isa`] exists only for a set this
 //! machine has. Calling a function that needs the set's features is therefore sound wherever an `Isa` is at hand. A set
 //! is a bundle: AVX2 includes FMA and F16C, AVX-512 includes VNNI; a machine with half a bundle uses the next smaller
-//! one. What is computed with a set is not known here.
+//! one. What a set is used for is not known here.
 
 use std::sync::OnceLock;
 

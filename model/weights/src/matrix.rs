@@ -1,7 +1,7 @@
-//! One matrix in the checkpoint's own element type.
+//! A matrix in the checkpoint's own element type.
 //!
 //! Owns [`DType`] (the three element types a checkpoint may use) and [`Matrix`]. The invariant: a `Matrix` has exactly
-//! `rows * cols` elements. It does not know what a weight is for.
+//! `rows * cols` elements. What a weight is used for is not known here.
 
 use std::{fmt, ops::Range};
 
@@ -103,12 +103,12 @@ impl Matrix {
         self.bytes.as_slice()
     }
 
-    /// Where a mapped file has it.
+    /// Its place in a mapped file.
     pub fn place(&self) -> Option<FileRange<'_>> {
         self.bytes.place()
     }
 
-    /// The memory it lies in.
+    /// The memory of the matrix.
     pub fn memory(&self) -> &WeightBytes {
         &self.bytes
     }

@@ -1,4 +1,4 @@
-//! Activations as int8: what enters a sliced matrix.
+//! Activations as int8: the input of sliced matrices.
 //!
 //! Owns [`Quantized`] and its arithmetic. A row's values are grouped by [`GROUP`] columns. With `a` the largest
 //! magnitude of a group, the scale is `d = a / 127` and a value becomes `x * (127 / a)`, rounded to the nearest integer
@@ -6,9 +6,9 @@
 //! magnitude is below [`TINY`] is zero. A group with a NaN or an infinity has `d = NaN`, which every output that reads
 //! it becomes. Each step is one IEEE operation or exact, so every instruction set gives the same bits.
 //!
-//! Groups lie one behind the other, and within a group the rows: `[groups, n, 32]`. So the rows of one tile of a batch
-//! are neighbours at every group, and a batch does not come back to the same cache sets from row to row. The invariant:
-//! what a group holds depends on its own 32 values alone.
+//! The layout is `[groups, n, 32]`: groups are outermost, then rows. So the rows of one tile of a batch are neighbours at
+//! every group, and the rows of a batch do not compete for the same cache sets. The invariant: a quantized group depends
+//! on its own 32 values alone.
 
 use super::{
     isa::{Isa, Level},
@@ -21,6 +21,7 @@ const TINY: f32 = 1e-35;
 
 /// Rows a worker quantizes at once: fewer are not worth a second thread.
 const ROWS_AT_ONCE: usize = 8;
+
 /// Rows of a batch, quantized.
 #[derive(Debug, Default)]
 pub struct Quantized {
@@ -37,7 +38,7 @@ pub struct Quantized {
 #[repr(C, align(32))]
 pub struct Values(pub [i8; GROUP]);
 
-/// Of a group of a row.
+/// The scale of a group of a row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
 pub struct Scale {
@@ -47,7 +48,7 @@ pub struct Scale {
     pub sum: f32,
 }
 
-/// A look at [`Quantized`] rows.
+/// A read-only view of [`Quantized`] rows.
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
     rows: usize,
@@ -57,7 +58,7 @@ pub struct View<'a> {
 }
 
 impl Quantized {
-    /// Makes room for `rows` rows of `cols` values, a multiple of [`GROUP`]; what was held is lost.
+    /// Resizes to `rows` rows of `cols` values, a multiple of [`GROUP`]. The content is then unspecified.
     pub fn reset(&mut self, rows: usize, cols: usize) {
         assert!(cols.is_multiple_of(GROUP));
         (self.rows, self.groups) = (rows, cols / GROUP);
@@ -88,7 +89,7 @@ impl Quantized {
     }
 }
 
-/// Where workers put groups.
+/// Where workers store groups.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Slots<'a> {
     rows: usize,
@@ -148,7 +149,7 @@ pub fn quantize(isa: Isa, x: &[f32; GROUP], values: &mut Values) -> Scale {
     }
 }
 
-/// [`quantize_body`] in two vectors; a conversion to integers rounds ties to even by itself.
+/// [`quantize_body`] in two vectors; the conversion to integers rounds ties to even.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn quantize_avx512(x: &[f32; GROUP], values: &mut Values) -> Scale {

@@ -25,14 +25,14 @@ use crate::{
 /// stay in the second-level cache over long contexts.
 const UNIT_ROWS: usize = 12;
 
-/// What one thread needs besides inputs and outputs; kept between calls.
+/// One thread's buffers; kept between calls.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     /// `[rows, head_dim]`
     q: Vec<f32>,
     /// `[rows, seen]`
     scores: Vec<f32>,
-    /// Of the exponentials of a row, one behind the other.
+    /// Sums of the exponentials, by row.
     sums: Vec<f32>,
     /// `[rows, head_dim]`
     out: Vec<f32>,

@@ -1,4 +1,4 @@
-//! Matrices as in the checkpoint, times f32 rows.
+//! Matrices in the checkpoint's own type, times f32 rows.
 //!
 //! Owns the arithmetic of exact weights. An output is the dot product of a weight row, converted to f32 without loss,
 //! with an activation row, added as [`Lanes`] adds: 16 partial sums, then a fixed tree. Weights are converted in
@@ -104,7 +104,7 @@ unsafe fn typed<V: Lanes, E: Element, const R: usize, const C: usize>(
     sums: &mut [Sums],
 ) {
     let row_bytes = len * E::BYTES;
-    // One or two rows wait for memory, which is fastest read one weight row after the other.
+    // With one or two rows the loop waits for memory, which is fastest read one weight row after the other.
     let one_by_one = rows.len() <= 2;
     let mut first = 0;
     while first < rows.len() {

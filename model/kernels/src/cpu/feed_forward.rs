@@ -1,8 +1,8 @@
 //! Gated feed-forward blocks, many at once.
 //!
 //! Owns [`experts`]: each expert over its rows of a batch, in two regions of the pool whatever the number of experts.
-//! The first computes `silu(gate(x)) * up(x)` in pieces of [`GROUP`] hidden columns, which is also the group of a
-//! sliced `down`, so each piece quantizes what it made; the second is `down`. An output depends on its own row and
+//! The first computes `silu(gate(x)) * up(x)` in pieces of [`GROUP`] hidden columns. That is also the group of a
+//! sliced `down`, so each piece quantizes its own output. The second computes `down`. An output depends on its own row and
 //! expert alone.
 
 use std::cmp::Reverse;
@@ -18,7 +18,7 @@ use coel_weights::slices::{BLOCK_ROWS, GROUP, Weight};
 
 use crate::ExpertWork;
 
-/// What lies between the two regions, kept from call to call.
+/// What the two regions exchange; kept between calls.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     input: Quantized,
@@ -64,7 +64,7 @@ pub(super) fn experts(
     let batch = Batch { x, quantized: input.view() };
     hidden.resize_with(hidden.len().max(work.len()), Hidden::default);
 
-    // The largest need gets the first buffer: what is kept follows what a call needs, not where its largest expert stood.
+    // The largest need gets the first buffer, so that the memory kept does not depend on where a call's largest expert stood.
     let mut by_need: Vec<usize> = (0..work.len()).collect();
     by_need.sort_by_key(|index| Reverse(work[*index].rows.len() * work[*index].expert.gate.rows()));
     let mut places = vec![0; work.len()];

@@ -1,27 +1,27 @@
 //! The two constants of a group of weights, in sixteen bits.
 //!
-//! Owns [`Constants`]: a scale and a zero point, the level at which a weight of 0 would lie. The invariant: both, and the
-//! offsets that kernels make of them, are exact in f32, so no order of operations shows. 0 means a scale of 0: a group of
-//! nothing but zeros, as are rows that are not there.
+//! Owns [`Constants`]: a scale, and a zero point, which is the level of a weight of 0. The invariant: both, and the offsets
+//! that kernels derive from them, are exact in f32, so results do not depend on the order of operations. Bits of 0 mean a
+//! scale of 0: a group of zeros only, or a row past the matrix's last.
 //!
-//! The upper nine bits are the scale as a float of five bits of exponent and four of mantissa, the lower seven count zero
-//! points from [`LOWEST_ZERO`] in steps of [`ZERO_STEP`], which is a quarter more than two levels: so levels lie against
-//! zero in four ways, and one of them is lucky. `docs/slices.md` has the format to the bit.
+//! The upper nine bits are the scale, a float with five bits of exponent and four of mantissa. The lower seven bits count
+//! zero points from [`LOWEST_ZERO`] in steps of [`ZERO_STEP`]. A step is a quarter of a level more than two levels, so that
+//! a group can be aligned with the levels in four ways. `docs/slices.md` has the format to the bit.
 
-/// What the code of a scale must be lowered by, as bits of an f32, to be that f32 with its mantissa cut to four bits.
+/// Subtracted from the bits of an f32 before its mantissa is cut to four bits, which gives the code of a scale.
 const EXPONENT_BIAS: i32 = (127 - 26) << 23;
-/// Bits of an f32 below those a scale has.
+/// Lower bits of an f32 that a scale does not have.
 const CUT: u32 = 19;
 /// The largest code of a scale; 0 is a scale of 0.
-pub const SCALE_MOST: i32 = 511;
+pub(crate) const SCALE_MOST: i32 = 511;
 /// The largest number of a zero point.
-pub const ZERO_MOST: i32 = 127;
+pub(crate) const ZERO_MOST: i32 = 127;
 /// Levels from one zero point to the next.
-pub const ZERO_STEP: f32 = 2.25;
-/// Zero points begin at this level.
-pub const LOWEST_ZERO: f32 = -16.0;
-/// Where the sixteen levels that share a high nibble have their middle.
-pub const MIDDLE: f32 = 7.5;
+pub(crate) const ZERO_STEP: f32 = 2.25;
+/// The level of zero point number 0.
+pub(crate) const LOWEST_ZERO: f32 = -16.0;
+/// The middle of the sixteen levels that share a high nibble.
+pub(crate) const MIDDLE: f32 = 7.5;
 
 /// Scale and zero point of a group.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,13 +61,13 @@ impl Constants {
         LOWEST_ZERO + ZERO_STEP * (self.0 & 127) as f32
     }
 
-    /// What is added to scale times level at Q8.
+    /// Added to scale times level at Q8.
     #[inline]
     pub const fn offset(self) -> f32 {
         self.scale() * -self.zero()
     }
 
-    /// What is added to scale times sixteen times the high nibble at Q4.
+    /// Added to scale times sixteen times the high nibble at Q4.
     #[inline]
     pub const fn middle_offset(self) -> f32 {
         self.scale() * (MIDDLE - self.zero())
@@ -118,7 +118,7 @@ mod x86 {
     }
 
     impl Avx512 {
-        /// The same of sixteen.
+        /// [`Avx2::read`] of sixteen constants.
         ///
         /// # Safety
         /// The machine has AVX-512 F and BW.

@@ -21,9 +21,10 @@
 //!
 //! Arrows point upwards in this table. Nothing here knows devices. `docs/slices.md` has the format to the bit.
 
+pub(crate) use self::format::{FORMAT_KEY, SLICE_KEY};
 pub use self::{
     cell::{BASE_CELL, BLOCK_ROWS, GROUP, NIBBLES, REFINE_CELL, cells},
-    format::{FORMAT, FORMAT_KEY, PartBlobs, SLICE_KEY, Slice, SliceError, is_sliced},
+    format::{FORMAT, PartBlobs, Slice, SliceError, is_sliced},
     precision::{BadPrecision, Precision},
     sliced::{Sliced, Weight},
 };

@@ -9,14 +9,14 @@ pub enum Precision {
     Q4,
     /// Base and refine: 8.5 bits a weight.
     Q8,
-    /// As in the checkpoint.
+    /// The checkpoint's own type.
     Exact,
 }
 
 impl Precision {
     pub const ALL: [Precision; 3] = [Precision::Q4, Precision::Q8, Precision::Exact];
 
-    /// As commands and reports spell it.
+    /// The spelling in commands and reports.
     pub const fn name(self) -> &'static str {
         match self {
             Precision::Q4 => "q4",
@@ -26,9 +26,9 @@ impl Precision {
     }
 }
 
-/// A word that names no precision.
+/// A word that is not the name of a precision.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is no precision; write q4, q8 or exact")]
+#[error("'{0}' is not a precision; write q4, q8 or exact")]
 pub struct BadPrecision(String);
 
 impl std::str::FromStr for Precision {

@@ -126,7 +126,7 @@ impl Weight {
         }
     }
 
-    /// Bytes it takes, wherever they lie.
+    /// Bytes of the matrix, mapped or owned.
     pub fn bytes(&self) -> usize {
         match self {
             Weight::Exact(matrix) => matrix.bytes().len(),
@@ -134,7 +134,7 @@ impl Weight {
         }
     }
 
-    /// The memory it lies in.
+    /// The memory of the matrix.
     fn memory(&self) -> impl Iterator<Item = &WeightBytes> {
         let (first, second) = match self {
             Weight::Exact(matrix) => (matrix.memory(), None),
@@ -148,7 +148,7 @@ impl Weight {
         self.memory().all(WeightBytes::is_mapped)
     }
 
-    /// Tells the system that this process will not soon read it again: see [`WeightBytes::release`].
+    /// Tells the system that this process will not read the matrix again soon: see [`WeightBytes::release`].
     pub fn release(&self) {
         self.memory().for_each(WeightBytes::release);
     }

@@ -57,7 +57,7 @@ impl Verified {
 ///
 /// # Errors
 /// [`LoadError::Corrupt`] names a file with another content; [`LoadError::Io`].
-pub fn verify(dir: &Path, files: Vec<(&str, &str)>) -> Result<(), LoadError> {
+pub(super) fn verify(dir: &Path, files: Vec<(&str, &str)>) -> Result<(), LoadError> {
     let mut noted = read_note(dir);
     let known = |name: &str, checksum: &str| {
         noted.get(name).is_some_and(|seen| Verified::now(&dir.join(name), checksum).is_ok_and(|now| now == *seen))

@@ -1,8 +1,8 @@
 //! The encoder for x86 with AVX2 and F16C: sixteen rows of a group together.
 //!
-//! The same roundings in the same order as the portable one: subtraction and division are IEEE's, nothing is fused, and
-//! clamping before rounding equals clamping after because both ends are whole numbers. [`search`] looks for constants, in
-//! whole numbers but for a few of a group.
+//! It rounds as the portable encoder does, in the same order: subtraction and division are IEEE's, nothing is fused, and
+//! clamping before rounding equals clamping after it because both ends are integers. [`search`] finds the constants, with
+//! integers except for a few floats of each group.
 
 use std::arch::x86_64::*;
 
@@ -20,7 +20,7 @@ use search::Groups;
 /// Vectors of a group.
 const VECTORS: usize = GROUP / 8;
 
-/// Whether every group could be encoded.
+/// Encodes a block; `false` if a group has no slices.
 ///
 /// # Safety
 /// The machine must have AVX2, FMA and F16C.
@@ -43,7 +43,7 @@ pub(super) unsafe fn encode(block: Block<'_>, base: &mut [[u8; BASE_CELL]], refi
     true
 }
 
-/// Widens one group of every row; rows that are not there keep what they have.
+/// Widens one group of every row; `weights` keeps its values for rows that do not exist.
 #[target_feature(enable = "avx2,f16c")]
 fn widen(block: Block<'_>, group: usize, weights: &mut [[f32; GROUP]; BLOCK_ROWS]) {
     if block.dtype != DType::F16 {
@@ -63,7 +63,7 @@ fn widen(block: Block<'_>, group: usize, weights: &mut [[f32; GROUP]; BLOCK_ROWS
 }
 
 /// Scales and offsets of sixteen rows, whose constants are written into the cell; `None` if a weight is not finite or a
-/// scale does not fit. Rows that are not there must hold finite weights.
+/// scale does not fit. Rows that do not exist must hold finite weights.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn constants(
     weights: &[[f32; GROUP]; BLOCK_ROWS],
@@ -164,7 +164,7 @@ fn levels(
     }
 }
 
-/// Zeroes what belongs to rows past the matrix's last.
+/// Zeroes the bytes of rows past the matrix's last.
 fn clear(rows: usize, base: &mut [u8; BASE_CELL], refine: &mut [u8; REFINE_CELL]) {
     for j in 0..VECTORS {
         base[64 * j + 4 * rows..64 * (j + 1)].fill(0);

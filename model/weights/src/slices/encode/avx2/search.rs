@@ -1,9 +1,9 @@
 //! Constants of eight groups at once, one group a 32-bit lane.
 //!
-//! A lane holds two neighbouring weights as 16-bit places between the group's least and greatest: a place times the
-//! span, its upper half, is a position in 256ths of an 8-bit step, and what is left of it below a step is the distance
-//! to a level. Whole numbers may be added in any order, so only the few floats of a candidate must be computed as the
-//! portable encoder does.
+//! A lane holds two neighbouring weights as 16-bit places between the group's least and greatest weight. The upper half of
+//! a place times the span is a position in 256ths of an 8-bit step, and the part of it below a step is the distance to a
+//! level. Integers may be added in any order, so only the few floats of a candidate must be computed as the portable
+//! encoder computes them.
 
 use std::arch::x86_64::*;
 
@@ -25,12 +25,12 @@ pub(super) struct Groups {
     range: __m256,
     /// Codes of the least scales.
     least: __m256i,
-    /// Lanes of groups that are nothing but zeros.
+    /// Lanes of groups of zeros only.
     none: __m256,
 }
 
 impl Groups {
-    /// `None` if a group needs a larger scale than there is.
+    /// `None` if a group needs a larger scale than the format has.
     #[target_feature(enable = "avx2,f16c")]
     pub(super) fn of(weights: &[[f32; GROUP]; 8], min: __m256, max: __m256) -> Option<Self> {
         let zero = _mm256_setzero_ps();
@@ -58,7 +58,7 @@ impl Groups {
                 _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(w, min), factor))
             };
             let v: [__m256i; VECTORS] = std::array::from_fn(place);
-            // In which order pairs lie does not matter: they are only added.
+            // The order of pairs does not matter: they are only added.
             for (half, packed) in
                 [_mm256_packus_epi32(v[0], v[1]), _mm256_packus_epi32(v[2], v[3])].into_iter().enumerate()
             {
@@ -75,7 +75,7 @@ impl Groups {
         Some(Self { places, min, range, least, none })
     }
 
-    /// Constants, 32 bits each.
+    /// The best constants of each group, 32 bits each.
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn best(&self) -> __m256i {
         let splat = |value: f32| _mm256_set1_ps(value);
@@ -105,8 +105,8 @@ impl Groups {
         _mm256_castps_si256(_mm256_andnot_ps(self.none, best))
     }
 
-    /// What four and eight bits together lose, in squares of 256ths of a scale, where minimum and range are so many levels
-    /// and zero has this number.
+    /// The weighted error at four and eight bits, in squares of 256ths of a scale, where minimum and range are `low` and `wide`
+    /// levels and the zero point has this number.
     #[target_feature(enable = "avx2,f16c")]
     #[inline]
     fn cost(&self, low: __m256, wide: __m256, number: __m256) -> __m256 {
