@@ -116,7 +116,7 @@ impl Checkpoint {
 }
 
 /// The files of `dir` that belong to a model beside its weights, as (name, path).
-pub(crate) fn files_beside(dir: &Path) -> Vec<(String, PathBuf)> {
+pub fn files_beside(dir: &Path) -> Vec<(String, PathBuf)> {
     let present = FILES.iter().map(|name| (name.to_string(), dir.join(name)));
     present.filter(|(_, path)| path.is_file()).collect()
 }

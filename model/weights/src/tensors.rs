@@ -389,7 +389,7 @@ fn slice_of(metadata: &HashMap<String, String>, file: &str) -> Result<Option<Sli
     }
     match Slice::ALL.into_iter().find(|slice| slice.name() == name) {
         Some(slice) => Ok(Some(slice)),
-        None => Err(LoadError::Header { file: file.to_owned(), why: format!("{name:?} is not a slice") }),
+        None => Err(LoadError::Header { file: file.to_owned(), why: format!("{name:?} names no slice") }),
     }
 }
 

@@ -17,13 +17,24 @@ const READ_BYTES: usize = 1 << 20;
 
 /// A hash of bytes that come one piece after the other.
 pub trait Digest {
+    /// What identifies the bytes.
+    type Output;
+
     fn update(&mut self, bytes: &[u8]);
+
+    fn finish(self) -> Self::Output;
 }
 
 /// No hash at all: for sinks that need none.
 impl Digest for Infallible {
+    type Output = Infallible;
+
     fn update(&mut self, _: &[u8]) {
         match *self {}
+    }
+
+    fn finish(self) -> Infallible {
+        self
     }
 }
 
@@ -53,7 +64,7 @@ impl<'a, S: ReadAt + ?Sized, D: Digest> TeeHasher<'a, S, D> {
 
     /// The digest of the whole exact blob. Reads what was not read in order; with `check`, refuses weights there that are
     /// not finite.
-    pub(super) fn finish(self, check: bool) -> Result<Option<D>, SliceError> {
+    pub(super) fn finish(self, check: bool) -> Result<Option<D::Output>, SliceError> {
         let mut progress = self.progress.into_inner();
         let Some(digest) = &mut progress.digest else { return Ok(None) };
         let mut buffer = vec![0; READ_BYTES];
@@ -70,7 +81,7 @@ impl<'a, S: ReadAt + ?Sized, D: Digest> TeeHasher<'a, S, D> {
                 done += piece.len() as u64;
             }
         }
-        Ok(progress.digest)
+        Ok(progress.digest.map(D::finish))
     }
 }
 
@@ -107,8 +118,14 @@ mod tests {
     };
 
     impl Digest for Vec<u8> {
+        type Output = Vec<u8>;
+
         fn update(&mut self, bytes: &[u8]) {
             self.extend_from_slice(bytes);
+        }
+
+        fn finish(self) -> Vec<u8> {
+            self
         }
     }
 

@@ -56,6 +56,9 @@ impl<E> From<SourceError> for PartError<E> {
     }
 }
 
+/// What identifies the exact blob of a part to a sink.
+pub type DigestOf<K> = <<K as SliceSink>::Digest as Digest>::Output;
+
 /// A destination of slices. Parts are named by their index.
 pub trait SliceSink {
     /// Takes one slice; dropped before [`finish`](Self::finish) it leaves nothing behind.
@@ -76,7 +79,7 @@ pub trait SliceSink {
     fn kept(&mut self, index: usize) -> Result<Kept, Self::Error>;
 
     /// Whether the slices that are kept belong to the part whose exact blob has this digest.
-    fn belongs(&mut self, _index: usize, _exact: &Self::Digest) -> bool {
+    fn belongs(&mut self, _index: usize, _exact: &DigestOf<Self>) -> bool {
         false
     }
 
@@ -93,7 +96,7 @@ pub trait SliceSink {
         &mut self,
         index: usize,
         made: Made<Self::Writer>,
-        exact: Option<Self::Digest>,
+        exact: Option<DigestOf<Self>>,
     ) -> Result<(), Self::Error>;
 
     /// Keeps whatever `finish` has put off.
