@@ -64,7 +64,7 @@ impl DeviceRows {
 
     /// The tensor itself where this is its only handle, so that an operation may work in place.
     fn into_tensor<K: Kernels>(self) -> Rows<K> {
-        let tensor: Arc<Rows<K>> = self.tensor.downcast().ok().expect(OTHER_DEVICE);
+        let tensor: Arc<Rows<K>> = self.tensor.downcast().expect(OTHER_DEVICE);
         Arc::unwrap_or_clone(tensor)
     }
 }

@@ -15,7 +15,7 @@ const CUT: u32 = 19;
 /// The largest code of a scale; 0 is a scale of 0.
 pub(crate) const SCALE_MOST: i32 = 511;
 /// The largest number of a zero point.
-pub(crate) const ZERO_MOST: i32 = 127;
+pub const ZERO_MOST: i32 = 127;
 /// Levels from one zero point to the next.
 pub(crate) const ZERO_STEP: f32 = 2.25;
 /// The level of zero point number 0.
