@@ -1,4 +1,4 @@
-//! The angles that rotary embedding turns rows by.
+//! The angles by which rotary embedding turns rows.
 
 /// Cosines and sines of the positions of rows, `[n, head_dim / 2]` each.
 #[derive(Clone, Debug)]

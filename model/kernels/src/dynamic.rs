@@ -64,7 +64,7 @@ impl DeviceRows {
 
     /// The tensor itself where this is its only handle, so that an operation may work in place.
     fn into_tensor<K: Kernels>(self) -> Rows<K> {
-        let tensor: Arc<Rows<K>> = self.tensor.downcast().ok().expect(OTHER_DEVICE);
+        let tensor: Arc<Rows<K>> = self.tensor.downcast().expect(OTHER_DEVICE);
         Arc::unwrap_or_clone(tensor)
     }
 }
@@ -109,16 +109,16 @@ pub trait DynKernels: Send {
     /// Brings the matrices of a gated block to the device.
     fn expert(&self, weights: Gated<Weight>) -> DeviceExpert;
 
-    /// The same matrices in host memory, bit by bit: what [`expert`](Self::expert) was given.
+    /// The matrices in host memory again, bit for bit what [`expert`](Self::expert) was given.
     fn expert_weights(&self, expert: &DeviceExpert) -> Gated<Weight>;
 
     /// Bytes that a gated block takes on the device.
     fn expert_bytes(&self, weights: &Gated<Weight>) -> u64;
 
-    /// Takes so many bytes of the device's memory beforehand, for matrices that come.
+    /// Reserves so many bytes of the device's memory for matrices to come.
     fn reserve(&self, bytes: u64);
 
-    /// Returns when the device has done all it was told.
+    /// Returns when the device has done all queued work.
     fn wait(&self);
 
     fn vector(&self, values: Vec<f32>) -> DeviceVector;
@@ -135,7 +135,7 @@ pub trait DynKernels: Send {
     /// Every value into `-limit..=limit`.
     fn clamp(&self, rows: DeviceRows, limit: f32) -> DeviceRows;
 
-    /// The row ranges `(first, count)` of `rows`, one behind the other; at least one.
+    /// The row ranges `(first, count)` of `rows`, concatenated; at least one.
     fn select(&self, rows: &DeviceRows, ranges: &[(usize, usize)]) -> DeviceRows;
 
     /// For each matrix, with its bias, `x [n, in] -> [n, out]`.
@@ -146,7 +146,7 @@ pub trait DynKernels: Send {
         self.linears(x, &[(matrix, bias)]).pop().expect("one output for each matrix")
     }
 
-    /// Norm of each `width` values of a row by themselves, `width` being the weight's: `x [n, d] -> [n, d]`.
+    /// Norm of each run of `width` values of a row, `width` being the weight's: `x [n, d] -> [n, d]`.
     fn rms_norm(&mut self, x: &DeviceRows, weight: &DeviceVector, width: usize, eps: f32) -> DeviceRows;
 
     /// Rotary embedding of `x [n, heads * head_dim]`; `angles` has one position per row.
@@ -164,8 +164,8 @@ pub trait DynKernels: Send {
     /// Each expert over its rows of `x [n, d]`: `[sum of rows, d]`, in order of work, then rows; at least one row in all.
     fn experts(&mut self, x: &DeviceRows, work: &[DeviceWork<'_>]) -> DeviceRows;
 
-    /// Whether a small computation, of a matrix of either kind, comes out right: what must be known of a device before it
-    /// is trusted with a model, and after it has failed.
+    /// Whether a small computation with a matrix of either kind gives the right result. A device is checked before it gets a
+    /// model, and after it has failed.
     fn works(&mut self) -> bool {
         // Every high nibble is 3, the scale 2, the zero point -0.25: a weight is 2 * (16 * 3 + 7.5 + 0.25).
         let constants = [Constants::new(Constants::scale_code(2.0), 7).0.to_le_bytes(); BLOCK_ROWS];
@@ -174,7 +174,7 @@ pub trait DynKernels: Send {
         let ones = f32::to_le_bytes(1.0).repeat(BLOCK_ROWS * GROUP);
         let exact = Matrix::new(ones.into(), DType::F32, BLOCK_ROWS, GROUP).expect("whole rows");
         let matrices = [Weight::Sliced(sliced), Weight::Exact(exact)].map(|weight| self.matrix(weight));
-        // As int8 exactly what they are: the greatest magnitude is 127.
+        // int8 holds these values exactly: the largest magnitude is 127.
         let x = self.upload([127.0, -2.0].repeat(GROUP / 2), GROUP);
         let sum = 125.0 * (GROUP / 2) as f32;
         let outputs = self.linears(&x, &[(&matrices[0], None), (&matrices[1], None)]);

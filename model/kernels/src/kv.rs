@@ -1,7 +1,7 @@
 //! The shape of a KV cache, and where the rows of a batch lie in it.
 //!
 //! Owns [`CacheShape`] and [`Span`]. A cache lies on pages; a page holds keys and values of all layers for `page_tokens`
-//! positions of one session. Which session has which page is the caller's business.
+//! positions of one session. Which session has which page, the caller knows.
 
 /// Shape of a KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,12 +1,12 @@
-//! What exactness and speed depend on: the operations of a decoder layer, one implementation per kernel class.
+//! The operations of a decoder layer, on which exactness and speed depend: one implementation per kernel class.
 //!
 //! [`Kernels`] extends a burn [`Backend`] by the operations whose order of additions matters: packed matrix times rows,
 //! norm, rotary embedding, cached attention, gated feed-forward. [`cpu::CpuKernels`] implements them on `Flex` in plain
-//! Rust; `coel-gpu` implements them in CubeCL for CUDA and Vulkan. [`DynKernels`] is the object-safe form, so that
-//! whoever drives a device is compiled once and not once per device.
+//! Rust; `coel-gpu` implements them in CubeCL for CUDA and Vulkan. [`DynKernels`] is the object-safe form: code that drives
+//! a device is compiled once, not once per device.
 //!
 //! The invariant for every class: a row's result has the same bits alone and in any batch. Everything else (lookups,
-//! residual additions) is elementwise and done with burn tensors. Kernels do not know layers' names or sessions.
+//! residual additions) is elementwise and done with burn tensors. Names of layers and sessions are not known here.
 
 use burn::tensor::{Tensor, backend::Backend};
 use coel_weights::slices::Weight;
@@ -44,7 +44,7 @@ impl<M> Gated<M> {
     }
 }
 
-/// An expert, and the rows of a batch it is to compute.
+/// An expert, and the rows of a batch that it computes.
 #[derive(Debug)]
 pub struct ExpertWork<'a, M> {
     pub expert: &'a Gated<M>,
@@ -75,7 +75,7 @@ pub trait Kernels: Send + 'static {
     /// Brings a packed matrix to the device (in place where that is this memory).
     fn matrix(&self, weight: Weight) -> Self::Matrix;
 
-    /// The same matrix in host memory, bit by bit: what [`matrix`](Self::matrix) was given.
+    /// The matrix in host memory again, bit for bit what [`matrix`](Self::matrix) was given.
     fn weight(&self, matrix: &Self::Matrix) -> Weight;
 
     /// Bytes that a matrix takes on the device.
@@ -83,10 +83,10 @@ pub trait Kernels: Send + 'static {
         weight.bytes() as u64
     }
 
-    /// Takes so many bytes of the device's memory beforehand, for matrices that come, so that they take no more than that.
+    /// Reserves so many bytes of the device's memory for matrices to come, so that they take no more than that.
     fn reserve(&self, _bytes: u64) {}
 
-    /// Returns when the device has done all it was told.
+    /// Returns when the device has done all queued work.
     fn wait(&self) {}
 
     fn vector(&self, values: Vec<f32>) -> Self::Vector;

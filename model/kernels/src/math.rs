@@ -1,4 +1,4 @@
-//! Elementwise functions whose bits must not hang on a platform's math library.
+//! Elementwise functions whose bits must not depend on a platform's math library.
 //!
 //! Owns `exp` and what is built on it. Each is a fixed sequence of IEEE additions, multiplications and divisions on
 //! one element, so the compiler may vectorise a loop over it without changing a bit.

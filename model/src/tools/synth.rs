@@ -19,7 +19,7 @@ use coel_weights::{
     layout::TensorSpec,
     matrix::DType,
     parts::{Entry, Part, TensorRange, frame, kinds},
-    slicing::{Material, SlicingError, part_slices::ReadAt, write_slices},
+    slicing::{Material, ReadAt, SlicingError, write_slices},
 };
 
 mod gauss;

@@ -18,9 +18,7 @@ use coel_model::{
         matrix::DType,
         parts::parts,
         slices::Precision,
-        slicing::{
-            Material, SlicingError, part_slices::ReadAt, slice_checkpoint, sliced_folder::SlicedFolder, write_slices,
-        },
+        slicing::{Material, ReadAt, SlicingError, slice_checkpoint, sliced_folder::SlicedFolder, write_slices},
         tensors::Tensors,
     },
 };

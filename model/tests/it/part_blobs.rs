@@ -11,7 +11,7 @@ use coel_model::{
         layout::{self, ExpertId},
         memory::WeightBytes,
         parts::{Part, PartKind, parts},
-        slicing::part_slices::{ReadAt, write_part},
+        slicing::{ReadAt, part_slices::write_part},
         tensors::Tensors,
     },
 };

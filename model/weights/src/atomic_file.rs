@@ -1,7 +1,7 @@
 //! Files that appear whole or not at all.
 //!
-//! Owns [`TemporaryFile`], which is written under another name, synced, and renamed when it is kept. The invariant: a
-//! file under its final name is complete and on disk, whatever happens meanwhile.
+//! Owns [`TemporaryFile`], which is written under a temporary name, synced, and renamed once it is complete. The
+//! invariant: a file under its final name is complete and on disk, even after a crash.
 
 use std::{
     fs::{self, File},
@@ -9,34 +9,35 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Bytes gathered before a file is written to.
+/// Bytes buffered before they are written.
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// A file that vanishes unless it is kept. What is written is summed on the way.
-pub struct TemporaryFile {
+/// A file that is deleted on drop unless it is kept. Its content is hashed while it is written.
+pub(crate) struct TemporaryFile {
     path: PathBuf,
     file: Option<BufWriter<File>>,
-    sum: blake3::Hasher,
+    hasher: blake3::Hasher,
 }
 
 impl TemporaryFile {
-    pub fn new(dir: &Path, name: &str) -> io::Result<Self> {
+    /// Creates `name` in `dir`, under a temporary name.
+    pub(crate) fn new(dir: &Path, name: &str) -> io::Result<Self> {
         let path = dir.join(format!("{name}.partial"));
         let file = File::create(&path)?;
-        Ok(Self { path, file: Some(BufWriter::with_capacity(BUFFER_BYTES, file)), sum: blake3::Hasher::new() })
+        Ok(Self { path, file: Some(BufWriter::with_capacity(BUFFER_BYTES, file)), hasher: blake3::Hasher::new() })
     }
 
     fn writer(&mut self) -> &mut BufWriter<File> {
         self.file.as_mut().expect("open until it is kept")
     }
 
-    /// Of what was written.
-    pub fn sum(&self) -> String {
-        self.sum.finalize().to_string()
+    /// BLAKE3 of what was written so far, in hexadecimal.
+    pub(crate) fn checksum(&self) -> String {
+        self.hasher.finalize().to_string()
     }
 
-    /// Puts it under its name, once all of it is on disk. Returns its sum.
-    pub fn keep(mut self, name: &Path) -> io::Result<String> {
+    /// Syncs the file and renames it to `name`. Returns its [`checksum`](Self::checksum).
+    pub(crate) fn keep(mut self, name: &Path) -> io::Result<String> {
         self.writer().flush()?;
         self.writer().get_ref().sync_all()?;
         fs::rename(&self.path, name)?;
@@ -44,14 +45,14 @@ impl TemporaryFile {
         if let Some(dir) = name.parent() {
             File::open(dir)?.sync_all()?;
         }
-        Ok(self.sum())
+        Ok(self.checksum())
     }
 }
 
 impl Write for TemporaryFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.writer().write(bytes)?;
-        self.sum.update(&bytes[..written]);
+        self.hasher.update(&bytes[..written]);
         Ok(written)
     }
 
@@ -63,7 +64,7 @@ impl Write for TemporaryFile {
 impl Drop for TemporaryFile {
     fn drop(&mut self) {
         if let Some(file) = self.file.take() {
-            // What is buffered goes nowhere: the file goes too. Should that fail, the next run overwrites it.
+            // Buffered bytes are discarded with the file. If it cannot be deleted, the next run overwrites it.
             drop(file.into_parts());
             let _ = fs::remove_file(&self.path);
         }

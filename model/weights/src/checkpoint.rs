@@ -1,9 +1,9 @@
 //! A Hugging Face checkpoint folder, opened in place.
 //!
 //! Owns [`Checkpoint`]: the configuration and the memory-mapped tensors of one `model.safetensors`, or of the shards
-//! an index names. Where the experts of a layer share a tensor it is cut into theirs. The invariant: an open checkpoint
-//! has exactly the tensors its configuration implies, each of the right shape and of a type the kernels read. It does
-//! not interpret the tokenizer or the chat template; it only says which files are there.
+//! that an index names. A tensor that the experts of a layer share is cut into one per expert. The invariant: an open
+//! checkpoint has exactly the tensors its configuration implies, each of the right shape and of a type the kernels read.
+//! The tokenizer and the chat template are not interpreted here; a checkpoint only says which files there are.
 
 use std::{
     collections::BTreeSet,
@@ -25,7 +25,7 @@ use crate::{
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// Files beside the weights that travel with a model, in this order, where present.
+/// The files beside the weights that belong to a model, if present, in this order.
 const FILES: [&str; 5] =
     ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
 
@@ -93,12 +93,12 @@ impl Checkpoint {
         self.tensors.select(specs.iter().map(|spec| spec.name.as_str()))
     }
 
-    /// The files other than weights, as (name, path): `config.json` and whatever of the tokenizer's is there.
+    /// The files other than weights, as (name, path): `config.json` and those of the tokenizer's files that exist.
     pub fn files(&self) -> Vec<(String, PathBuf)> {
         files_beside(&self.dir)
     }
 
-    /// Each tensor the configuration implies is there in its shape, and nothing else is.
+    /// Checks that the tensors are those the configuration implies, each in its shape.
     fn check_complete(&self) -> Result<(), LoadError> {
         let mut expected = BTreeSet::new();
         let experts = layout::experts(&self.config).flat_map(|id| layout::expert(&self.config, id));
@@ -115,14 +115,14 @@ impl Checkpoint {
     }
 }
 
-/// The files of `dir` that travel with its weights, as (name, path).
+/// The files of `dir` that belong to a model beside its weights, as (name, path).
 pub fn files_beside(dir: &Path) -> Vec<(String, PathBuf)> {
     let present = FILES.iter().map(|name| (name.to_string(), dir.join(name)));
     present.filter(|(_, path)| path.is_file()).collect()
 }
 
 /// Reads and validates `config.json` of a folder.
-pub fn read_config(dir: &Path) -> Result<ModelConfig, LoadError> {
+pub(crate) fn read_config(dir: &Path) -> Result<ModelConfig, LoadError> {
     let path = dir.join("config.json");
     let file = path.display().to_string();
     let text = fs::read_to_string(&path).map_err(|source| match source.kind() {
@@ -132,7 +132,7 @@ pub fn read_config(dir: &Path) -> Result<ModelConfig, LoadError> {
     ModelConfig::parse(&text).map_err(|source| LoadError::Config { file, source })
 }
 
-/// The names of the weight files: the single one, or those the index maps tensors to, in name order.
+/// The names of the weight files: the single one, or the shards of the index in name order.
 fn weight_files(dir: &Path) -> Result<Vec<String>, LoadError> {
     if dir.join(SINGLE).is_file() {
         return Ok(vec![SINGLE.to_owned()]);
@@ -149,7 +149,9 @@ fn weight_files(dir: &Path) -> Result<Vec<String>, LoadError> {
     let map = map.ok_or_else(|| malformed("it has no weight_map".into()))?;
     let mut names = BTreeSet::new();
     for name in map.values() {
-        let name = name.as_str().ok_or_else(|| malformed("weight_map names something that is no file".into()))?;
+        let name = name
+            .as_str()
+            .ok_or_else(|| malformed("weight_map maps a tensor to something that is not a file name".into()))?;
         if Path::new(name).components().count() != 1 || name == ".." {
             return Err(malformed(format!("{name:?} leads out of the folder")));
         }

@@ -1,8 +1,8 @@
 //! A model folder, whichever form its weights have.
 //!
-//! Owns [`ModelFolder`]: a checkpoint or a folder of slices, asked for tensors at a precision. A checkpoint gives them
-//! in place when they are wanted exact and slices them while they are loaded otherwise; a folder of slices gives what
-//! it has. The invariant: both give the same bits at Q4 and at Q8. It loads nothing by itself.
+//! Owns [`ModelFolder`]: a checkpoint or a folder of slices, which gives tensors at a precision. A checkpoint gives exact
+//! tensors in place and slices them while loading otherwise; a folder of slices gives what it has. The invariant: both
+//! give the same bits at Q4 and at Q8. Nothing is loaded before it is asked for.
 
 use std::{
     path::{Path, PathBuf},
@@ -22,7 +22,7 @@ pub enum ModelFolder {
 }
 
 impl ModelFolder {
-    /// Opens `dir`, which is of slices if it has a `slices.json` and a checkpoint otherwise.
+    /// Opens `dir`: a folder of slices if it has a `slices.json`, otherwise a checkpoint.
     pub fn open(dir: &Path) -> Result<Self, LoadError> {
         match SlicedFolder::is_one(dir) {
             true => SlicedFolder::open(dir).map(Self::Sliced),
@@ -45,8 +45,8 @@ impl ModelFolder {
         }
     }
 
-    /// Checks that slices are those that were written, which a flipped bit would not show otherwise. The weights of a
-    /// checkpoint have no sums to check them by.
+    /// Checks that slices have the content that was written: nothing else would show a flipped bit. A checkpoint's weights
+    /// come without checksums and are not checked.
     pub fn verify(&self, trunk: Precision, experts: Precision) -> Result<(), LoadError> {
         match self {
             Self::Checkpoint(_) => Ok(()),
@@ -70,8 +70,8 @@ impl ModelFolder {
         }
     }
 
-    /// One expert's tensors as they lie on disk, for an engine's shelf; nothing where the folder does not have them at
-    /// this precision but makes them when they are loaded.
+    /// One expert's tensors as they lie on disk, for disk offload; `None` if the folder does not have them at this precision
+    /// but makes them while loading.
     pub fn expert_on_disk(&self, id: ExpertId, precision: Precision) -> Result<Option<Tensors>, LoadError> {
         match self {
             Self::Checkpoint(checkpoint) => Ok((precision == Precision::Exact).then(|| checkpoint.expert(id))),

@@ -1,8 +1,8 @@
-//! Which tensors a model has: their names, shapes and the part they belong to, from the configuration alone.
+//! Which tensors a model has: their names, shapes and parts, from the configuration alone.
 //!
-//! Owns the mapping between the checkpoint's names and the decoder's block. Another family is another set of names
-//! here, not another decoder. The invariant: every tensor of a model belongs to exactly one part, and what
-//! [`experts`] lists is what exists. It touches no bytes.
+//! Owns the mapping between the names in checkpoints and the blocks of the decoder. Another family is another set of names
+//! here, not another decoder. The invariant: every tensor of a model belongs to exactly one part, and [`experts`] lists
+//! exactly the experts that exist. No bytes are touched here.
 
 use serde::{Deserialize, Serialize};
 
@@ -34,7 +34,7 @@ impl TensorSpec {
     }
 }
 
-/// The last words of gate, up and down in a gated feed-forward block.
+/// How most families name gate, up and down of a gated feed-forward block.
 const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
 /// Tensor names of one layer, without shapes, as the model's family spells them.
@@ -80,7 +80,7 @@ impl LayerNames {
         self.gated(&block, words, config.hidden_size, config.moe_intermediate_size)
     }
 
-    /// gate, up and down of the expert every row passes, in that order.
+    /// gate, up and down of the shared expert, which computes every row, in that order.
     pub fn shared_expert(&self, hidden: usize, width: usize) -> [TensorSpec; 3] {
         self.gated("mlp.shared_expert", PROJECTIONS, hidden, width)
     }
@@ -103,7 +103,7 @@ impl LayerNames {
 pub const EMBED: &str = "model.embed_tokens.weight";
 pub const NORM: &str = "model.norm.weight";
 pub const HEAD: &str = "lm_head.weight";
-/// Of a layer: what the shared expert's output is scaled by.
+/// Of a layer: the gate that scales the shared expert's output.
 pub const SHARED_GATE: &str = "mlp.shared_expert_gate.weight";
 
 /// The embedding table, `[vocab_size, hidden_size]`.
@@ -120,11 +120,11 @@ pub fn head(config: &ModelConfig) -> Vec<TensorSpec> {
     specs
 }
 
-/// The tensors that lie in another one, one behind the other; made only when asked for.
+/// The tensors that another tensor consists of, in order; generated lazily.
 pub(crate) type Pieces<'a> = Box<dyn Iterator<Item = TensorSpec> + 'a>;
 
-/// How transformers can also store what a layer routes by and to: all gates and ups in one tensor, all downs in another,
-/// and the router under the same name in every family.
+/// The other way in which transformers stores a layer's experts and router: all gates and ups in one tensor, all downs in
+/// another, and the router under the same name in every family.
 pub(crate) fn fused(config: &ModelConfig, layer: usize) -> [(TensorSpec, Pieces<'_>); 3] {
     let names = LayerNames::new(config, layer);
     let (n, d, width) = (config.num_experts, config.hidden_size, config.moe_intermediate_size);
@@ -140,7 +140,7 @@ pub(crate) fn fused(config: &ModelConfig, layer: usize) -> [(TensorSpec, Pieces<
     ]
 }
 
-/// Everything of layer `layer` but its routed experts.
+/// The tensors of layer `layer`, except those of its routed experts.
 pub fn layer(config: &ModelConfig, layer: usize) -> Vec<TensorSpec> {
     let names = LayerNames::new(config, layer);
     let d = config.hidden_size;
@@ -183,7 +183,7 @@ fn attention(config: &ModelConfig, names: &LayerNames) -> Vec<TensorSpec> {
     specs
 }
 
-/// The width that queries or keys, `projection` wide in all, are normed over.
+/// The width over which queries or keys are normed, which are `projection` wide in all.
 pub fn norm_width(config: &ModelConfig, projection: usize) -> Option<usize> {
     config.qk_norm.map(|norm| match norm {
         QkNorm::Head => config.head_dim,
@@ -191,7 +191,7 @@ pub fn norm_width(config: &ModelConfig, projection: usize) -> Option<usize> {
     })
 }
 
-/// The width of the feed-forward block of a layer without experts; `None` for a layer that has them.
+/// The width of the feed-forward block of a layer without experts; `None` for a layer with experts.
 pub fn dense_width(config: &ModelConfig, layer: usize) -> Option<usize> {
     config.intermediate_size.filter(|_| !config.is_sparse(layer))
 }
@@ -201,7 +201,7 @@ pub fn expert(config: &ModelConfig, id: ExpertId) -> Vec<TensorSpec> {
     LayerNames::new(config, usize::from(id.layer)).expert(config, id.index).into()
 }
 
-/// Every tensor that is not a routed expert's.
+/// Every tensor that does not belong to a routed expert.
 pub fn trunk(config: &ModelConfig) -> Vec<TensorSpec> {
     let layers = (0..config.num_hidden_layers).flat_map(|index| layer(config, index));
     embeddings(config).into_iter().chain(layers).chain(head(config)).collect()

@@ -1,7 +1,7 @@
-//! One matrix in the checkpoint's own element type.
+//! A matrix in the checkpoint's own element type.
 //!
 //! Owns [`DType`] (the three element types a checkpoint may use) and [`Matrix`]. The invariant: a `Matrix` has exactly
-//! `rows * cols` elements. It does not know what a weight is for.
+//! `rows * cols` elements. What a weight is used for is not known here.
 
 use std::{fmt, ops::Range};
 
@@ -83,33 +83,38 @@ impl Matrix {
         (bytes.len() == expected).then_some(Self { bytes, dtype, rows, cols })
     }
 
+    #[inline]
     pub fn rows(&self) -> usize {
         self.rows
     }
 
+    #[inline]
     pub fn cols(&self) -> usize {
         self.cols
     }
 
+    #[inline]
     pub fn dtype(&self) -> DType {
         self.dtype
     }
 
+    #[inline]
     pub fn bytes(&self) -> &[u8] {
         self.bytes.as_slice()
     }
 
-    /// Where a mapped file has it.
+    /// Its place in a mapped file.
     pub fn place(&self) -> Option<FileRange<'_>> {
         self.bytes.place()
     }
 
-    /// The memory it lies in.
+    /// The memory of the matrix.
     pub fn memory(&self) -> &WeightBytes {
         &self.bytes
     }
 
     /// The packed bytes of rows `range`.
+    #[inline]
     pub fn rows_bytes(&self, range: Range<usize>) -> &[u8] {
         let row_bytes = self.cols * self.dtype.size();
         &self.bytes.as_slice()[range.start * row_bytes..range.end * row_bytes]

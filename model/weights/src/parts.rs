@@ -1,10 +1,10 @@
-//! How a checkpoint is cut into blobs that other machines store.
+//! How a checkpoint is cut into parts, which other machines store as blobs.
 //!
-//! Owns [`Part`]: a trunk part or an expert, with where each of its tensors lies in the checkpoint's files. A part's
-//! [`header`](Part::header) followed by its tensors' bytes is an ordinary safetensors file, so one reader opens shards
-//! and blobs alike, and the weights are referenced in place, never copied. The invariant: parts cover every tensor
-//! exactly once, the same checkpoint gives the same bytes on every machine, and a part's exact blob gives the part again
-//! ([`Part::of_blob`]). It hashes nothing and reads no file.
+//! Owns [`Part`]: a piece of the trunk or an expert, and where each of its tensors lies in the checkpoint's files. A
+//! part's [`header`](Part::header) followed by its tensors' bytes is an ordinary safetensors file. So one reader opens
+//! shards and blobs alike, and weights are referenced in place, never copied. The invariant: parts cover every tensor
+//! exactly once, the same checkpoint gives the same bytes on every machine, and a part can be read back from its exact
+//! blob ([`Part::of_blob`]). Nothing is hashed and no file is read here.
 
 use std::io;
 
@@ -20,7 +20,7 @@ use crate::{
     tensors::{ElementType, HEADER_BYTES_MAX, TensorView},
 };
 
-/// Data in a blob starts at a multiple of this, so that mapped blobs stay aligned for vector loads.
+/// Alignment of the data in a blob, bytes: mapped blobs stay aligned for vector loads.
 const ALIGNMENT: usize = 64;
 
 /// What a part holds.
@@ -34,7 +34,7 @@ pub enum PartKind {
 }
 
 impl std::fmt::Display for PartKind {
-    /// `embeddings`, `layer.N`, `head` or `layer.N.expert.M`, as file names have it.
+    /// `embeddings`, `layer.N`, `head` or `layer.N.expert.M`, as in file names.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             PartKind::Trunk { name } => f.write_str(name),
@@ -56,7 +56,7 @@ pub struct TensorRange {
     pub bytes: u64,
 }
 
-/// A blob to be: some tensors, in a fixed order.
+/// Some tensors of a model, in a fixed order, which become one blob.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
     pub kind: PartKind,
@@ -64,16 +64,16 @@ pub struct Part {
 }
 
 impl Part {
-    /// A safetensors header: the blob is this, then each tensor's bytes in order.
+    /// A safetensors header. The exact blob consists of this header and each tensor's bytes, in order.
     pub fn header(&self) -> Vec<u8> {
         frame(None, &self.tensors.iter().map(Entry::of).collect::<Vec<_>>())
     }
 
-    /// The part whose exact blob has `bytes` bytes, which `read` gives from an offset on; its tensors lie in file 0, the blob. Only
-    /// the header is read.
+    /// The part of an exact blob of `bytes` bytes, which `read` gives from an offset on. The part's tensors lie in file 0, the
+    /// blob. Only the header is read.
     ///
     /// # Errors
-    /// [`LoadError`], where that is no exact blob of a part, or cannot be read.
+    /// [`LoadError`] if this is not the exact blob of a part, or cannot be read.
     pub fn of_blob(
         kind: PartKind,
         bytes: u64,
@@ -95,7 +95,7 @@ impl Part {
         let metadata: Metadata = serde_json::from_slice(&header[8..]).map_err(|error| malformed(error.to_string()))?;
         let start = header.len() as u64;
         if start.checked_add(metadata.data_len() as u64) != Some(bytes) {
-            return Err(malformed(format!("it describes another length than the blob's {bytes} bytes")));
+            return Err(malformed(format!("the length that it describes is not the blob's {bytes} bytes")));
         }
         let range = |name: String| {
             let info = metadata.info(&name)?;
@@ -111,9 +111,9 @@ impl Part {
         };
         let tensors = metadata.offset_keys().into_iter().map(range).collect::<Option<Vec<_>>>();
         let part = tensors.map(|tensors| Self { kind, tensors });
-        // Whoever made the blob wrote this header: any other spelling is not an exact blob.
+        // An exact blob has the header that `header` writes, to the byte. Any other spelling is not an exact blob.
         part.filter(|part| part.header() == header)
-            .ok_or_else(|| malformed("it is not that of a part's exact weights".into()))
+            .ok_or_else(|| malformed("it is not the header of a part's exact weights".into()))
     }
 
     /// Bytes of the tensors, without the header.
@@ -121,7 +121,7 @@ impl Part {
         self.tensors.iter().map(|tensor| tensor.bytes).sum()
     }
 
-    /// The experts' id, if this part is one.
+    /// The expert's id, if this part is an expert.
     pub fn expert(&self) -> Option<ExpertId> {
         match self.kind {
             PartKind::Expert(id) => Some(id),
@@ -139,7 +139,7 @@ pub struct Entry<'a> {
 }
 
 impl<'a> Entry<'a> {
-    /// The tensor as the checkpoint has it.
+    /// The tensor in the checkpoint's own type and shape.
     pub fn of(tensor: &'a TensorRange) -> Self {
         let (name, dtype, shape) = (tensor.name.as_str(), tensor.dtype.name(), tensor.shape.clone());
         Self { name, dtype, shape, bytes: tensor.bytes }
@@ -148,7 +148,7 @@ impl<'a> Entry<'a> {
 
 /// The header of a safetensors file with these tensors one after the other, padded to [`ALIGNMENT`]. `metadata` is a
 /// JSON object.
-// Written by hand: the bytes are hashed, so their order must not hang on a feature of a JSON library.
+// Written by hand: the bytes are hashed, so their order must not depend on a JSON library.
 pub fn frame(metadata: Option<&str>, entries: &[Entry<'_>]) -> Vec<u8> {
     let mut fields: Vec<String> = metadata.map(|metadata| format!("\"__metadata__\":{metadata}")).into_iter().collect();
     let mut start = 0;

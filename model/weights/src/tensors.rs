@@ -1,8 +1,8 @@
 //! Named tensors in safetensors bytes, whether a checkpoint's shard, a peer's blob or a reference file.
 //!
 //! Owns [`Tensors`]: names to typed, shaped ranges of [`WeightBytes`]. The invariant: every entry lies inside its
-//! bytes and has exactly the length its shape and type say. One reader serves every source. It does not know which
-//! tensors a model needs; `layout` does.
+//! bytes and has exactly the length that its shape and type imply. One reader serves every source. Which tensors a model
+//! needs is not known here but in `layout`.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -22,7 +22,7 @@ use crate::{
     },
 };
 
-/// Longest header accepted: far above any checkpoint's, and checked before it is parsed.
+/// Longest header accepted, bytes. It is far above any checkpoint's and checked before parsing.
 pub const HEADER_BYTES_MAX: usize = 64 << 20;
 
 /// Element types of a tensor: weights, cells of slices, or the integers a reference file holds.
@@ -49,7 +49,7 @@ pub struct TensorView {
     pub element: ElementType,
     pub shape: Vec<usize>,
     pub bytes: WeightBytes,
-    /// For the cells of a base slice, those of the refine slice if they are there too.
+    /// For the cells of a base slice: the cells of the refine slice, if present.
     pub refine: Option<WeightBytes>,
     /// Offset of `bytes` in the file or blob it came from.
     pub offset: u64,
@@ -58,13 +58,13 @@ pub struct TensorView {
 }
 
 impl TensorView {
-    /// Tells the system that this process will not soon read it again: see [`WeightBytes::release`].
+    /// Tells the system that this process will not read the tensor again soon: see [`WeightBytes::release`].
     pub fn release(&self) {
         self.bytes.release();
         self.refine.iter().for_each(WeightBytes::release);
     }
 
-    /// Bytes it takes, the refine slice included.
+    /// Bytes of the tensor, the refine slice included.
     pub fn data_bytes(&self) -> u64 {
         (self.bytes.len() + self.refine.as_ref().map_or(0, WeightBytes::len)) as u64
     }
@@ -78,13 +78,13 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    /// Reads the header of `bytes`, a whole safetensors file, which messages call `source`.
+    /// Reads the header of `bytes`, a whole safetensors file that messages call `source`.
     pub fn parse(bytes: WeightBytes, source: &str) -> Result<Self, LoadError> {
         Self::parse_pieces(&[bytes], source)
     }
 
-    /// The same of a file that lies in pieces, one behind the other: the header in the first, each tensor in one of them. So
-    /// tensors can stay in files that are mapped, each where it is.
+    /// Like [`parse`](Self::parse), for a file in consecutive pieces. The first piece has the header, and each tensor lies in
+    /// one piece. So tensors stay in the mapped files that hold them.
     pub fn parse_pieces(pieces: &[WeightBytes], source: &str) -> Result<Self, LoadError> {
         let file = || source.to_owned();
         let header = |why: String| LoadError::Header { file: file(), why };
@@ -114,7 +114,7 @@ impl Tensors {
                 Dtype::F16 => ElementType::Weight(DType::F16),
                 Dtype::F32 => ElementType::Weight(DType::F32),
                 Dtype::I64 => ElementType::I64,
-                // Bytes of which nobody says that they are cells are not weights.
+                // Bytes that the metadata does not call cells are not weights.
                 Dtype::U8 if slice.is_some_and(|slice| is_cells(&info.shape, slice)) => {
                     ElementType::Cells(slice.expect("seen just now"))
                 }
@@ -135,7 +135,7 @@ impl Tensors {
         Ok(Self { sources: vec![file()], entries })
     }
 
-    /// Reads what a store has of a part, which messages call `source`.
+    /// Reads the blobs of a part, which messages call `source`.
     pub fn parse_part(blobs: PartBlobs, source: &str) -> Result<Self, LoadError> {
         let main = Self::parse(blobs.main, source)?;
         match blobs.refine {
@@ -144,8 +144,8 @@ impl Tensors {
         }
     }
 
-    /// Joins the cells of a base slice, `self`, with those of its refine slice. Shapes must agree, and every tensor of
-    /// cells must be in both.
+    /// Joins the cells of a base slice, `self`, with the cells of its refine slice. Both must have the same tensors of cells,
+    /// with the same shapes.
     pub fn with_refine(mut self, refine: Tensors) -> Result<Self, LoadError> {
         let (base, file) = (self.sources.join(", "), refine.sources.join(", "));
         let mismatch = |why: String| LoadError::Refine { file: file.clone(), base: base.clone(), why };
@@ -167,7 +167,7 @@ impl Tensors {
         }
     }
 
-    /// Joins tensors of several sources; a name in two of them is an error.
+    /// Joins the tensors of several sources; a name that two sources have is an error.
     pub fn merge(parts: impl IntoIterator<Item = Tensors>) -> Result<Self, LoadError> {
         let mut all = Self::default();
         for part in parts {
@@ -186,7 +186,7 @@ impl Tensors {
         Ok(all)
     }
 
-    /// Takes the tensor `whole`, if it is here, for the `pieces` that lie in it one behind the other.
+    /// Replaces the tensor `whole`, if present, by the `pieces` that it consists of, in order.
     pub(crate) fn cut(&mut self, whole: &TensorSpec, pieces: Pieces<'_>) -> Result<(), LoadError> {
         let Some(view) = self.entries.get(&whole.name) else { return Ok(()) };
         let size = self.check(&whole.name, view, &whole.shape)?.size();
@@ -205,7 +205,7 @@ impl Tensors {
         Ok(())
     }
 
-    /// The names of the files or blobs the tensors came from.
+    /// The names of the files or blobs that the tensors came from.
     pub fn sources(&self) -> &[String] {
         &self.sources
     }
@@ -231,12 +231,12 @@ impl Tensors {
         self.entries.values().map(TensorView::data_bytes).sum()
     }
 
-    /// Tells the system that this process will not soon read them again: see [`WeightBytes::release`].
+    /// Tells the system that this process will not read these tensors again soon: see [`WeightBytes::release`].
     pub fn release(&self) {
         self.entries.values().for_each(TensorView::release);
     }
 
-    /// How exactly the least exact of these tensors is held.
+    /// The lowest precision of these tensors.
     pub fn precision(&self) -> Precision {
         let each = self.entries.values().map(|view| match (view.element, &view.refine) {
             (ElementType::Cells(_), None) => Precision::Q4,
@@ -246,8 +246,8 @@ impl Tensors {
         each.min().unwrap_or(Precision::Exact)
     }
 
-    /// These tensors with their matrices sliced in memory, at [`Precision::Exact`] as they are. Tensors that are sliced
-    /// already stay so. Mapped matrices are released once they were read.
+    /// These tensors with their matrices sliced in memory; at [`Precision::Exact`], unchanged. Tensors that are sliced already
+    /// stay as they are. Mapped matrices are released once they are read.
     pub fn sliced(mut self, precision: Precision) -> Result<Self, LoadError> {
         if precision == Precision::Exact {
             return Ok(self);
@@ -261,7 +261,7 @@ impl Tensors {
             let matrix = Matrix::new(view.bytes.clone(), dtype, rows, cols).expect("parse() checked the length");
             let sliced = slice_matrix(&matrix, precision)
                 .ok_or_else(|| failed(SliceError::Columns { tensor: name.clone(), cols }))?
-                .map_err(|fault| failed(SliceError::at(name, 0, fault)))?;
+                .map_err(|error| failed(SliceError::at(name, 0, error)))?;
             view.bytes.release();
             view.element = ElementType::Cells(Slice::Base);
             view.shape = Slice::Base.shape(rows, cols).into();
@@ -270,8 +270,8 @@ impl Tensors {
         Ok(self)
     }
 
-    /// The same tensors in other places: `put` is given each range of bytes, always in the same order, and says where
-    /// these bytes are now.
+    /// The same tensors in other memory: `put` takes each range of bytes, always in the same order, and returns where these
+    /// bytes are now.
     pub fn moved<E>(&self, mut put: impl FnMut(&str, &WeightBytes) -> Result<WeightBytes, E>) -> Result<Self, E> {
         let mut moved = self.clone();
         for (name, view) in &mut moved.entries {
@@ -303,7 +303,7 @@ impl Tensors {
         Ok(matrix.expect("parse() checked that bytes and shape agree"))
     }
 
-    /// The matrix `name`, `[rows, cols]`, in whichever form it is here.
+    /// The matrix `name`, `[rows, cols]`, in whichever form it is held.
     pub fn weight(&self, name: &str, shape: [usize; 2]) -> Result<Weight, LoadError> {
         let view = self.entries.get(name).ok_or_else(|| self.missing(name))?;
         let ElementType::Cells(slice) = view.element else {
@@ -312,7 +312,11 @@ impl Tensors {
         let [rows, cols] = shape;
         let (file, tensor) = (self.sources[view.source].clone(), name.to_owned());
         if slice == Slice::Refine {
-            return Err(LoadError::Refine { file, base: "anything".into(), why: "its base slice is not here".into() });
+            return Err(LoadError::Refine {
+                file,
+                base: "any other blob".into(),
+                why: "its base slice is missing".into(),
+            });
         }
         let sliced = match view.shape == slice.shape(rows, cols) {
             true => Sliced::new(rows, cols, view.bytes.clone(), view.refine.clone()),
@@ -322,7 +326,7 @@ impl Tensors {
         sliced.map(Weight::Sliced).ok_or(LoadError::Shape { file, tensor, expected, found })
     }
 
-    /// Refuses a tensor of another shape than `shape`, or that is not a weight.
+    /// Refuses a tensor that has not the shape `shape` or is not a weight.
     pub(crate) fn check(&self, name: &str, view: &TensorView, shape: &[usize]) -> Result<DType, LoadError> {
         let ElementType::Weight(dtype) = view.element else {
             return Err(self.wrong_type(name, view, "BF16, F16 and F32"));
@@ -374,7 +378,7 @@ fn is_cells(shape: &[usize], slice: Slice) -> bool {
     matches!(shape, [_, _, cell] if *cell == slice.cell())
 }
 
-/// Which slice a blob says it is, if it is one, from its metadata.
+/// Which slice a blob is, if it is one, according to its metadata.
 fn slice_of(metadata: &HashMap<String, String>, file: &str) -> Result<Option<Slice>, LoadError> {
     let Some(name) = metadata.get(SLICE_KEY) else {
         return Ok(None);
@@ -385,11 +389,11 @@ fn slice_of(metadata: &HashMap<String, String>, file: &str) -> Result<Option<Sli
     }
     match Slice::ALL.into_iter().find(|slice| slice.name() == name) {
         Some(slice) => Ok(Some(slice)),
-        None => Err(LoadError::Header { file: file.to_owned(), why: format!("{name:?} is no slice") }),
+        None => Err(LoadError::Header { file: file.to_owned(), why: format!("{name:?} names no slice") }),
     }
 }
 
-/// The bytes `range` of what lies in these pieces, if they are in one of them.
+/// The bytes `range` of consecutive pieces, if one piece has all of them.
 fn slice_of_pieces(pieces: &[WeightBytes], range: Range<usize>) -> Option<WeightBytes> {
     let mut start = 0;
     pieces.iter().find_map(|piece| {
@@ -432,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn merging_refuses_twins() {
+    fn merging_refuses_duplicates() {
         let one =
             || Tensors::parse(file(r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, &[0; 4]), "x").unwrap();
         let twins = Tensors::merge([one(), one()]).unwrap_err();

@@ -1,4 +1,4 @@
-//! Activations as int8: what enters a sliced matrix.
+//! Activations as int8: the input of sliced matrices.
 //!
 //! Owns [`Quantized`] and its arithmetic. A row's values are grouped by [`GROUP`] columns. With `a` the largest
 //! magnitude of a group, the scale is `d = a / 127` and a value becomes `x * (127 / a)`, rounded to the nearest integer
@@ -6,9 +6,9 @@
 //! magnitude is below [`TINY`] is zero. A group with a NaN or an infinity has `d = NaN`, which every output that reads
 //! it becomes. Each step is one IEEE operation or exact, so every instruction set gives the same bits.
 //!
-//! Groups lie one behind the other, and within a group the rows: `[groups, n, 32]`. So the rows of one tile of a batch
-//! are neighbours at every group, and a batch does not come back to the same cache sets from row to row. The invariant:
-//! what a group holds depends on its own 32 values alone.
+//! The layout is `[groups, n, 32]`: groups are outermost, then rows. So the rows of one tile of a batch are neighbours at
+//! every group, and the rows of a batch do not compete for the same cache sets. The invariant: a quantized group depends
+//! on its own 32 values alone.
 
 use super::{
     isa::{Isa, Level},
@@ -21,6 +21,7 @@ const TINY: f32 = 1e-35;
 
 /// Rows a worker quantizes at once: fewer are not worth a second thread.
 const ROWS_AT_ONCE: usize = 8;
+
 /// Rows of a batch, quantized.
 #[derive(Debug, Default)]
 pub struct Quantized {
@@ -37,7 +38,7 @@ pub struct Quantized {
 #[repr(C, align(32))]
 pub struct Values(pub [i8; GROUP]);
 
-/// Of a group of a row.
+/// The scale of a group of a row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
 pub struct Scale {
@@ -47,7 +48,7 @@ pub struct Scale {
     pub sum: f32,
 }
 
-/// A look at [`Quantized`] rows.
+/// A read-only view of [`Quantized`] rows.
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
     rows: usize,
@@ -57,7 +58,7 @@ pub struct View<'a> {
 }
 
 impl Quantized {
-    /// Makes room for `rows` rows of `cols` values, a multiple of [`GROUP`]; what was held is lost.
+    /// Resizes to `rows` rows of `cols` values, a multiple of [`GROUP`]. The content is then unspecified.
     pub fn reset(&mut self, rows: usize, cols: usize) {
         assert!(cols.is_multiple_of(GROUP));
         (self.rows, self.groups) = (rows, cols / GROUP);
@@ -72,7 +73,7 @@ impl Quantized {
         let slots = self.slots();
         pool.each(slots.rows, ROWS_AT_ONCE, |_, row| {
             for (group, x) in x[row * cols..][..cols].as_chunks::<GROUP>().0.iter().enumerate() {
-                // SAFETY: each row is one worker's.
+                // SAFETY: a row is given to one worker only, and nobody reads before all are done.
                 unsafe { slots.put(isa, group, row, x) };
             }
         });
@@ -88,7 +89,7 @@ impl Quantized {
     }
 }
 
-/// Where workers put groups.
+/// Where workers store groups.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Slots<'a> {
     rows: usize,
@@ -103,7 +104,7 @@ impl Slots<'_> {
     /// Nobody else reads or fills this group of this row meanwhile.
     pub(super) unsafe fn put(&self, isa: Isa, group: usize, row: usize, x: &[f32; GROUP]) {
         let at = group * self.rows + row;
-        // SAFETY: passed on from the caller.
+        // SAFETY: nobody else reads or fills this group of this row meanwhile, as the caller promises.
         let (values, scale) = unsafe { (self.values.part(at, 1), self.scales.part(at, 1)) };
         scale[0] = quantize(isa, x, &mut values[0]);
     }
@@ -137,7 +138,7 @@ pub fn quantize(isa: Isa, x: &[f32; GROUP], values: &mut Values) -> Scale {
     fn avx2(x: &[f32; GROUP], values: &mut Values) -> Scale {
         quantize_body(x, values)
     }
-    match isa.0 {
+    match isa.level() {
         Level::Portable => quantize_body(x, values),
         // SAFETY: an `Isa` exists only for a set this machine has.
         #[cfg(target_arch = "x86_64")]
@@ -148,13 +149,13 @@ pub fn quantize(isa: Isa, x: &[f32; GROUP], values: &mut Values) -> Scale {
     }
 }
 
-/// [`quantize_body`] in two vectors; a conversion to integers rounds ties to even by itself.
+/// [`quantize_body`] in two vectors; the conversion to integers rounds ties to even.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn quantize_avx512(x: &[f32; GROUP], values: &mut Values) -> Scale {
     use std::arch::x86_64::*;
     let mask = _mm512_set1_epi32(MAGNITUDE as i32);
-    // SAFETY: both halves of the array.
+    // SAFETY: the array has 32 floats: two loads of sixteen.
     let halves = unsafe { [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))] };
     let [low, high] = halves.map(|half| _mm512_and_si512(_mm512_castps_si512(half), mask));
     let Some((step, scale)) = scales(_mm512_reduce_max_epi32(_mm512_max_epi32(low, high)) as u32) else {
@@ -163,7 +164,7 @@ fn quantize_avx512(x: &[f32; GROUP], values: &mut Values) -> Scale {
     let scale = _mm512_set1_ps(scale);
     let [low, high] = halves.map(|half| _mm512_cvtps_epi32(_mm512_mul_ps(half, scale)));
     let packed = _mm256_set_m128i(_mm512_cvtsepi32_epi8(high), _mm512_cvtsepi32_epi8(low));
-    // SAFETY: the array's 32 bytes.
+    // SAFETY: `values` has 32 bytes, which is what is stored.
     unsafe { _mm256_storeu_si256(values.0.as_mut_ptr().cast(), packed) };
     Scale { step, sum: step * _mm512_reduce_add_epi32(_mm512_add_epi32(low, high)) as f32 }
 }

@@ -25,14 +25,14 @@ use crate::{
 /// stay in the second-level cache over long contexts.
 const UNIT_ROWS: usize = 12;
 
-/// What one thread needs besides inputs and outputs; kept between calls.
+/// One thread's buffers; kept between calls.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     /// `[rows, head_dim]`
     q: Vec<f32>,
     /// `[rows, seen]`
     scores: Vec<f32>,
-    /// Of the exponentials of a row, one behind the other.
+    /// Sums of the exponentials, by row.
     sums: Vec<f32>,
     /// `[rows, head_dim]`
     out: Vec<f32>,
@@ -86,7 +86,7 @@ pub(super) fn attention(
     let (scratch, shares) = (Shares::of(scratch), Shares::of(&mut out));
     pool.each(units.len(), 1, |worker, index| {
         let unit = &units[index];
-        // SAFETY: each worker has its own, and is in one unit at a time.
+        // SAFETY: each worker has its own scratch and is in one unit at a time.
         let scratch = unsafe { &mut scratch.part(worker, 1)[0] };
         let column = unit.kv_head * piece;
         scratch.q.clear();
@@ -97,7 +97,7 @@ pub(super) fn attention(
         scratch.scores.resize(unit.rows * heads / kv_heads * (unit.seen + unit.rows - 1), 0.0);
         attend(isa, unit, cache, layer, scratch);
         for (row, values) in (unit.first..).zip(scratch.out.chunks_exact(piece)) {
-            // SAFETY: units are different rows or different heads.
+            // SAFETY: no two units have a row and a head in common, so nobody else writes here.
             unsafe { shares.part(row * width + column, piece) }.copy_from_slice(values);
         }
     });
@@ -121,7 +121,7 @@ unsafe fn attend_body<V: Lanes, const R: usize, const C: usize>(
     let stride = unit.seen + unit.rows - 1;
     let page = |index: usize, half| cache.head(unit.span.pages[index], layer, half, unit.kv_head);
     let seen = |row: usize| unit.seen + row / group;
-    // SAFETY: passed on from the caller.
+    // SAFETY: the caller enables the instruction set of `V`.
     unsafe {
         for (index, at) in (0..stride).step_by(page_tokens).enumerate() {
             let keys = &page(index, Half::Keys)[..page_tokens.min(stride - at) * dim];
@@ -170,7 +170,7 @@ unsafe fn attend_body<V: Lanes, const R: usize, const C: usize>(
 unsafe fn score<V: Lanes, const R: usize>(q: &[f32], keys: &[f32], dim: usize, scores: &mut [f32], stride: usize) {
     const WIDE: usize = 4;
     let (rows, positions) = (q.len() / dim, keys.len() / dim);
-    // SAFETY: passed on from the caller.
+    // SAFETY: the caller enables the instruction set of `V`.
     unsafe {
         let mut row = 0;
         while row < rows {
@@ -218,7 +218,8 @@ unsafe fn exponentials<V: Lanes>(scores: &mut [f32], scale: f32) -> f32 {
     for score in scores.iter_mut() {
         *score = math::exp(*score - max);
     }
-    // SAFETY: passed on from the caller; `load_at` pads.
+    // SAFETY: the caller enables the instruction set of `V`; `load_at` stays inside the slice, and what is stored is an
+    // array of sixteen floats.
     unsafe {
         let mut sum = V::zero();
         let one = V::splat(1.0);
@@ -241,7 +242,7 @@ unsafe fn mix<'a, V: Lanes, const R: usize, const C: usize>(
     out: &mut [f32],
 ) {
     let dim = out.len() / R;
-    // SAFETY: passed on from the caller.
+    // SAFETY: the caller enables the instruction set of `V`.
     unsafe {
         let mut first = 0;
         while first < dim {
@@ -268,7 +269,8 @@ unsafe fn columns<'a, V: Lanes, const R: usize, const C: usize>(
 ) {
     let dim = out.len() / R;
     let width = (dim - first).min(C * LANES);
-    // SAFETY: passed on from the caller; `load_at` pads.
+    // SAFETY: the caller enables the instruction set of `V`; `load_at` stays inside the slice, and what is stored is an
+    // array of sixteen floats.
     unsafe {
         let mut sums = [[V::zero(); C]; R];
         let last = seen[R - 1];

@@ -1,4 +1,4 @@
-//! Matrices as in the checkpoint, times f32 rows.
+//! Matrices in the checkpoint's own type, times f32 rows.
 //!
 //! Owns the arithmetic of exact weights. An output is the dot product of a weight row, converted to f32 without loss,
 //! with an activation row, added as [`Lanes`] adds: 16 partial sums, then a fixed tree. Weights are converted in
@@ -47,7 +47,7 @@ impl Element for BF16 {
 
     #[inline(always)]
     unsafe fn load<V: Lanes>(from: *const u8) -> V {
-        // SAFETY: passed on from the caller, here and below.
+        // SAFETY: the caller enables the set of `V`, and 16 elements are readable.
         unsafe { V::load_bf16(from) }
     }
 }
@@ -57,6 +57,7 @@ impl Element for F16 {
 
     #[inline(always)]
     unsafe fn load<V: Lanes>(from: *const u8) -> V {
+        // SAFETY: the caller enables the set of `V`, and 16 elements are readable.
         unsafe { V::load_f16(from) }
     }
 }
@@ -66,6 +67,7 @@ impl Element for F32 {
 
     #[inline(always)]
     unsafe fn load<V: Lanes>(from: *const u8) -> V {
+        // SAFETY: the caller enables the set of `V`, and 16 elements are readable.
         unsafe { V::load_f32(from) }
     }
 }
@@ -82,7 +84,8 @@ unsafe fn block_body<V: Lanes, const R: usize, const C: usize>(
     assert!(sums.len() == rows.len() && rows.iter().all(|row| x.len() / len > *row as usize));
     let range = block * BLOCK_ROWS..matrix.rows().min((block + 1) * BLOCK_ROWS);
     let weights = matrix.rows_bytes(range);
-    // SAFETY: rows and weights are whole rows of `len`, by the assertion and by `rows_bytes`.
+    // SAFETY: `rows` are rows of `x` by the assertion, `weights` are whole rows of `len` by `rows_bytes`, and the caller
+    // enables the instruction set of `V`.
     unsafe {
         match matrix.dtype() {
             DType::BF16 => typed::<V, BF16, R, C>(weights, len, x, rows, sums),
@@ -101,7 +104,7 @@ unsafe fn typed<V: Lanes, E: Element, const R: usize, const C: usize>(
     sums: &mut [Sums],
 ) {
     let row_bytes = len * E::BYTES;
-    // One or two rows wait for memory, which is fastest read one weight row after the other.
+    // With one or two rows the loop waits for memory, which is fastest read one weight row after the other.
     let one_by_one = rows.len() <= 2;
     let mut first = 0;
     while first < rows.len() {
@@ -110,7 +113,7 @@ unsafe fn typed<V: Lanes, E: Element, const R: usize, const C: usize>(
         let mut column = 0;
         while column < weights.len() / row_bytes {
             let weights = &weights[column * row_bytes..];
-            // SAFETY: passed on from the caller; a tile is no larger than what is left.
+            // SAFETY: the caller's promises hold for any of its rows, and a tile has no more weight rows than are left.
             unsafe {
                 if !one_by_one && weights.len() >= C * row_bytes {
                     sized::<V, E, R, C>(weights, len, x, rows, column, sums);
@@ -143,7 +146,7 @@ unsafe fn sized<V: Lanes, E: Element, const R: usize, const C: usize>(
                     for r in 0..$len {
                         from[r] = from[r].wrapping_add(rows[r] as usize * len);
                     }
-                    // SAFETY: passed on from the caller.
+                    // SAFETY: `from` points at rows of `x` and `weights` has `C` rows, as the caller promises.
                     let tile = unsafe { tile::<V, E, $len, C>(from, weights.as_ptr(), len) };
                     for (sums, tile) in sums.iter_mut().zip(tile) {
                         sums[column..column + C].copy_from_slice(&tile);
@@ -164,7 +167,8 @@ unsafe fn tile<V: Lanes, E: Element, const R: usize, const C: usize>(
     len: usize,
 ) -> [[f32; C]; R] {
     let row_bytes = len * E::BYTES;
-    // SAFETY: loads of whole lanes stay inside the rows; the rest is padded.
+    // SAFETY: the caller enables the instruction set of `V`. Whole lanes are loaded only where sixteen elements are left of
+    // a row of `len`; the rest is copied into an array of sixteen first.
     unsafe {
         let mut sums = [[V::zero(); C]; R];
         let mut at = 0;

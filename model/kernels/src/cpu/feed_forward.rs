@@ -1,8 +1,8 @@
 //! Gated feed-forward blocks, many at once.
 //!
 //! Owns [`experts`]: each expert over its rows of a batch, in two regions of the pool whatever the number of experts.
-//! The first computes `silu(gate(x)) * up(x)` in pieces of [`GROUP`] hidden columns, which is also the group of a
-//! sliced `down`, so each piece quantizes what it made; the second is `down`. An output depends on its own row and
+//! The first computes `silu(gate(x)) * up(x)` in pieces of [`GROUP`] hidden columns. That is also the group of a
+//! sliced `down`, so each piece quantizes its own output. The second computes `down`. An output depends on its own row and
 //! expert alone.
 
 use std::cmp::Reverse;
@@ -18,7 +18,7 @@ use coel_weights::slices::{BLOCK_ROWS, GROUP, Weight};
 
 use crate::ExpertWork;
 
-/// What lies between the two regions, kept from call to call.
+/// What the two regions exchange; kept between calls.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     input: Quantized,
@@ -64,7 +64,7 @@ pub(super) fn experts(
     let batch = Batch { x, quantized: input.view() };
     hidden.resize_with(hidden.len().max(work.len()), Hidden::default);
 
-    // The largest need gets the first buffer: what is kept follows what a call needs, not where its largest expert stood.
+    // The largest need gets the first buffer, so that the memory kept does not depend on where a call's largest expert stood.
     let mut by_need: Vec<usize> = (0..work.len()).collect();
     by_need.sort_by_key(|index| Reverse(work[*index].rows.len() * work[*index].expert.gate.rows()));
     let mut places = vec![0; work.len()];
@@ -90,7 +90,7 @@ pub(super) fn experts(
     }
     pool.each(pieces.len(), 1, |_, piece| {
         let (index, group) = pieces[piece];
-        // SAFETY: pieces are different groups of different experts.
+        // SAFETY: no two pieces are the same group of the same expert, so nobody else touches these columns.
         unsafe {
             match items[index].work.rows.len() {
                 ..=ROWS_HELD_FEW => gate_up::<ROWS_HELD_FEW>(isa, items[index], group, batch),
@@ -118,7 +118,7 @@ pub(super) fn experts(
         let (index, block) = pieces[piece];
         let (down, rows) = ((&work[index].expert.down, None), &rows[..work[index].rows.len()]);
         let batch = Batch { x: &hidden[places[index]].values, quantized: hidden[places[index]].quantized.view() };
-        // SAFETY: pieces are different columns of different parts.
+        // SAFETY: no two pieces are the same block of the same expert, so nobody else touches these columns.
         unsafe {
             match rows.len() {
                 ..=ROWS_HELD_FEW => columns::<ROWS_HELD_FEW>(isa, down, block, batch, rows, parts[index]),
@@ -154,7 +154,7 @@ unsafe fn gate_up<const HELD: usize>(isa: Isa, item: Item<'_>, group: usize, bat
         for (row, values) in gate[..rows.len()].iter().enumerate() {
             let row = part * HELD + row;
             let values = values.as_flattened();
-            // SAFETY: passed on from the caller.
+            // SAFETY: nobody else reads or writes these hidden columns meanwhile, as the caller promises.
             unsafe {
                 match is_sliced(&expert.down) {
                     true => item.slots.put(isa, group, row, values.try_into().expect("a whole group")),

@@ -1,7 +1,7 @@
 //! The KV cache in host memory.
 //!
-//! Owns [`CpuCache`]. On a page lie, for each layer, keys then values, and for each head `[page_tokens, head_dim]`, so
-//! that attention reads a head's page in one go. The invariant: the place of a position depends on its session's pages
+//! Owns [`CpuCache`]. A page holds, for each layer, keys then values, and for each head `[page_tokens, head_dim]`, so that
+//! attention reads a head's page in one go. The invariant: the place of a position depends on its session's pages
 //! alone.
 
 use crate::kv::{CacheShape, Span};
@@ -13,7 +13,7 @@ pub enum Half {
     Values,
 }
 
-/// A cache in this memory. Pages that were never written take none.
+/// A cache in host memory. Pages that were never written take none.
 #[derive(Debug)]
 pub struct CpuCache {
     shape: CacheShape,
@@ -30,7 +30,7 @@ impl CpuCache {
         self.shape
     }
 
-    /// Where the positions of a head on a page begin.
+    /// Index of the first position of a head on a page.
     fn at(&self, page: u32, layer: usize, half: Half, head: usize) -> usize {
         let CacheShape { layers, kv_heads, page_tokens, head_dim, .. } = self.shape;
         let place = (page as usize * layers + layer) * 2 + usize::from(half == Half::Values);

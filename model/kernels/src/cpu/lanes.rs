@@ -27,9 +27,10 @@ pub(super) trait Lanes: Copy {
     /// Sixteen packed F32 values.
     #[inline(always)]
     unsafe fn load_f32(from: *const u8) -> Self {
-        // SAFETY: passed on from the caller; the pointer needs no alignment.
         match cfg!(target_endian = "little") {
+            // SAFETY: `from` is readable for 16 elements and needs no alignment, by the trait's contract.
             true => unsafe { Self::load(from.cast()) },
+            // SAFETY: as above; the array that is loaded has 16 elements.
             false => unsafe {
                 let raw = from.cast::<[[u8; 4]; LANES]>().read_unaligned().map(f32::from_le_bytes);
                 Self::load(raw.as_ptr())
@@ -134,10 +135,9 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub(in super::super) struct Avx2(__m256, __m256);
 
-    // SAFETY of every block below: the trait's contract gives the instruction set and valid pointers.
-
     #[inline(always)]
     unsafe fn sum_4(v: __m128) -> f32 {
+        // SAFETY: the caller enables AVX or more, which includes SSE.
         unsafe {
             let pairs = _mm_add_ps(v, _mm_movehl_ps(v, v));
             _mm_cvtss_f32(_mm_add_ss(pairs, _mm_shuffle_ps::<1>(pairs, pairs)))
@@ -146,27 +146,32 @@ mod x86 {
 
     #[inline(always)]
     unsafe fn sum_8(v: __m256) -> f32 {
+        // SAFETY: the caller enables AVX or more.
         unsafe { sum_4(_mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v))) }
     }
 
     impl Lanes for Avx512 {
         #[inline(always)]
         unsafe fn zero() -> Self {
+            // SAFETY: AVX-512 is enabled, by the trait's contract.
             unsafe { Avx512(_mm512_setzero_ps()) }
         }
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
+            // SAFETY: AVX-512 is enabled, by the trait's contract.
             unsafe { Avx512(_mm512_set1_ps(value)) }
         }
 
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: AVX-512 is enabled and `from` is readable for 16 elements, by the trait's contract.
             unsafe { Avx512(_mm512_loadu_ps(from)) }
         }
 
         #[inline(always)]
         unsafe fn load_bf16(from: *const u8) -> Self {
+            // SAFETY: AVX-512 is enabled and `from` is readable for 16 elements of two bytes, by the trait's contract.
             unsafe {
                 let raw = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
                 Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(raw)))
@@ -175,26 +180,31 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn load_f16(from: *const u8) -> Self {
+            // SAFETY: AVX-512 is enabled and `from` is readable for 16 elements of two bytes, by the trait's contract.
             unsafe { Avx512(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
         }
 
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
+            // SAFETY: AVX-512 is enabled and `to` is writable for 16 elements, by the trait's contract.
             unsafe { _mm512_storeu_ps(to, self.0) }
         }
 
         #[inline(always)]
         fn fetch(at: *const u8) {
+            // SAFETY: a hint, which reads nothing; every x86-64 has it.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
 
         #[inline(always)]
         unsafe fn add_product(self, x: Self, w: Self) -> Self {
+            // SAFETY: AVX-512 is enabled, by the trait's contract.
             unsafe { Avx512(_mm512_fmadd_ps(x.0, w.0, self.0)) }
         }
 
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
+            // SAFETY: AVX-512 is enabled, by the trait's contract.
             unsafe {
                 let high = _mm512_extractf32x8_ps::<1>(self.0);
                 sum_8(_mm256_add_ps(_mm512_castps512_ps256(self.0), high))
@@ -205,26 +215,31 @@ mod x86 {
     impl Lanes for Avx2 {
         #[inline(always)]
         unsafe fn zero() -> Self {
+            // SAFETY: AVX2 is enabled, by the trait's contract.
             unsafe { Avx2(_mm256_setzero_ps(), _mm256_setzero_ps()) }
         }
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
+            // SAFETY: AVX2 is enabled, by the trait's contract.
             unsafe { Avx2(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
         }
 
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: AVX2 is enabled and `from` is readable for 16 elements, by the trait's contract.
             unsafe { Avx2(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
         }
 
         #[inline(always)]
         unsafe fn load_bf16(from: *const u8) -> Self {
+            // SAFETY: AVX2 is enabled and `from` is readable for 16 elements of two bytes, by the trait's contract.
             unsafe { Avx2(widen_8(from), widen_8(from.add(16))) }
         }
 
         #[inline(always)]
         unsafe fn load_f16(from: *const u8) -> Self {
+            // SAFETY: AVX2 is enabled and `from` is readable for 16 elements of two bytes, by the trait's contract.
             unsafe {
                 let (low, high) = (_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(16).cast()));
                 Avx2(_mm256_cvtph_ps(low), _mm256_cvtph_ps(high))
@@ -233,6 +248,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
+            // SAFETY: AVX2 is enabled and `to` is writable for 16 elements, by the trait's contract.
             unsafe {
                 _mm256_storeu_ps(to, self.0);
                 _mm256_storeu_ps(to.add(8), self.1);
@@ -241,22 +257,26 @@ mod x86 {
 
         #[inline(always)]
         fn fetch(at: *const u8) {
+            // SAFETY: a hint, which reads nothing; every x86-64 has it.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
 
         #[inline(always)]
         unsafe fn add_product(self, x: Self, w: Self) -> Self {
+            // SAFETY: AVX2 is enabled, by the trait's contract.
             unsafe { Avx2(_mm256_fmadd_ps(x.0, w.0, self.0), _mm256_fmadd_ps(x.1, w.1, self.1)) }
         }
 
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
+            // SAFETY: AVX2 is enabled, by the trait's contract.
             unsafe { sum_8(_mm256_add_ps(self.0, self.1)) }
         }
     }
 
     #[inline(always)]
     unsafe fn widen_8(from: *const u8) -> __m256 {
+        // SAFETY: the caller enables AVX2, and `from` is readable for eight elements of two bytes.
         unsafe {
             let raw = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(raw))

@@ -1,8 +1,8 @@
 //! The CPU's kernels: plain Rust over packed weights in place, on several threads.
 //!
-//! Owns [`CpuKernels`], which takes and gives `Flex` tensors and only unwraps them; the loops are in the modules below,
-//! each compiled for every instruction set ([`isa`]). The invariant is [`Kernels`]': a row's bits do not depend on its
-//! batch, on the number of threads or on the instruction set.
+//! Owns [`CpuKernels`], which takes and returns `Flex` tensors and only unwraps them. The loops are in the modules below,
+//! each compiled for every instruction set ([`isa`]). The invariant: a row's bits depend neither on its batch nor on the
+//! number of threads nor on the instruction set.
 
 use burn::{
     backend::flex::{Flex, FlexDevice, FlexTensor},
@@ -43,11 +43,11 @@ pub mod threads;
 pub struct CpuKernels {
     isa: Isa,
     pool: Pool,
-    /// Rows as sliced matrices read them; kept between calls.
+    /// Rows as int8, for sliced matrices; kept between calls.
     quantized: Quantized,
-    /// What lies between the halves of experts; kept between calls.
+    /// The hidden rows of experts; kept between calls.
     hidden: feed_forward::Scratch,
-    /// What each thread needs for attention; kept between calls.
+    /// Each thread's buffers for attention; kept between calls.
     attention: Vec<attention::Scratch>,
 }
 

@@ -24,24 +24,31 @@ per_isa! {
 }
 
 /// Sixteen elements at `at` of a slice, zeros past its end.
+///
+/// # Safety
+/// As [`Lanes`].
 #[inline(always)]
 pub(super) unsafe fn load_at<V: Lanes>(from: &[f32], at: usize) -> V {
     if at + LANES <= from.len() {
-        // SAFETY: in bounds.
+        // SAFETY: sixteen elements from `at` on are inside the slice; the caller enables the instruction set of `V`.
         unsafe { V::load(from.as_ptr().add(at)) }
     } else {
         let mut padded = [0.0; LANES];
         padded[..from.len() - at].copy_from_slice(&from[at..]);
-        // SAFETY: the array has 16 elements.
+        // SAFETY: the array has 16 elements; the caller enables the instruction set of `V`.
         unsafe { V::load(padded.as_ptr()) }
     }
 }
 
 /// Dot products of `R` rows with `C` rows, all of length `len`, packed one behind the other.
+///
+/// # Safety
+/// As [`Lanes`].
 #[inline(always)]
 pub(super) unsafe fn tile<V: Lanes, const R: usize, const C: usize>(x: &[f32], w: &[f32], len: usize) -> [[f32; C]; R] {
     assert!(x.len() == R * len && w.len() == C * len);
-    // SAFETY: loads of whole lanes stay inside by the assertion; the rest is padded.
+    // SAFETY: the caller enables the instruction set of `V`. Whole lanes are loaded only where sixteen elements are left of
+    // a row, which is inside by the assertion; `load_at` pads the rest.
     unsafe {
         let mut sums = [[V::zero(); C]; R];
         let mut at = 0;
@@ -87,7 +94,7 @@ unsafe fn rms_norm_body<V: Lanes, const R: usize, const C: usize>(
     let len = weight.len();
     assert!(x.len() == out.len() && x.len().is_multiple_of(len));
     for (x, out) in x.chunks_exact(len).zip(out.chunks_exact_mut(len)) {
-        // SAFETY: passed on from the caller.
+        // SAFETY: the caller enables the instruction set of `V`.
         let squares = unsafe { tile::<V, 1, 1>(x, x, len) }[0][0];
         let scale = 1.0 / (squares / len as f32 + eps).sqrt();
         for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {

@@ -77,7 +77,7 @@ pub(super) fn linears(
             block -= blocks(matrices[index].0);
             index += 1;
         }
-        // SAFETY: blocks write different columns.
+        // SAFETY: no two pieces are the same block of the same matrix, so nobody else touches these columns.
         unsafe {
             match n {
                 ..=ROWS_HELD_FEW => columns::<ROWS_HELD_FEW>(isa, matrices[index], block, batch, &rows, shares[index]),
@@ -112,7 +112,7 @@ pub(super) unsafe fn columns<const HELD: usize>(
                     *sum += bias;
                 }
             }
-            // SAFETY: passed on from the caller.
+            // SAFETY: nobody else reads or writes these columns meanwhile, as the caller promises.
             let to = unsafe { output.part((part * HELD + row) * weight.rows() + first, width) };
             to.copy_from_slice(&sums[..width]);
         }

@@ -1,12 +1,12 @@
 //! A small pool for regions of a few microseconds.
 //!
-//! Owns [`Pool`]: the caller and some helpers, which run one closure together. What a closure does with the pieces of
-//! its work is its own matter; workers take them from one another until none is left ([`Pool::each`]), so a helper that
-//! comes late finds nothing, and a region ends without it: only helpers that entered are waited for. A helper looks for
-//! the next region for [`SPIN`] and then sleeps, so an idle pool costs nothing.
+//! Owns [`Pool`]: the caller and some helpers, which run one closure together. In [`Pool::each`] workers steal pieces of
+//! work from one another until none is left. A helper that comes late finds nothing to do, and a region ends without it:
+//! the caller waits only for helpers that entered. A helper spins for [`SPIN`] in wait for the next region and then
+//! sleeps, so an idle pool costs nothing.
 //!
 //! The invariant: when [`Pool::run`] returns, or unwinds, no helper is inside the closure. A panic anywhere in it
-//! becomes a panic of the caller. Which worker does which piece is left to chance, so pieces must not depend on it.
+//! becomes a panic of the caller. Which worker does which piece is not determined, so results must not depend on it.
 
 use std::{
     any::Any,
@@ -24,12 +24,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a helper looks for the next region before it sleeps: longer than the gaps within a layer, shorter than
-/// anything a second process on the machine would notice.
+/// How long a helper spins in wait for the next region: longer than the gaps within a layer, shorter than anything that
+/// another process on the machine would notice.
 const SPIN: Duration = Duration::from_micros(50);
-/// Looks between two readings of the clock.
+/// Spins between two readings of the clock.
 const LOOKS: u32 = 32;
-/// Most threads of a pool.
+/// Largest number of threads of a pool.
 const THREADS_MAX: usize = 256;
 
 /// Bit of [`Shared::state`]: helpers may enter. Below it the number of helpers inside, above it the region's number.
@@ -48,9 +48,10 @@ struct Shared {
     asleep: Vec<AtomicBool>,
 }
 
-// SAFETY: `task` is the only part that is not `Sync`; its field says when it is written and read.
+// SAFETY: `task` is the only field that is not `Sync`. It is written only while no helper is inside a region and none may
+// enter, and read only by helpers that are inside.
 unsafe impl Sync for Shared {}
-// SAFETY: as above; a task may be called from any thread.
+// SAFETY: as above; a task is `Sync`, so any thread may call it.
 unsafe impl Send for Shared {}
 
 /// The caller and `threads - 1` helpers.
@@ -104,13 +105,13 @@ impl Pool {
         self.helpers.len() + 1
     }
 
-    /// Calls `task` with the caller's worker number, 0, and those of all helpers that come before it has returned.
+    /// Calls `task` with the caller's worker number, 0, and with that of each helper that enters before the caller is done.
     pub fn run(&mut self, task: Task<'_>) {
         if self.helpers.is_empty() {
             return task(0);
         }
-        // SAFETY: the last region is closed and nobody is inside; helpers that enter this one are gone before `task`
-        // ends, as its closing below waits for them, whatever happens in between.
+        // SAFETY: the last region is closed and no helper is inside, so nobody reads the cell. The lifetime may be extended
+        // because this function returns or unwinds only after the region is closed and every helper has left it.
         unsafe { *self.shared.task.get() = Some(std::mem::transmute::<Task<'_>, Task<'static>>(task)) };
         let state = self.shared.state.load(Ordering::Relaxed);
         self.shared.state.store((state + REGION) | OPEN, Ordering::SeqCst);
@@ -138,8 +139,8 @@ impl Pool {
 
     /// Calls `f(worker, piece)` for every piece of `0..count`, `grain` neighbours at a time.
     ///
-    /// Each worker begins with a run of neighbours of its own, as memory is fastest read in long runs, and goes on with
-    /// the second half of what another has left.
+    /// Each worker begins with a run of neighbouring pieces of its own, because memory is fastest read in long runs, and goes
+    /// on with the second half of what another worker has left.
     pub fn each(&mut self, count: usize, grain: usize, f: impl Fn(usize, usize) + Sync) {
         let grain = grain.max(1);
         if self.helpers.is_empty() || count <= grain {
@@ -165,8 +166,8 @@ impl Pool {
     }
 }
 
-/// Pieces one worker has before it, alone on a cache line. Pieces never come back to a run they have left, except as
-/// the very same run, so a compare-and-swap says all there is to say.
+/// The pieces that one worker has left, on a cache line of its own. Pieces never return to a run that they have left,
+/// except as the very same run, so a compare-and-swap suffices.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Run(AtomicU64);
@@ -243,7 +244,7 @@ impl Shared {
             if !entered {
                 continue;
             }
-            // SAFETY: this helper is inside, so the caller waits for it and changes nothing.
+            // SAFETY: this helper is inside the region, so the caller waits for it and does not write the cell.
             let task = unsafe { *self.task.get() }.expect("an open region has a task");
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(index + 1))) {
                 self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
@@ -267,7 +268,7 @@ impl Shared {
             if Instant::now() < until {
                 continue;
             }
-            // Said before the last look: a caller that opens a region after it sees this and wakes us.
+            // Set before the last look: a caller that opens a region after that look sees it and wakes this helper.
             asleep.store(true, Ordering::SeqCst);
             if self.state.load(Ordering::SeqCst) / REGION == seen && !self.stop.load(Ordering::SeqCst) {
                 thread::park();
@@ -281,7 +282,7 @@ impl Shared {
     }
 }
 
-/// A slice several workers write to, each its own elements.
+/// A slice that several workers write to, each its own elements.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shares<'a, T> {
     start: *mut T,
@@ -289,7 +290,7 @@ pub(super) struct Shares<'a, T> {
     whole: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: elements are reached through `part` alone, whose callers keep them apart.
+// SAFETY: elements are reached through `part` alone, whose callers promise that no two reach the same one.
 unsafe impl<T: Send> Sync for Shares<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Send for Shares<'_, T> {}
@@ -305,7 +306,7 @@ impl<'a, T> Shares<'a, T> {
     /// Nobody else reads or writes them while the result is used.
     pub(super) unsafe fn part(&self, first: usize, len: usize) -> &'a mut [T] {
         assert!(first <= self.len && len <= self.len - first);
-        // SAFETY: inside the slice, by the assertion, and nobody else's, by the caller's promise.
+        // SAFETY: the elements are inside the slice by the assertion, and nobody else uses them as the caller promises.
         unsafe { slice::from_raw_parts_mut(self.start.add(first), len) }
     }
 }

@@ -2,9 +2,9 @@
 //!
 //! Owns [`ModelConfig`], whose field names are the checkpoint's, and what differs between the [`Architecture`]s. A
 //! feature that the decoder does not compute is refused by name, because a model computed wrongly looks like a bad
-//! model. The invariant: a `ModelConfig` that exists is one the decoder runs, all its sizes are positive, products of
-//! two do not overflow, and at least one layer has experts. It does not know where weights lie; `raw` knows how each
-//! family and age of checkpoint spells its fields.
+//! model. The invariant: the decoder runs every `ModelConfig` that exists, all its sizes are positive, products of two do
+//! not overflow, and at least one layer has experts. Where weights lie is not known here; `raw` knows how checkpoints of
+//! each family and age spell their fields.
 
 mod raw;
 #[cfg(test)]
@@ -14,11 +14,11 @@ use std::collections::BTreeSet;
 
 use crate::matrix::DType;
 
-/// Largest value accepted for any single size in `config.json`; above every known model, and products of two fit u64.
+/// Largest value accepted for a size in `config.json`: above every known model, and products of two fit u64.
 const SIZE_MAX: usize = 1 << 24;
 
-/// The families the decoder runs. What they compute differently is all in [`ModelConfig`]; beyond that a family is a
-/// spelling, of fields (`raw`) and of tensors (`layout`).
+/// The families that the decoder runs. All differences in what they compute are in [`ModelConfig`]; beyond that a family
+/// is a spelling of fields (`raw`) and of tensors (`layout`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Architecture {
     /// Qwen1.5-MoE and Qwen2-MoE: biased projections, a gated shared expert.
@@ -34,7 +34,7 @@ pub enum Architecture {
 impl Architecture {
     const ALL: [Self; 4] = [Self::Qwen2Moe, Self::Qwen3Moe, Self::Mixtral, Self::Olmoe];
 
-    /// The names, as `config.json` gives them, that run here.
+    /// The names in `config.json` of the families that the decoder runs.
     pub const NAMES: [&str; 4] = [Self::ALL[0].name(), Self::ALL[1].name(), Self::ALL[2].name(), Self::ALL[3].name()];
 
     fn parse(name: &str) -> Option<Self> {
@@ -60,7 +60,7 @@ pub enum QkNorm {
     Projection,
 }
 
-/// Why a `config.json` is not run.
+/// Why a `config.json` is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("config.json is not valid: {0}")]
@@ -91,7 +91,7 @@ pub struct ModelConfig {
     pub rope_theta: f32,
     /// Whether the projections to queries, keys and values have biases.
     pub qkv_bias: bool,
-    /// Whether the projection after attention has one too (`attention_bias`, which means all four).
+    /// Whether the projection after attention has a bias too (`attention_bias`, which means all four).
     pub o_bias: bool,
     pub qk_norm: Option<QkNorm>,
     /// Queries, keys and values are cut to `-clip_qkv..=clip_qkv`, after the norm.
@@ -101,18 +101,18 @@ pub struct ModelConfig {
     pub num_experts: usize,
     pub num_experts_per_tok: usize,
     pub moe_intermediate_size: usize,
-    /// Width of the expert every row passes; `None` for families without one.
+    /// Width of the shared expert, which computes every row; `None` for families without one.
     pub shared_expert_intermediate_size: Option<usize>,
     pub norm_topk_prob: bool,
     /// Width of the feed-forward block in layers without experts; `None` where every layer has experts.
     pub intermediate_size: Option<usize>,
     /// Layers without experts, whatever `decoder_sparse_step` says.
     pub mlp_only_layers: BTreeSet<usize>,
-    /// Of so many layers the last has experts.
+    /// Every so many layers, the last one has experts.
     pub decoder_sparse_step: usize,
     /// Tokens that end a text, from `config.json`.
     pub eos_token_id: Vec<u32>,
-    /// The element type the checkpoint says it has.
+    /// The element type according to the checkpoint.
     pub dtype: DType,
 }
 
@@ -134,7 +134,7 @@ impl ModelConfig {
         self.num_key_value_heads * self.head_dim
     }
 
-    /// Whether layer `layer` exists and has routed experts; a layer without has one feed-forward block instead.
+    /// Whether layer `layer` exists and has routed experts; a layer without them has one feed-forward block instead.
     pub fn is_sparse(&self, layer: usize) -> bool {
         layer < self.num_hidden_layers
             && !self.mlp_only_layers.contains(&layer)

@@ -1,8 +1,8 @@
 //! `config.json` as it is written: every family's spelling, today's and older ones, side by side.
 //!
-//! Owns the way from the text to a [`ModelConfig`] and the refusal of what the decoder does not compute. The rule is
-//! the reference implementation's: a family reads its own fields and passes over the others', and where a field is
-//! missing the family's own default holds, if it has one. Whether the sizes make sense is checked by whoever asked.
+//! Owns the translation of the text into a [`ModelConfig`] and refuses what the decoder does not compute. It follows the
+//! reference implementation: a family reads its own fields and ignores those of other families, and a missing field has
+//! the family's own default, if there is one. The caller checks whether the sizes make sense.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +28,7 @@ pub(super) const fn expert_width(architecture: Architecture) -> &'static str {
     }
 }
 
-/// Reads the text of a `config.json` and refuses what is not computed; sizes are as given.
+/// Reads the text of a `config.json` and refuses what is not computed; sizes are not checked.
 pub(super) fn parse(json: &str) -> Result<ModelConfig, ConfigError> {
     let raw: Raw = serde_json::from_str(json)?;
     let found = raw.architectures.iter().flatten().next().or(raw.model_type.as_ref());
@@ -40,7 +40,7 @@ pub(super) fn parse(json: &str) -> Result<ModelConfig, ConfigError> {
     raw.resolve(architecture)
 }
 
-/// Every field of every family; `null` is as good as absent.
+/// Every field of every family; `null` counts as missing.
 #[derive(Debug, Deserialize)]
 struct Raw {
     architectures: Option<Vec<String>>,
@@ -91,7 +91,7 @@ impl Raw {
             Some(other) => return refuse("hidden_act", other.into(), "it computes silu"),
         }
         match architecture {
-            // These say it twice, and the size is set also where it is not used.
+            // These families say it twice, and set the size even where it is not used.
             Architecture::Qwen2Moe | Architecture::Qwen3Moe => {
                 if self.use_sliding_window == Some(true) {
                     return refuse("use_sliding_window", "true".into(), "it computes full attention");

@@ -1,33 +1,34 @@
 //! Memory that weights are read into.
 //!
-//! Owns [`Buffer`], anonymous memory of whole pages, and [`Buffers`], those that are free to be used again. The
-//! invariant: buffers lent and free together never take more than the budget. Large pages are asked for, because weights
-//! are read from end to end. Nothing here knows what lies in a buffer.
+//! Owns [`Buffer`], anonymous memory of whole pages, and [`Buffers`], a pool of them. The invariant: the pool's buffers,
+//! lent and free, never take more than its budget. Huge pages are requested, because weights are read from end to end.
+//! What a buffer holds is not known here.
 
 use std::io;
 
 use memmap2::MmapMut;
 
-/// Buffers, and what is read into them directly from disk, start and end at multiples of this: a multiple of every
-/// disk's block and, but for a few machines with larger ones, a page.
+/// Alignment of buffers and of direct reads into them, bytes: a multiple of every disk's block size and, on all but a few
+/// machines, the size of a page.
 pub const PAGE: usize = 4096;
 
-/// Whole pages of memory of this process's own.
+/// Whole pages of this process's own memory.
 #[derive(Debug)]
 pub struct Buffer(MmapMut);
 
 impl Buffer {
-    /// `bytes` of zeros, which take no memory until they are written. All of it goes back to the system when it is dropped, whoever
-    /// drops it; what malloc gave, its arenas keep.
+    /// `bytes` zeros, which take no memory until they are written. Dropping the buffer returns all of it to the system, on
+    /// whichever thread; an allocator's arenas would keep it.
     pub fn new(bytes: usize) -> io::Result<Self> {
         let map = MmapMut::map_anon(bytes)?;
         #[cfg(target_os = "linux")]
         if let Err(error) = map.advise(memmap2::Advice::HugePage) {
-            tracing::trace!("no large pages: {error}");
+            tracing::trace!("no huge pages: {error}");
         }
         Ok(Self(map))
     }
 
+    #[inline]
     pub fn as_slice(&self) -> &[u8] {
         &self.0
     }
@@ -36,7 +37,7 @@ impl Buffer {
         &mut self.0
     }
 
-    /// Bytes it takes.
+    /// Its size, bytes.
     pub fn bytes(&self) -> u64 {
         self.0.len() as u64
     }
@@ -48,7 +49,7 @@ impl AsMut<[u8]> for Buffer {
     }
 }
 
-/// Buffers to be used again.
+/// A pool of buffers.
 #[derive(Debug)]
 pub struct Buffers {
     budget: u64,
@@ -62,9 +63,9 @@ impl Buffers {
         Self { budget, lent: 0, free: Vec::new() }
     }
 
-    /// A buffer of exactly `bytes`, which with all that is lent must be within the budget.
+    /// A buffer of exactly `bytes`, which together with all lent buffers must be within the budget.
     pub fn lend(&mut self, bytes: u64) -> io::Result<Buffer> {
-        debug_assert!(self.lent + bytes <= self.budget, "whoever asks keeps count");
+        debug_assert!(self.lent + bytes <= self.budget, "the caller keeps within the budget");
         let found = self.free.iter().rposition(|buffer| buffer.bytes() == bytes);
         let buffer = match found {
             Some(index) => self.free.swap_remove(index),
@@ -81,14 +82,14 @@ impl Buffers {
         Ok(buffer)
     }
 
-    /// Takes back what was lent.
+    /// Takes back a lent buffer.
     pub fn take_back(&mut self, buffer: Buffer) {
         self.lent -= buffer.bytes();
         self.free.push(buffer);
         self.shrink();
     }
 
-    /// Another budget from now on; what is free beyond it is given back to the system, and what is lent when it comes back.
+    /// Changes the budget. Free buffers beyond it go back to the system now, lent ones when they are taken back.
     pub fn set_budget(&mut self, budget: u64) {
         self.budget = budget;
         self.shrink();

@@ -1,7 +1,7 @@
-//! Weight bytes, wherever they lie.
+//! Weight bytes, mapped or owned.
 //!
 //! Owns [`WeightBytes`], a shared and immutable range of memory that is mapped or owned. The invariant: the bytes never
-//! change, and slicing and cloning copy nothing. It does not know file formats, devices or what a weight is for.
+//! change, and slicing and cloning copy nothing. File formats, devices and the use of weights are not known here.
 
 use std::{
     fmt,
@@ -58,13 +58,13 @@ impl WeightBytes {
         if file.metadata()?.len() == 0 {
             return Ok(Vec::new().into());
         }
-        // SAFETY: the mapping is private and read-only; see the note on truncation above.
+        // SAFETY: the mapping is read-only, and the file is not truncated while mapped: see the note above.
         let map = unsafe { Mmap::map(&file)? };
         let range = 0..map.len();
         Ok(Self { owner: Owner::Map(Arc::new(Mapped { map, path: path.to_owned() })), range })
     }
 
-    /// Like [`map`](Self::map), for a file of which little will be read: the system does not read ahead.
+    /// Like [`map`](Self::map), for a file of which little will be read: the system is told not to read ahead.
     pub fn map_sparsely(path: &Path) -> io::Result<Self> {
         let bytes = Self::map(path)?;
         #[cfg(unix)]
@@ -74,12 +74,13 @@ impl WeightBytes {
         Ok(bytes)
     }
 
-    /// The part `range` of these bytes, or `None` if it is not inside.
+    /// The bytes `range` of these, or `None` if it is out of bounds.
     pub fn slice(&self, range: Range<usize>) -> Option<Self> {
         let (start, end) = (self.range.start.checked_add(range.start)?, self.range.start.checked_add(range.end)?);
         (start <= end && end <= self.range.end).then(|| Self { owner: self.owner.clone(), range: start..end })
     }
 
+    #[inline]
     pub fn as_slice(&self) -> &[u8] {
         match &self.owner {
             Owner::Map(mapped) => &mapped.map[self.range.clone()],
@@ -88,6 +89,7 @@ impl WeightBytes {
         }
     }
 
+    #[inline]
     pub fn len(&self) -> usize {
         self.range.len()
     }
@@ -96,16 +98,17 @@ impl WeightBytes {
         self.range.is_empty()
     }
 
-    /// Tells the system that this process will not soon read these bytes again. The pages of a mapped file that they lie on are
-    /// dropped from its memory and come back from the file when read, as do their neighbours'; nothing else changes.
+    /// Tells the system that this process will not read these bytes again soon. The pages of a mapped file that hold them
+    /// (and their neighbours on those pages) leave this process's memory and come back from the file when they are read.
     pub fn release(&self) {
         #[cfg(unix)]
         if let Owner::Map(mapped) = &self.owner {
-            // Outwards: small weights lie on pages with others, and all of those together are not small.
+            // Rounded outwards: small weights share pages with others, and together they are not small.
             let start = self.range.start / PAGE * PAGE;
             let end = self.range.end.next_multiple_of(PAGE).min(mapped.map.len());
             if start < end {
-                // SAFETY: the mapping is shared with the file and read-only, so dropped pages come back as they were.
+                // SAFETY: the range is inside the mapping, which is read-only and backed by the file, so that dropped pages
+                // come back with the bytes they had.
                 let advised =
                     unsafe { mapped.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
                 if let Err(error) = advised {
@@ -115,7 +118,7 @@ impl WeightBytes {
         }
     }
 
-    /// The same bytes in memory of this process's own, which the system cannot drop; the mapped ones are
+    /// A copy in this process's own memory, which the system cannot drop. Mapped bytes are then
     /// [released](Self::release).
     pub fn owned(&self) -> io::Result<Self> {
         if !self.is_mapped() || self.is_empty() {
@@ -127,12 +130,12 @@ impl WeightBytes {
         Ok(Arc::new(buffer).into())
     }
 
-    /// Whether the bytes lie in a mapped file, so that the system may drop and re-read them.
+    /// Whether the bytes lie in a mapped file, so that the system may drop and reread them.
     pub fn is_mapped(&self) -> bool {
         matches!(self.owner, Owner::Map(_))
     }
 
-    /// Where a mapped file has these bytes.
+    /// The place of these bytes in a mapped file.
     pub fn place(&self) -> Option<FileRange<'_>> {
         match &self.owner {
             Owner::Map(mapped) => {

@@ -1,8 +1,8 @@
 //! Memory that holds weights.
 //!
 //! Owns [`WeightBytes`], a range of weight bytes in a mapped file or in memory of this process; [`Buffer`] and
-//! [`Buffers`], page-aligned memory that weights are read into; and [`ReadError`], why bytes of a file cannot be had.
-//! Nothing here knows what the bytes mean.
+//! [`Buffers`], page-aligned memory that weights are read into; and [`ReadError`], why bytes of a file cannot be read.
+//! The meaning of the bytes is not known here.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ pub use self::{
 mod buffer;
 mod bytes;
 
-/// Why weights cannot stay on disk, or cannot be read from it.
+/// Why weights cannot stay on disk or cannot be read from it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReadError {
     #[error("tensor {tensor} lies in no file; only weights that do can stay on disk")]

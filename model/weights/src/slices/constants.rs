@@ -1,27 +1,27 @@
 //! The two constants of a group of weights, in sixteen bits.
 //!
-//! Owns [`Constants`]: a scale and a zero point, the level at which a weight of 0 would lie. The invariant: both, and the
-//! offsets that kernels make of them, are exact in f32, so no order of operations shows. 0 means a scale of 0: a group of
-//! nothing but zeros, as are rows that are not there.
+//! Owns [`Constants`]: a scale, and a zero point, which is the level of a weight of 0. The invariant: both, and the offsets
+//! that kernels derive from them, are exact in f32, so results do not depend on the order of operations. Bits of 0 mean a
+//! scale of 0: a group of zeros only, or a row past the matrix's last.
 //!
-//! The upper nine bits are the scale as a float of five bits of exponent and four of mantissa, the lower seven count zero
-//! points from [`LOWEST_ZERO`] in steps of [`ZERO_STEP`], which is a quarter more than two levels: so levels lie against
-//! zero in four ways, and one of them is lucky. `docs/slices.md` has the format to the bit.
+//! The upper nine bits are the scale, a float with five bits of exponent and four of mantissa. The lower seven bits count
+//! zero points from [`LOWEST_ZERO`] in steps of [`ZERO_STEP`]. A step is a quarter of a level more than two levels, so that
+//! a group can be aligned with the levels in four ways. `docs/slices.md` has the format to the bit.
 
-/// What the code of a scale must be lowered by, as bits of an f32, to be that f32 with its mantissa cut to four bits.
+/// Subtracted from the bits of an f32 before its mantissa is cut to four bits, which gives the code of a scale.
 const EXPONENT_BIAS: i32 = (127 - 26) << 23;
-/// Bits of an f32 below those a scale has.
+/// Lower bits of an f32 that a scale does not have.
 const CUT: u32 = 19;
 /// The largest code of a scale; 0 is a scale of 0.
-pub const SCALE_MOST: i32 = 511;
+pub(crate) const SCALE_MOST: i32 = 511;
 /// The largest number of a zero point.
 pub const ZERO_MOST: i32 = 127;
 /// Levels from one zero point to the next.
-pub const ZERO_STEP: f32 = 2.25;
-/// Zero points begin at this level.
-pub const LOWEST_ZERO: f32 = -16.0;
-/// Where the sixteen levels that share a high nibble have their middle.
-pub const MIDDLE: f32 = 7.5;
+pub(crate) const ZERO_STEP: f32 = 2.25;
+/// The level of zero point number 0.
+pub(crate) const LOWEST_ZERO: f32 = -16.0;
+/// The middle of the sixteen levels that share a high nibble.
+pub(crate) const MIDDLE: f32 = 7.5;
 
 /// Scale and zero point of a group.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,21 +29,25 @@ pub struct Constants(pub u16);
 
 impl Constants {
     /// The scale of code `scale`, at most [`SCALE_MOST`], and zero point number `zero`, at most [`ZERO_MOST`].
+    #[inline]
     pub const fn new(scale: i32, zero: i32) -> Self {
         Self((scale << 7 | zero) as u16)
     }
 
+    #[inline]
     pub const fn from_le_bytes(bytes: [u8; 2]) -> Self {
         Self(u16::from_le_bytes(bytes))
     }
 
     /// The code of the least scale that is at least `value`, which must not be negative; it may be beyond
     /// [`SCALE_MOST`].
+    #[inline]
     pub const fn scale_code(value: f32) -> i32 {
         let above = (value.to_bits() as i32 - EXPONENT_BIAS + (1 << CUT) - 1) >> CUT;
         if above < 1 { 1 } else { above }
     }
 
+    #[inline]
     pub const fn scale(self) -> f32 {
         match self.0 >> 7 {
             0 => 0.0,
@@ -52,16 +56,19 @@ impl Constants {
     }
 
     /// The level of a weight of 0.
+    #[inline]
     pub const fn zero(self) -> f32 {
         LOWEST_ZERO + ZERO_STEP * (self.0 & 127) as f32
     }
 
-    /// What is added to scale times level at Q8.
+    /// Added to scale times level at Q8.
+    #[inline]
     pub const fn offset(self) -> f32 {
         self.scale() * -self.zero()
     }
 
-    /// What is added to scale times sixteen times the high nibble at Q4.
+    /// Added to scale times sixteen times the high nibble at Q4.
+    #[inline]
     pub const fn middle_offset(self) -> f32 {
         self.scale() * (MIDDLE - self.zero())
     }
@@ -93,6 +100,9 @@ mod x86 {
         }
 
         /// Scales, and offsets at Q8 if `refined`, else at Q4, of eight constants of 32 bits each.
+        ///
+        /// # Safety
+        /// The machine has AVX2 and FMA.
         #[target_feature(enable = "avx2,fma")]
         #[inline]
         pub fn read(constants: __m256i, refined: bool) -> (__m256, __m256) {
@@ -108,7 +118,10 @@ mod x86 {
     }
 
     impl Avx512 {
-        /// The same of sixteen.
+        /// [`Avx2::read`] of sixteen constants.
+        ///
+        /// # Safety
+        /// The machine has AVX-512 F and BW.
         #[target_feature(enable = "avx512f,avx512bw")]
         #[inline]
         pub fn read(constants: __m512i, refined: bool) -> (__m512, __m512) {
@@ -160,10 +173,12 @@ mod tests {
     fn vectors_read_what_one_reads() {
         use std::arch::x86_64::*;
 
+        use crate::isa::{Isa, Level};
+
         #[target_feature(enable = "avx2,fma")]
         fn avx2(eight: [i32; 8], refined: bool) -> ([f32; 8], [f32; 8]) {
             let (mut scales, mut offsets) = ([0.0; 8], [0.0; 8]);
-            // SAFETY: 32 bytes each.
+            // SAFETY: the arrays have 32 bytes each, and this function enables what `read` needs.
             unsafe {
                 let (scale, offset) = Avx2::read(_mm256_loadu_si256(eight.as_ptr().cast()), refined);
                 _mm256_storeu_ps(scales.as_mut_ptr(), scale);
@@ -175,7 +190,7 @@ mod tests {
         #[target_feature(enable = "avx512f,avx512bw")]
         fn avx512(sixteen: [i32; 16], refined: bool) -> ([f32; 16], [f32; 16]) {
             let (mut scales, mut offsets) = ([0.0; 16], [0.0; 16]);
-            // SAFETY: 64 bytes each.
+            // SAFETY: the arrays have 64 bytes each, and this function enables what `read` needs.
             unsafe {
                 let (scale, offset) = Avx512::read(_mm512_loadu_si512(sixteen.as_ptr().cast()), refined);
                 _mm512_storeu_ps(scales.as_mut_ptr(), scale);
@@ -184,6 +199,7 @@ mod tests {
             (scales, offsets)
         }
 
+        let has = |level| Isa::best().level() >= level;
         let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
         for first in (0..=u16::MAX).step_by(16) {
             let sixteen: [u16; 16] = std::array::from_fn(|index| first + index as u16);
@@ -196,17 +212,17 @@ mod tests {
                 // A scale of 0 may make an offset of -0.0: as a sum's addend it is 0.
                 let plain = |values: &[f32]| bits(&values.iter().map(|value| value + 0.0).collect::<Vec<_>>());
                 let wide = sixteen.map(i32::from);
-                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                if has(Level::Avx2) {
                     for half in [0, 8] {
                         let eight = wide[half..half + 8].try_into().unwrap();
-                        // SAFETY: looked up above.
+                        // SAFETY: an `Isa` exists only for a set this machine has, and larger sets include smaller ones.
                         let found = unsafe { avx2(eight, refined) };
                         assert_eq!(bits(&found.0), bits(&scales[half..half + 8]));
                         assert_eq!(plain(&found.1), plain(&offsets[half..half + 8]));
                     }
                 }
-                if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-                    // SAFETY: looked up above.
+                if has(Level::Avx512) {
+                    // SAFETY: an `Isa` exists only for a set this machine has, and larger sets include smaller ones.
                     let found = unsafe { avx512(wide, refined) };
                     assert_eq!((bits(&found.0), plain(&found.1)), (bits(&scales), plain(&offsets)));
                 }

@@ -6,19 +6,19 @@
 use std::io;
 
 use super::{
-    BASE_CELL, BLOCK_ROWS, GROUP, REFINE_CELL,
+    cell::{BASE_CELL, BLOCK_ROWS, GROUP, REFINE_CELL},
     encode::{EncodeError, EncodeErrorKind},
 };
 use crate::memory::WeightBytes;
 
-/// Version of the format, as blobs name it: which bytes a checkpoint becomes.
+/// Version of the format, as in the metadata of blobs. It fixes which bytes a checkpoint becomes.
 pub const FORMAT: &str = "3";
 /// Metadata key of the version.
-pub const FORMAT_KEY: &str = "coel.format";
+pub(crate) const FORMAT_KEY: &str = "coel.format";
 /// Metadata key of the slice.
-pub const SLICE_KEY: &str = "coel.slice";
+pub(crate) const SLICE_KEY: &str = "coel.slice";
 
-/// Which slice cells belong to.
+/// One of the two slices of a matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Slice {
     Base,
@@ -28,7 +28,7 @@ pub enum Slice {
 impl Slice {
     pub const ALL: [Slice; 2] = [Slice::Base, Slice::Refine];
 
-    /// As metadata and file names spell it.
+    /// The spelling in metadata and file names.
     pub const fn name(self) -> &'static str {
         match self {
             Slice::Base => "base",
@@ -75,10 +75,10 @@ pub enum SliceError {
 }
 
 impl SliceError {
-    /// A fault of `tensor`, whose block began at row `first`.
-    pub(crate) fn at(tensor: &str, first: usize, fault: EncodeError) -> Self {
-        let (tensor, row, column) = (tensor.to_owned(), first + fault.row, fault.column);
-        match fault.kind {
+    /// An encoder's error in `tensor`, in the block that begins at row `first`.
+    pub(crate) fn at(tensor: &str, first: usize, error: EncodeError) -> Self {
+        let (tensor, row, column) = (tensor.to_owned(), first + error.row, error.column);
+        match error.kind {
             EncodeErrorKind::NotFinite => Self::NotFinite { tensor, row, column },
             EncodeErrorKind::Range { min, max } => {
                 Self::Range { tensor, row, column, last: column + GROUP - 1, min, max }
@@ -87,18 +87,18 @@ impl SliceError {
     }
 }
 
-/// Whether a tensor becomes cells: every matrix but the gates that choose or weigh experts, which are small and decide
+/// Whether a tensor is sliced: every matrix except the gates that choose or weigh experts, which are small and decide
 /// routes.
 pub fn is_sliced(name: &str, shape: &[usize]) -> bool {
     shape.len() == 2 && !name.ends_with("gate.weight")
 }
 
-/// What a store has of a part: its exact blob, its base blob, or base and refine.
+/// The blobs of a part that a store has: the exact blob, the base blob, or base and refine.
 #[derive(Clone, Debug)]
 pub struct PartBlobs {
-    /// The exact or the base blob; it says itself which.
+    /// The exact or the base blob; its metadata says which.
     pub main: WeightBytes,
-    /// The refine blob that goes with a base blob.
+    /// The refine blob that belongs to a base blob.
     pub refine: Option<WeightBytes>,
 }
 

@@ -1,18 +1,17 @@
-//! The slices of a part as files.
+//! The slices of a part as bytes.
 //!
-//! Owns [`write_part`], which turns a part of a checkpoint into its base and refine blobs, the rule for which of its
-//! tensors are sliced ([`is_sliced`]), and [`PartBlobs`], what a store hands back. A slice blob is an ordinary
-//! safetensors file whose metadata says which slice it is: matrices as U8 cells first, the first of them at a multiple of 64
-//! bytes of the file, then, in the base blob only, every other tensor as the checkpoint has it.
+//! Owns [`write_part`], which turns a part of a checkpoint into its base and refine blobs. A slice blob is an ordinary
+//! safetensors file whose metadata says which slice it is. Matrices come first, as U8 cells, the first of them at a
+//! multiple of 64 bytes of the file; in the base blob alone every other tensor follows as the checkpoint has it.
 //!
 //! The invariant: the bytes depend on nothing but the part and its weights, and their number is known beforehand. At
-//! no time are more than sixteen rows of a matrix in memory. It does not hash, and where bytes come from or go to is
-//! its caller's business.
+//! no time are more than sixteen rows of a matrix in memory. It does not hash, and it does not know where bytes come from
+//! or go to.
 
-use std::io::{self, Write};
+use std::io::Write;
 
+use super::source::ReadAt;
 use crate::{
-    memory::WeightBytes,
     parts::{Entry, Part, TensorRange, frame},
     slices::{
         BASE_CELL, BLOCK_ROWS, FORMAT, FORMAT_KEY, GROUP, REFINE_CELL, SLICE_KEY, Slice, SliceError,
@@ -21,33 +20,8 @@ use crate::{
     },
 };
 
-/// Bytes read at once of a tensor that is not sliced.
+/// Bytes of an unsliced tensor that are copied at once.
 const COPY_BYTES: usize = 1 << 16;
-
-/// The weight files of a checkpoint, by [`TensorRange::file`].
-pub trait ReadAt {
-    /// Fills `into` from `offset` on.
-    fn read_at(&self, file: usize, offset: u64, into: &mut [u8]) -> io::Result<()>;
-}
-
-/// Whole files in memory, such as mapped ones.
-impl ReadAt for [WeightBytes] {
-    fn read_at(&self, file: usize, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        let from = usize::try_from(offset).ok();
-        let bytes = self.get(file).zip(from).and_then(|(bytes, from)| bytes.as_slice().get(from..)?.get(..into.len()));
-        into.copy_from_slice(bytes.ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
-    }
-}
-
-/// Opened files, read where they lie and not kept in this process's memory.
-#[cfg(unix)]
-impl ReadAt for [std::fs::File] {
-    fn read_at(&self, file: usize, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        let file = self.get(file).ok_or(io::ErrorKind::NotFound)?;
-        std::os::unix::fs::FileExt::read_exact_at(file, into, offset)
-    }
-}
 
 /// Lengths of a part's blobs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,7 +33,7 @@ pub struct PartBytes {
 /// How long the blobs of `part` will be, headers included.
 ///
 /// # Errors
-/// [`SliceError::Columns`], which is all that can be wrong with shapes.
+/// [`SliceError::Columns`], the only thing that can be wrong with a shape.
 pub fn part_bytes(part: &Part) -> Result<PartBytes, SliceError> {
     let [base, refine] = Slice::ALL.map(|slice| {
         let entries = entries(part, slice)?;
@@ -69,10 +43,10 @@ pub fn part_bytes(part: &Part) -> Result<PartBytes, SliceError> {
     Ok(PartBytes { base: base?, refine: refine? })
 }
 
-/// Writes the base and the refine blob of `part`, of exactly the lengths [`part_bytes`] gives.
+/// Writes the base and the refine blob of `part`. They have exactly the lengths [`part_bytes`] gives.
 ///
 /// # Errors
-/// [`SliceError`]; what was written by then is of no use.
+/// [`SliceError`]; what was written before it is of no use.
 pub fn write_part(
     part: &Part,
     source: &(impl ReadAt + ?Sized),
@@ -90,7 +64,7 @@ pub fn write_part(
     Ok(())
 }
 
-/// The tensors of one slice of a part, in their order.
+/// The tensors of one slice of a part, in file order.
 fn entries(part: &Part, slice: Slice) -> Result<Vec<Entry<'_>>, SliceError> {
     let mut entries = Vec::with_capacity(part.tensors.len());
     for tensor in part.tensors.iter().filter(|tensor| is_sliced(&tensor.name, &tensor.shape)) {
@@ -141,28 +115,31 @@ fn write_matrix(
         let weights = &mut weights[..BLOCK_ROWS.min(rows - first) * row_bytes];
         read(source, tensor, (first * row_bytes) as u64, weights)?;
         let encoded = Encoder::best().block(tensor.dtype, weights, cols, &mut base_cells, &mut refine_cells);
-        encoded.map_err(|fault| SliceError::at(&tensor.name, first, fault))?;
+        encoded.map_err(|error| SliceError::at(&tensor.name, first, error))?;
         put(base, Slice::Base, &base_cells)?;
         put(refine, Slice::Refine, &refine_cells)?;
     }
     Ok(())
 }
 
-/// Copies a tensor as it is, a piece at a time.
+/// Copies a tensor unchanged, a piece at a time.
 fn copy(tensor: &TensorRange, source: &(impl ReadAt + ?Sized), into: &mut impl Write) -> Result<(), SliceError> {
     let mut buffer = vec![0; COPY_BYTES.min(tensor.bytes as usize)];
     let mut done = 0;
     while done < tensor.bytes {
         let piece = (tensor.bytes - done).min(COPY_BYTES as u64) as usize;
         read(source, tensor, done, &mut buffer[..piece])?;
-        if let Some(index) = first_not_finite(tensor.dtype, &buffer[..piece]) {
-            let index = done as usize / tensor.dtype.size() + index;
-            let cols = tensor.shape.last().copied().unwrap_or(1);
-            let (row, column) = (index / cols, index % cols);
-            return Err(SliceError::NotFinite { tensor: tensor.name.clone(), row, column });
-        }
+        check_finite(tensor, done, &buffer[..piece])?;
         put(into, Slice::Base, &buffer[..piece])?;
         done += piece as u64;
     }
     Ok(())
+}
+
+/// Refuses weights that are not finite among `bytes`, which lie `offset` bytes into `tensor`.
+pub(super) fn check_finite(tensor: &TensorRange, offset: u64, bytes: &[u8]) -> Result<(), SliceError> {
+    let Some(index) = first_not_finite(tensor.dtype, bytes) else { return Ok(()) };
+    let index = offset as usize / tensor.dtype.size() + index;
+    let columns = tensor.shape.last().copied().unwrap_or(1).max(1);
+    Err(SliceError::NotFinite { tensor: tensor.name.clone(), row: index / columns, column: index % columns })
 }

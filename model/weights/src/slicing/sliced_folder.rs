@@ -1,9 +1,9 @@
 //! A folder that holds a model as slices.
 //!
 //! Owns [`SlicedFolder`] and the form of `slices.json`, which lists every part with the files of its base and refine
-//! slice. Beside it lie those files and, unchanged, `config.json` and the tokenizer's. The invariant: an open folder
-//! lists exactly the parts its configuration implies, each file of the length that is listed. Files are mapped when a
-//! part is asked for and used in place; those of a precision nobody asks for are never touched.
+//! slice. Those files lie beside it, and so do, unchanged, `config.json` and the tokenizer's files. The invariant: an open
+//! folder lists exactly the parts its configuration implies, and each file has the length listed. A part's files are
+//! mapped when the part is asked for and used in place; files of a precision that is not asked for are never touched.
 
 use std::{
     collections::BTreeMap,
@@ -14,6 +14,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use super::{checksums, part_slices::PartBytes};
 use crate::{
     checkpoint::{files_beside, read_config},
     config::ModelConfig,
@@ -22,20 +23,19 @@ use crate::{
     memory::WeightBytes,
     parts::{PartKind, kinds},
     slices::{FORMAT, PartBlobs, Precision, Slice},
-    slicing::{checksums, part_slices::PartBytes},
     tensors::Tensors,
 };
 
-/// The file that makes a folder one of slices.
+/// The file whose presence makes a folder one of slices.
 pub const SLICES: &str = "slices.json";
 
-/// Longest `slices.json` accepted: some 200 bytes for each of the most parts a model can have in practice.
+/// Longest `slices.json` accepted: about 200 bytes for each of the most parts a model has in practice.
 const SLICES_BYTES_MAX: u64 = 64 << 20;
 
 /// What `slices.json` says.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct SlicesFile {
-    /// Version of the format, as blobs name it.
+    /// Version of the format, as in the metadata of blobs.
     pub(crate) format: String,
     pub(crate) parts: Vec<PartFiles>,
 }
@@ -52,18 +52,19 @@ pub(crate) struct PartFiles {
 pub(crate) struct SliceFile {
     pub(crate) file: String,
     pub(crate) bytes: u64,
-    /// Of its contents, in hexadecimal; none in folders of format 1.
+    /// Of the file's content, in hexadecimal; missing in folders of format 1.
     #[serde(default)]
     pub(crate) blake3: String,
 }
 
+/// The name of a slice's file.
+pub(super) fn file_name(kind: &PartKind, slice: Slice) -> String {
+    format!("{kind}.{}.safetensors", slice.name())
+}
+
 impl PartFiles {
     pub(crate) fn new(kind: &PartKind, bytes: PartBytes) -> Self {
-        let named = |slice: Slice, bytes| SliceFile {
-            file: format!("{kind}.{}.safetensors", slice.name()),
-            bytes,
-            blake3: String::new(),
-        };
+        let named = |slice, bytes| SliceFile { file: file_name(kind, slice), bytes, blake3: String::new() };
         let (base, refine) = (named(Slice::Base, bytes.base), named(Slice::Refine, bytes.refine));
         Self { part: kind.to_string(), base, refine }
     }
@@ -78,12 +79,12 @@ pub struct SlicedFolder {
 }
 
 impl SlicedFolder {
-    /// Whether `dir` claims to be one.
+    /// Whether `dir` claims to be a folder of slices.
     pub fn is_one(dir: &Path) -> bool {
         dir.join(SLICES).is_file()
     }
 
-    /// Opens `dir` and checks that every part is there, in its length.
+    /// Opens `dir` and checks that the files of every part are there and have the lengths listed.
     pub fn open(dir: &Path) -> Result<Self, LoadError> {
         let config = Arc::new(read_config(dir)?);
         let path = dir.join(SLICES);
@@ -98,7 +99,7 @@ impl SlicedFolder {
         if listed.format != FORMAT {
             return Err(LoadError::Format { file, found: listed.format });
         }
-        // Before the parts are written out, which a few bytes of configuration can make too many to hold.
+        // Checked before the parts are enumerated: a few bytes of configuration can imply more than memory holds.
         let experts = layout::experts(&config).take(listed.parts.len() + 1).count();
         if experts > listed.parts.len() {
             return Err(wrong(format!("its {} parts are fewer than the model's experts", listed.parts.len())));
@@ -133,7 +134,7 @@ impl SlicedFolder {
         files_beside(&self.dir)
     }
 
-    /// Bytes of every part's files.
+    /// The parts, with the lengths of their files.
     pub fn parts(&self) -> impl Iterator<Item = (&PartKind, PartBytes)> {
         let bytes = |part: &PartFiles| PartBytes { base: part.base.bytes, refine: part.refine.bytes };
         self.parts.iter().map(move |(kind, part)| (kind, bytes(part)))
@@ -142,7 +143,7 @@ impl SlicedFolder {
     /// The trunk's tensors, in place.
     ///
     /// # Errors
-    /// [`LoadError::NoExact`] for exact weights, which are not here.
+    /// [`LoadError::NoExact`] for exact weights, which a folder of slices does not have.
     pub fn trunk(&self, precision: Precision) -> Result<Tensors, LoadError> {
         let trunk = self.parts.iter().filter(|(kind, _)| matches!(kind, PartKind::Trunk { .. }));
         let parts = trunk.map(|(_, files)| self.part(files, precision, WeightBytes::map));
@@ -157,7 +158,7 @@ impl SlicedFolder {
         }
     }
 
-    /// The same, of files that are not going to be read where they are mapped.
+    /// Like [`expert`](Self::expert), for files that will not be read through the mapping.
     pub fn expert_on_disk(&self, id: ExpertId, precision: Precision) -> Result<Tensors, LoadError> {
         match self.parts.get(&PartKind::Expert(id)) {
             Some(files) => self.part(files, precision, WeightBytes::map_sparsely),
@@ -165,11 +166,11 @@ impl SlicedFolder {
         }
     }
 
-    /// Checks that the files of these precisions contain what was written when the model was sliced. Those that were found
-    /// whole before and have not been touched since are not read again; see [`checksums`].
+    /// Checks that the files of these precisions have the content that was written when the model was sliced. Files that were
+    /// verified before and have not been touched since are not read again; see [`checksums`].
     ///
     /// # Errors
-    /// [`LoadError::Corrupt`] names the first that does not.
+    /// [`LoadError::Corrupt`] names the first file that differs.
     pub fn verify(&self, trunk: Precision, experts: Precision) -> Result<(), LoadError> {
         let files = self.parts.iter().flat_map(|(kind, files)| {
             let precision = if matches!(kind, PartKind::Expert(_)) { experts } else { trunk };
@@ -200,7 +201,7 @@ impl SlicedFolder {
     }
 }
 
-/// A listed file is in the folder itself and has the length listed.
+/// Checks that a listed file is in the folder itself and has the length listed.
 fn check_file(dir: &Path, listed: &SliceFile, wrong: &dyn Fn(String) -> LoadError) -> Result<(), LoadError> {
     let mut components = Path::new(&listed.file).components();
     if !matches!((components.next(), components.next()), (Some(Component::Normal(_)), None)) {

@@ -22,7 +22,7 @@ pub(super) unsafe fn block(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &m
     while first < rows.len() {
         let last = first + tile_rows(rows.len() - first, TILE);
         let (rows, sums) = (&rows[first..last], &mut sums[first..last]);
-        // SAFETY: as this function's caller promises.
+        // SAFETY: the caller's promises hold for any of its rows; this function enables the instruction set.
         unsafe {
             match cells.refine {
                 Some(_) => sized::<true>(cells, x, rows, sums),
@@ -35,7 +35,7 @@ pub(super) unsafe fn block(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &m
 
 #[target_feature(enable = "avx2,fma")]
 unsafe fn sized<const REFINED: bool>(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &mut [Sums]) {
-    // SAFETY: passed on from the caller; the lengths agree.
+    // SAFETY: `rows` and `sums` have the length of the tile; the rest is the caller's promise.
     unsafe {
         match rows.len() {
             1 => tile::<1, REFINED>(cells, x, rows, sums),
@@ -49,7 +49,8 @@ unsafe fn sized<const REFINED: bool>(cells: Cells<'_>, x: View<'_>, rows: &[u32]
 
 #[target_feature(enable = "avx2,fma")]
 unsafe fn tile<const R: usize, const REFINED: bool>(cells: Cells<'_>, x: View<'_>, rows: &[u32], sums: &mut [Sums]) {
-    // SAFETY: every read is inside a cell of the block or a group of a row of `x`.
+    // SAFETY: there are `R` rows and sums; `group` is below `cells.groups`, so every read is inside a cell of the block or
+    // a group of a row of `x`, as the caller promises.
     unsafe {
         let stride = x.rows();
         let (values, scales) = x.as_ptrs();

@@ -61,9 +61,9 @@ pub fn block(isa: Isa, matrix: &Sliced, block: usize, x: View<'_>, rows: &[u32],
     let cells = Cells::of(matrix, block);
     assert!(x.groups() == cells.groups && sums.len() == rows.len());
     assert!(rows.iter().all(|row| (*row as usize) < x.rows()));
-    match isa.0 {
+    match isa.level() {
         Level::Portable => portable::block(cells, x, rows, sums),
-        // SAFETY: an `Isa` exists only for a set this machine has; shapes agree by the assertions.
+        // SAFETY: an `Isa` exists only for a set this machine has; shapes and rows agree by the assertions.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { avx2::block(cells, x, rows, sums) },
         // SAFETY: as above.
@@ -84,7 +84,7 @@ pub(super) fn tile_rows(left: usize, most: usize) -> usize {
 fn fetch_ahead<const CELL: usize>(cell: *const u8) {
     use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
     for line in 0..CELL / 64 {
-        // SAFETY: a hint, which reads nothing.
+        // SAFETY: a prefetch is a hint, which reads nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(cell.wrapping_add(CELLS_AHEAD * CELL + 64 * line).cast()) };
     }
 }

@@ -1,4 +1,4 @@
-//! The arithmetic of sliced matrices in plain Rust: what the other instruction sets are held to.
+//! The arithmetic of sliced matrices in plain Rust: the reference for the other instruction sets.
 
 use super::{Cells, Sums, View};
 use coel_weights::slices::{BASE_CELL, BLOCK_ROWS, GROUP, NIBBLES, REFINE_CELL, constants::Constants};
@@ -8,7 +8,7 @@ const QUAD: usize = 4 * BLOCK_ROWS;
 
 /// A cell, unpacked.
 struct Cell {
-    /// By column, then row: rows side by side are what compilers turn into vectors.
+    /// By column, then row: compilers turn neighbouring rows into vectors.
     levels: [[i16; BLOCK_ROWS]; GROUP],
     scale: [f32; BLOCK_ROWS],
     offset: [f32; BLOCK_ROWS],

@@ -1,8 +1,8 @@
 //! The encoder for x86 with AVX2 and F16C: sixteen rows of a group together.
 //!
-//! The same roundings in the same order as the portable one: subtraction and division are IEEE's, nothing is fused, and
-//! clamping before rounding equals clamping after because both ends are whole numbers. [`search`] looks for constants, in
-//! whole numbers but for a few of a group.
+//! It rounds as the portable encoder does, in the same order: subtraction and division are IEEE's, nothing is fused, and
+//! clamping before rounding equals clamping after it because both ends are integers. [`search`] finds the constants, with
+//! integers except for a few floats of each group.
 
 use std::arch::x86_64::*;
 
@@ -20,7 +20,7 @@ use search::Groups;
 /// Vectors of a group.
 const VECTORS: usize = GROUP / 8;
 
-/// Whether every group could be encoded.
+/// Encodes a block; `false` if a group has no slices.
 ///
 /// # Safety
 /// The machine must have AVX2, FMA and F16C.
@@ -43,7 +43,7 @@ pub(super) unsafe fn encode(block: Block<'_>, base: &mut [[u8; BASE_CELL]], refi
     true
 }
 
-/// Widens one group of every row; rows that are not there keep what they have.
+/// Widens one group of every row; `weights` keeps its values for rows that do not exist.
 #[target_feature(enable = "avx2,f16c")]
 fn widen(block: Block<'_>, group: usize, weights: &mut [[f32; GROUP]; BLOCK_ROWS]) {
     if block.dtype != DType::F16 {
@@ -53,7 +53,7 @@ fn widen(block: Block<'_>, group: usize, weights: &mut [[f32; GROUP]; BLOCK_ROWS
     for (row, weights) in rows.zip(weights) {
         let raw = &row[2 * group * GROUP..][..2 * GROUP];
         for index in 0..VECTORS {
-            // SAFETY: eight halves of the group's 32, into as many floats.
+            // SAFETY: `index` is below a quarter of the group: eight of its 32 halves, into as many of its 32 floats.
             unsafe {
                 let eight = _mm_loadu_si128(raw.as_ptr().add(16 * index).cast());
                 _mm256_storeu_ps(weights.as_mut_ptr().add(8 * index), _mm256_cvtph_ps(eight));
@@ -63,7 +63,7 @@ fn widen(block: Block<'_>, group: usize, weights: &mut [[f32; GROUP]; BLOCK_ROWS
 }
 
 /// Scales and offsets of sixteen rows, whose constants are written into the cell; `None` if a weight is not finite or a
-/// scale does not fit. Rows that are not there must hold finite weights.
+/// scale does not fit. Rows that do not exist must hold finite weights.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn constants(
     weights: &[[f32; GROUP]; BLOCK_ROWS],
@@ -75,7 +75,7 @@ fn constants(
     let magnitude = _mm256_set1_epi32(0x7fff_ffff);
     for (row, weights) in weights.iter().enumerate() {
         let load = |index: usize| {
-            // SAFETY: inside the array.
+            // SAFETY: `index` is below four, so eight floats at `8 * index` are inside the 32 of the array.
             unsafe { _mm256_add_ps(_mm256_loadu_ps(weights.as_ptr().add(8 * index)), zero) }
         };
         let v: [__m256; VECTORS] = std::array::from_fn(load);
@@ -93,7 +93,8 @@ fn constants(
     let (mut scales, mut offsets) = ([0.0f32; BLOCK_ROWS], [0.0f32; BLOCK_ROWS]);
     for half in 0..2 {
         let at = 8 * half;
-        // SAFETY: eight of sixteen elements each, and the cell has sixteen constants of two bytes after its nibbles.
+        // SAFETY: `at` is 0 or 8: eight of sixteen elements each, and the cell has sixteen constants of two bytes after its
+        // nibbles. This function enables what `of`, `best` and `read` need.
         unsafe {
             let (min, max) = (_mm256_loadu_ps(mins.as_ptr().add(at)), _mm256_loadu_ps(maxs.as_ptr().add(at)));
             let eight = weights[at..at + 8].try_into().expect("half of sixteen");
@@ -135,7 +136,7 @@ fn levels(
     let (scale, offset, zero) = (_mm256_set1_ps(s), _mm256_set1_ps(m), _mm256_setzero_ps());
     let some = _mm256_cmp_ps::<_CMP_NEQ_OQ>(scale, zero);
     let level = |index: usize| {
-        // SAFETY: inside the array.
+        // SAFETY: `index` is below four, so eight floats at `8 * index` are inside the 32 of the array.
         let w = unsafe { _mm256_loadu_ps(weights.as_ptr().add(8 * index)) };
         // Where the scale is zero this divides by it, and the mask discards what comes of that.
         let q = _mm256_and_ps(_mm256_div_ps(_mm256_sub_ps(w, offset), scale), some);
@@ -151,7 +152,7 @@ fn levels(
     let coarse = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi64::<4>(q), low), _mm256_and_si256(upper, high));
     let fine = _mm256_or_si256(_mm256_and_si256(q, low), _mm256_and_si256(_mm256_slli_epi64::<4>(upper), high));
     let (mut coarse_bytes, mut fine_bytes) = ([0u8; GROUP], [0u8; GROUP]);
-    // SAFETY: 32 bytes each.
+    // SAFETY: the arrays have 32 bytes each, which is what is stored.
     unsafe {
         _mm256_storeu_si256(coarse_bytes.as_mut_ptr().cast(), coarse);
         _mm256_storeu_si256(fine_bytes.as_mut_ptr().cast(), fine);
@@ -163,7 +164,7 @@ fn levels(
     }
 }
 
-/// Zeroes what belongs to rows past the matrix's last.
+/// Zeroes the bytes of rows past the matrix's last.
 fn clear(rows: usize, base: &mut [u8; BASE_CELL], refine: &mut [u8; REFINE_CELL]) {
     for j in 0..VECTORS {
         base[64 * j + 4 * rows..64 * (j + 1)].fill(0);

@@ -1,4 +1,4 @@
-//! The encoder as the format is defined: one weight after the other.
+//! The encoder that defines the format: one weight after the other.
 
 use super::{ASIDE, Block, EIGHT_WEIGHT, EncodeError, EncodeErrorKind, LEAST_SPAN, PLACES, SCALES};
 use crate::slices::{
@@ -18,11 +18,11 @@ pub(super) fn encode(
         refine.fill(0);
         block.widen(group, &mut weights);
         for (row, weights) in weights[..rows].iter().enumerate() {
-            let fault = |column: usize, kind| EncodeError { row, column: group * GROUP + column, kind };
+            let error = |column: usize, kind| EncodeError { row, column: group * GROUP + column, kind };
             if let Some(column) = weights.iter().position(|w| !w.is_finite()) {
-                return Err(fault(column, EncodeErrorKind::NotFinite));
+                return Err(error(column, EncodeErrorKind::NotFinite));
             }
-            let constants = constants(weights).map_err(|kind| fault(0, kind))?;
+            let constants = constants(weights).map_err(|kind| error(0, kind))?;
             for (column, w) in weights.iter().enumerate() {
                 let q = level(*w, constants);
                 let at = 64 * (column / 8) + 4 * row + column % 4;
@@ -77,7 +77,7 @@ fn constants(weights: &[f32; GROUP]) -> Result<Constants, EncodeErrorKind> {
     Ok(best)
 }
 
-/// What four and eight bits together lose, where the minimum and the range are so many levels.
+/// The weighted error at four and eight bits, where the minimum and the range of the group are `low` and `wide` levels.
 fn cost(places: &[u16; GROUP], low: f32, wide: f32, constants: Constants) -> f32 {
     let (at, span) = ((low + constants.zero()) * 256.0, wide * 256.0);
     let below = (-128.0 - at).max(0.0);
@@ -88,7 +88,7 @@ fn cost(places: &[u16; GROUP], low: f32, wide: f32, constants: Constants) -> f32
     (inside + outside(below) + outside(above)) * (constants.scale() * constants.scale())
 }
 
-/// What the extreme weight adds by lying `beyond` the last level's reach.
+/// The error that the extreme weight adds by lying `beyond` the reach of the last level.
 fn outside(beyond: f32) -> f32 {
     beyond * (EIGHT_WEIGHT as f32 * (beyond + 512.0) + 8192.0)
 }

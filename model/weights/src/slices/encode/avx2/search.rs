@@ -1,9 +1,9 @@
 //! Constants of eight groups at once, one group a 32-bit lane.
 //!
-//! A lane holds two neighbouring weights as 16-bit places between the group's least and greatest: a place times the
-//! span, its upper half, is a position in 256ths of an 8-bit step, and what is left of it below a step is the distance
-//! to a level. Whole numbers may be added in any order, so only the few floats of a candidate must be computed as the
-//! portable encoder does.
+//! A lane holds two neighbouring weights as 16-bit places between the group's least and greatest weight. The upper half of
+//! a place times the span is a position in 256ths of an 8-bit step, and the part of it below a step is the distance to a
+//! level. Integers may be added in any order, so only the few floats of a candidate must be computed as the portable
+//! encoder computes them.
 
 use std::arch::x86_64::*;
 
@@ -25,12 +25,12 @@ pub(super) struct Groups {
     range: __m256,
     /// Codes of the least scales.
     least: __m256i,
-    /// Lanes of groups that are nothing but zeros.
+    /// Lanes of groups of zeros only.
     none: __m256,
 }
 
 impl Groups {
-    /// `None` if a group needs a larger scale than there is.
+    /// `None` if a group needs a larger scale than the format has.
     #[target_feature(enable = "avx2,f16c")]
     pub(super) fn of(weights: &[[f32; GROUP]; 8], min: __m256, max: __m256) -> Option<Self> {
         let zero = _mm256_setzero_ps();
@@ -45,7 +45,7 @@ impl Groups {
         let mut pairs = [[0u32; 8]; PAIRS];
         let some = _mm256_cmp_ps::<_CMP_GT_OQ>(range, zero);
         let per_range = _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(PLACES), range), some);
-        // SAFETY: eight elements each.
+        // SAFETY: the arrays have eight elements each, which is what is stored.
         unsafe {
             _mm256_storeu_ps(mins.as_mut_ptr(), min);
             _mm256_storeu_ps(factors.as_mut_ptr(), per_range);
@@ -53,29 +53,29 @@ impl Groups {
         for (row, weights) in weights.iter().enumerate() {
             let (min, factor) = (_mm256_set1_ps(mins[row]), _mm256_set1_ps(factors[row]));
             let place = |index: usize| {
-                // SAFETY: inside the array.
+                // SAFETY: `index` is below four, so eight floats at `8 * index` are inside the 32 of the array.
                 let w = unsafe { _mm256_loadu_ps(weights.as_ptr().add(8 * index)) };
                 _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(w, min), factor))
             };
             let v: [__m256i; VECTORS] = std::array::from_fn(place);
-            // In which order pairs lie does not matter: they are only added.
+            // The order of pairs does not matter: they are only added.
             for (half, packed) in
                 [_mm256_packus_epi32(v[0], v[1]), _mm256_packus_epi32(v[2], v[3])].into_iter().enumerate()
             {
                 let mut eight = [0u32; 8];
-                // SAFETY: 32 bytes.
+                // SAFETY: the array has 32 bytes, which is what is stored.
                 unsafe { _mm256_storeu_si256(eight.as_mut_ptr().cast(), packed) };
                 for (into, pair) in pairs[8 * half..].iter_mut().zip(eight) {
                     into[row] = pair;
                 }
             }
         }
-        // SAFETY: 32 bytes each.
+        // SAFETY: each of the arrays has 32 bytes, which is what is loaded.
         let places = std::array::from_fn(|pair| unsafe { _mm256_loadu_si256(pairs[pair].as_ptr().cast()) });
         Some(Self { places, min, range, least, none })
     }
 
-    /// Constants, 32 bits each.
+    /// The best constants of each group, 32 bits each.
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn best(&self) -> __m256i {
         let splat = |value: f32| _mm256_set1_ps(value);
@@ -105,8 +105,8 @@ impl Groups {
         _mm256_castps_si256(_mm256_andnot_ps(self.none, best))
     }
 
-    /// What four and eight bits together lose, in squares of 256ths of a scale, where minimum and range are so many levels
-    /// and zero has this number.
+    /// The weighted error at four and eight bits, in squares of 256ths of a scale, where minimum and range are `low` and `wide`
+    /// levels and the zero point has this number.
     #[target_feature(enable = "avx2,f16c")]
     #[inline]
     fn cost(&self, low: __m256, wide: __m256, number: __m256) -> __m256 {
