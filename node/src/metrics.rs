@@ -19,7 +19,7 @@ struct At {
 
 /// A layer, and when its experts were predicted, as labels.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Foreseen {
+struct PredictedLayer {
     layer: u32,
     when: &'static str,
 }
@@ -49,19 +49,19 @@ pub struct Metrics {
     /// Damaged blobs that were replaced.
     pub blobs_repaired: Counter,
     /// Batches that went through the layers together.
-    flights: Counter,
-    /// Sessions in them; over flights, how many are computed at once.
-    flight_sessions: Counter,
+    batches: Counter,
+    /// Sessions in them; over batches, how many are computed at once.
+    batch_sessions: Counter,
     /// Rows in them.
-    flight_rows: Counter,
-    /// Requests of sessions that wait for a flight.
+    batch_rows: Counter,
+    /// Requests of sessions that wait for a batch.
     sessions_waiting: Gauge,
     /// Pages of the KV pool that sessions have.
     kv_pages_used: Gauge,
     /// Pages of the KV pool.
     kv_pages: Gauge,
     /// What became of experts on disk.
-    tiers: Tiers,
+    offload: OffloadMetrics,
     /// Experts loaded, by precision.
     experts: Family<At, Gauge>,
     /// Their weights in bytes, by precision.
@@ -93,13 +93,13 @@ impl Default for Metrics {
             bytes_fetched: Counter::default(),
             bytes_sent: Counter::default(),
             blobs_repaired: Counter::default(),
-            flights: Counter::default(),
-            flight_sessions: Counter::default(),
-            flight_rows: Counter::default(),
+            batches: Counter::default(),
+            batch_sessions: Counter::default(),
+            batch_rows: Counter::default(),
             sessions_waiting: Gauge::default(),
             kv_pages_used: Gauge::default(),
             kv_pages: Gauge::default(),
-            tiers: Tiers::register(&mut registry),
+            offload: OffloadMetrics::register(&mut registry),
             experts: Family::default(),
             expert_bytes: Family::default(),
             memory_bytes: Gauge::default(),
@@ -117,9 +117,9 @@ impl Default for Metrics {
             ("requests_failed", "Generations that ended with an error", &metrics.requests_failed),
             ("tokens", "Tokens generated", &metrics.tokens),
             ("blobs_repaired", "Damaged blobs of weights that were replaced", &metrics.blobs_repaired),
-            ("flights", "Batches that went through the layers together", &metrics.flights),
-            ("flight_sessions", "Sessions in those batches", &metrics.flight_sessions),
-            ("flight_rows", "Rows in those batches", &metrics.flight_rows),
+            ("flights", "Batches that went through the layers together", &metrics.batches),
+            ("flight_sessions", "Sessions in those batches", &metrics.batch_sessions),
+            ("flight_rows", "Rows in those batches", &metrics.batch_rows),
         ] {
             registry.register(name, help, counter.clone());
         }
@@ -157,9 +157,9 @@ impl Metrics {
     /// Takes over what the engine has counted so far.
     pub fn note_engine(&self, activity: Activity) {
         for (counter, count) in [
-            (&self.flights, activity.flights),
-            (&self.flight_sessions, activity.parts),
-            (&self.flight_rows, activity.rows),
+            (&self.batches, activity.batches),
+            (&self.batch_sessions, activity.chunks),
+            (&self.batch_rows, activity.rows),
         ] {
             counter.inner().store(count, Ordering::Relaxed);
         }
@@ -169,25 +169,25 @@ impl Metrics {
     }
 
     /// Takes over what the engine has counted of experts on disk.
-    pub fn note_tiers(&self, stats: &OffloadStats) {
-        let tiers = &self.tiers;
+    pub fn note_offload(&self, stats: &OffloadStats) {
+        let offload = &self.offload;
         for (counter, count) in [
-            (&tiers.hits, stats.hits),
-            (&tiers.misses, stats.misses),
-            (&tiers.prefetched, stats.prefetched),
-            (&tiers.prefetch_used, stats.prefetch_used),
-            (&tiers.read_bytes, stats.bytes_read),
+            (&offload.hits, stats.hits),
+            (&offload.misses, stats.misses),
+            (&offload.prefetched, stats.prefetched),
+            (&offload.prefetch_used, stats.prefetch_used),
+            (&offload.read_bytes, stats.bytes_read),
         ] {
             counter.inner().store(count, Ordering::Relaxed);
         }
-        tiers.stall_seconds.inner().store(stats.stall.as_secs_f64().to_bits(), Ordering::Relaxed);
-        tiers.shelved.set(stats.shelved as i64);
-        let (device, of) = (&tiers.device, &stats.device);
+        offload.stall_seconds.inner().store(stats.stall.as_secs_f64().to_bits(), Ordering::Relaxed);
+        offload.on_disk.set(stats.on_disk as i64);
+        let (device, of) = (&offload.device, &stats.device);
         for (counter, count) in [
             (&device.hits, of.hits),
-            (&device.raised, of.raised),
+            (&device.promoted, of.promoted),
             (&device.on_cpu, of.on_cpu),
-            (&device.raised_bytes, of.bytes_promoted),
+            (&device.promoted_bytes, of.bytes_promoted),
         ] {
             counter.inner().store(count, Ordering::Relaxed);
         }
@@ -199,7 +199,7 @@ impl Metrics {
         for (layer, recall) in (0..).zip(&stats.recall) {
             for (when, tally) in [("early", recall.early), ("late", recall.late)] {
                 if let Some(share) = tally.recall() {
-                    tiers.recall.get_or_create(&Foreseen { layer, when }).set(share);
+                    offload.recall.get_or_create(&PredictedLayer { layer, when }).set(share);
                 }
             }
         }
@@ -229,15 +229,15 @@ impl Metrics {
 
 /// Experts on disk, and what came of having them in memory by turns.
 #[derive(Debug, Default)]
-struct Tiers {
+struct OffloadMetrics {
     hits: Counter,
     misses: Counter,
     prefetched: Counter,
     prefetch_used: Counter,
     read_bytes: Counter,
     stall_seconds: Counter<f64, AtomicU64>,
-    shelved: Gauge,
-    recall: Family<Foreseen, Gauge<f64, AtomicU64>>,
+    on_disk: Gauge,
+    recall: Family<PredictedLayer, Gauge<f64, AtomicU64>>,
     device: Device,
 }
 
@@ -245,9 +245,9 @@ struct Tiers {
 #[derive(Debug, Default)]
 struct Device {
     hits: Counter,
-    raised: Counter,
-    cpu_class: Counter,
-    raised_bytes: Counter,
+    promoted: Counter,
+    on_cpu: Counter,
+    promoted_bytes: Counter,
     experts: Gauge,
     bytes: Gauge,
     budget_bytes: Gauge,
@@ -256,18 +256,14 @@ struct Device {
 impl Device {
     fn register(&self, registry: &mut Registry) {
         for (name, help, counter) in [
-            (
-                "tier_device_hits",
-                "Experts needed that were on the device, where some lie in host memory beneath",
-                &self.hits,
-            ),
-            ("tier_device_raised", "Experts needed that were brought to the device for it", &self.raised),
-            ("tier_device_by_host", "Experts needed that the host computed", &self.on_cpu),
+            ("tier_device_hits", "Experts needed that were on the device, where some are in host memory", &self.hits),
+            ("tier_device_raised", "Experts needed that were promoted to the GPU for it", &self.promoted),
+            ("tier_device_by_host", "Experts needed that the CPU computed", &self.on_cpu),
         ] {
             registry.register(name, help, counter.clone());
         }
-        let help = "Weights brought to the device";
-        registry.register_with_unit("tier_device_raised", help, Unit::Bytes, self.raised_bytes.clone());
+        let help = "Weights promoted to the GPU";
+        registry.register_with_unit("tier_device_raised", help, Unit::Bytes, self.promoted_bytes.clone());
         registry.register("tier_device_experts", "Experts on the device", self.experts.clone());
         for (name, help, gauge) in [
             ("tier_device", "What they take there", &self.bytes),
@@ -278,30 +274,30 @@ impl Device {
     }
 }
 
-impl Tiers {
+impl OffloadMetrics {
     fn register(registry: &mut Registry) -> Self {
-        let tiers = Self::default();
+        let offload = Self::default();
         for (name, help, counter) in [
-            ("tier_hits", "Experts on disk that were in memory when they were needed", &tiers.hits),
-            ("tier_misses", "Experts on disk that had to be waited for", &tiers.misses),
-            ("tier_prefetched", "Experts read before they were needed", &tiers.prefetched),
+            ("tier_hits", "Experts on disk that were in memory when they were needed", &offload.hits),
+            ("tier_misses", "Experts on disk that had to be waited for", &offload.misses),
+            ("tier_prefetched", "Experts read before they were needed", &offload.prefetched),
             (
                 "tier_prefetch_used",
                 "Of these, needed before they had to go; the others were wasted",
-                &tiers.prefetch_used,
+                &offload.prefetch_used,
             ),
         ] {
             registry.register(name, help, counter.clone());
         }
         let help = "Weights of experts read from disk";
-        registry.register_with_unit("tier_read", help, Unit::Bytes, tiers.read_bytes.clone());
+        registry.register_with_unit("tier_read", help, Unit::Bytes, offload.read_bytes.clone());
         let help = "Time in which there was nothing to compute but what was on its way from disk";
-        registry.register_with_unit("tier_stall", help, Unit::Seconds, tiers.stall_seconds.clone());
-        registry.register("tier_experts", "Experts held on disk", tiers.shelved.clone());
-        let help = "Share of the experts chosen in a layer that were foreseen while the one before waited: late, by its experts in memory; early, without them";
-        registry.register("tier_recall", help, tiers.recall.clone());
-        tiers.device.register(registry);
-        tiers
+        registry.register_with_unit("tier_stall", help, Unit::Seconds, offload.stall_seconds.clone());
+        registry.register("tier_experts", "Experts held on disk", offload.on_disk.clone());
+        let help = "Share of the experts chosen in a layer that were predicted while the one before waited: late, by its experts in memory; early, without them";
+        registry.register("tier_recall", help, offload.recall.clone());
+        offload.device.register(registry);
+        offload
     }
 }
 
@@ -318,7 +314,7 @@ mod tests {
         let recall = [(tally(0, 0), tally(0, 0)), (tally(8, 4), tally(4, 3)), (tally(0, 0), tally(2, 1))];
         let recall = recall.map(|(early, late)| LayerRecall { early, late });
         let stats = OffloadStats {
-            shelved: 9,
+            on_disk: 9,
             hits: 5,
             misses: 7,
             prefetched: 4,
@@ -326,11 +322,11 @@ mod tests {
             bytes_read: 4096,
             stall: std::time::Duration::from_millis(1500),
             recall: recall.into(),
-            device: DeviceStats { hits: 11, cpu_class: 2, bytes: 640, bytes_raised: 1280, ..DeviceStats::default() },
+            device: DeviceStats { hits: 11, on_cpu: 2, bytes: 640, bytes_promoted: 1280, ..DeviceStats::default() },
             ..OffloadStats::default()
         };
-        metrics.note_tiers(&OffloadStats { misses: 1, ..stats.clone() });
-        metrics.note_tiers(&stats);
+        metrics.note_offload(&OffloadStats { misses: 1, ..stats.clone() });
+        metrics.note_offload(&stats);
         let text = metrics.text();
         for line in [
             "coel_tier_hits_total 5",
@@ -360,9 +356,9 @@ mod tests {
         metrics.rows_remote.inc_by(12);
         metrics.memory_bytes.set(4096);
         metrics.coverage.set(0.5);
-        let activity = Activity { flights: 3, parts: 8, rows: 70, waiting: 2, pages_used: 5, pages: 64 };
+        let activity = Activity { batches: 3, chunks: 8, rows: 70, waiting: 2, pages_used: 5, pages: 64 };
         metrics.note_engine(activity);
-        metrics.note_engine(Activity { flights: 4, ..activity });
+        metrics.note_engine(Activity { batches: 4, ..activity });
         metrics.note_experts([(Precision::Q4, 10), (Precision::Exact, 32), (Precision::Q4, 11)].into_iter());
         const EXPERTS: &str = "coel_experts{precision=\"q4\"} 2";
         const BYTES: &str = "coel_expert_weights_bytes{precision=\"q4\"} 21";

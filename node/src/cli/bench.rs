@@ -87,9 +87,9 @@ struct Report {
     /// Packed weights and KV cache.
     packed_bytes: u64,
     #[serde(flatten)]
-    tiers: Option<Tiers>,
+    tiers: Option<DiskOffloadFigures>,
     #[serde(flatten)]
-    device: Option<Above>,
+    device: Option<CpuOffloadFigures>,
     #[serde(skip_serializing_if = "Option::is_none")]
     llama_cpp: Option<Rates>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -98,10 +98,12 @@ struct Report {
 
 /// What decoding with experts on disk came to, over all rounds.
 #[derive(Debug, Default, Serialize)]
-struct Tiers {
+struct DiskOffloadFigures {
     /// Experts that take turns in memory, and the share of all that fits.
-    shelved: usize,
+    #[serde(rename = "shelved")]
+    on_disk: usize,
     in_memory: usize,
+    #[serde(rename = "tier_bytes")]
     disk_cache_bytes: u64,
     /// Share of needed experts that were in memory.
     hit_rate: f64,
@@ -119,12 +121,12 @@ struct Tiers {
     tokens: usize,
 }
 
-impl Tiers {
+impl DiskOffloadFigures {
     fn add(&mut self, round: &OffloadStats, tokens: usize) {
         self.sums.add(round);
         self.tokens += tokens;
         let (sums, tokens) = (&self.sums, self.tokens.max(1) as f64);
-        (self.shelved, self.in_memory, self.tier_bytes) = (round.shelved, round.in_memory, round.budget_bytes);
+        (self.on_disk, self.in_memory, self.disk_cache_bytes) = (round.on_disk, round.in_memory, round.budget_bytes);
         self.hit_rate = sums.hit_rate();
         self.stall_ms_per_token = sums.stall.as_secs_f64() * 1e3 / tokens;
         self.read_bytes_per_token = sums.bytes_read as f64 / tokens;
@@ -134,32 +136,33 @@ impl Tiers {
     }
 }
 
-/// What decoding with experts in host memory beneath a device's own came to, over all rounds.
+/// What decoding with experts in host memory beside a GPU came to, over all rounds.
 #[derive(Debug, Default, Serialize)]
-struct Above {
+struct CpuOffloadFigures {
     /// Experts on the device now, the bytes they take, and those they may.
     device_experts: usize,
     device_bytes: u64,
     device_budget_bytes: u64,
     /// Share of needed experts that were on the device.
     device_hit_rate: f64,
-    /// Experts that the host computed, a token.
+    /// Experts that the CPU computed, a token.
     host_experts_per_token: f64,
-    /// Brought up, a token.
-    raised_bytes_per_token: f64,
+    /// Promoted to the GPU, a token.
+    #[serde(rename = "raised_bytes_per_token")]
+    promoted_bytes_per_token: f64,
 }
 
-impl Above {
+impl CpuOffloadFigures {
     /// Nothing where all is in one memory.
     fn of(sums: &DeviceStats, tokens: usize) -> Option<Self> {
         let tokens = tokens.max(1) as f64;
-        (sums.hits + sums.raised + sums.on_cpu > 0).then(|| Self {
+        (sums.hits + sums.promoted + sums.on_cpu > 0).then(|| Self {
             device_experts: sums.experts,
             device_bytes: sums.bytes,
             device_budget_bytes: sums.budget_bytes,
             device_hit_rate: sums.hit_rate(),
             host_experts_per_token: sums.on_cpu as f64 / tokens,
-            raised_bytes_per_token: sums.bytes_promoted as f64 / tokens,
+            promoted_bytes_per_token: sums.bytes_promoted as f64 / tokens,
         })
     }
 }
@@ -170,8 +173,8 @@ struct Measured {
     read_gb_s: f64,
     coel: Rates,
     llama_cpp: Option<Rates>,
-    tiers: Option<Tiers>,
-    device: Option<Above>,
+    tiers: Option<DiskOffloadFigures>,
+    device: Option<CpuOffloadFigures>,
 }
 
 fn tokens(text: &str) -> Result<usize, String> {
@@ -200,7 +203,7 @@ impl BenchArgs {
         let mut coel: [Vec<f64>; 3] = Default::default();
         let mut llama: [Vec<f64>; 3] = Default::default();
         bench.decode(8)?; // touches what the first token did not
-        let mut tiers = Tiers::default();
+        let mut tiers = DiskOffloadFigures::default();
         for _ in 0..self.rounds {
             coel[0].push(bench.prefill(self.prompt)?);
             let before = model.engine.offload_stats();
@@ -225,8 +228,8 @@ impl BenchArgs {
             read_gb_s: read,
             coel: rates(&coel),
             llama_cpp: self.llama_bench.as_ref().map(|_| rates(&llama)),
-            device: Above::of(&tiers.sums.device, tiers.tokens),
-            tiers: (model.engine.offload_stats().shelved > 0).then_some(tiers),
+            device: CpuOffloadFigures::of(&tiers.sums.device, tiers.tokens),
+            tiers: (model.engine.offload_stats().on_disk > 0).then_some(tiers),
         };
         let report = self.report(&model, &bench, measured);
         if self.output.json { print::json(&report) } else { report.print() }
@@ -387,7 +390,7 @@ impl Report {
                 out,
                 "{} of {} experts in memory: {:.0} % of those needed were there, {} read and {:.1} ms waited a token",
                 tiers.in_memory,
-                tiers.shelved,
+                tiers.on_disk,
                 tiers.hit_rate * 100.0,
                 Size(tiers.read_bytes_per_token as u64),
                 tiers.stall_ms_per_token
@@ -402,7 +405,7 @@ impl Report {
                 Size(device.device_budget_bytes),
                 device.device_hit_rate * 100.0,
                 device.host_experts_per_token,
-                Size(device.raised_bytes_per_token as u64)
+                Size(device.promoted_bytes_per_token as u64)
             )?;
         }
         if let Some(why) = self.without_llama_cpp {

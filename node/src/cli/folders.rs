@@ -185,12 +185,12 @@ pub struct Synth {
 impl Synth {
     /// Writes the model, with progress on stderr.
     pub fn run(self) -> Result<(), Failure> {
-        let recipe = Recipe::new(&self.like, self.layers.map(usize::from), self.seed)?;
+        let spec = SynthSpec::new(&self.like, self.layers.map(usize::from), self.seed)?;
         let mut progress = Progress::new();
         let show = |done, total| progress.set("making weights, bytes", done, total);
         match self.slices {
-            true => recipe.write_sliced(&self.out, show)?,
-            false => recipe.write(&self.out, show)?,
+            true => spec.write_sliced(&self.out, show)?,
+            false => spec.write(&self.out, show)?,
         }
         Ok(())
     }

@@ -96,10 +96,10 @@ impl LocalArgs {
         })
     }
 
-    /// Opens the model with a KV cache of so many tokens, or of one full context; `foresee` counts how well experts are
+    /// Opens the model with a KV cache of so many tokens, or of one full context; `measure_recall` counts how well experts are
     /// predicted.
     pub fn open_with(&self, kv_tokens: Option<usize>, measure_recall: bool) -> Result<LocalModel, Failure> {
-        let options = LocalOptions { kv_tokens, foresee, ..self.options()? };
+        let options = LocalOptions { kv_tokens, measure_recall, ..self.options()? };
         Ok(LocalModel::open_with(&self.model, &options)?)
     }
 

@@ -366,7 +366,7 @@ impl Service for Generator {
         metrics.memory_budget_bytes.set(node.memory_bytes as i64);
         if let Some(model) = node.loaded.model() {
             metrics.note_engine(model.engine.activity());
-            metrics.note_tiers(&model.engine.offload_stats());
+            metrics.note_offload(&model.engine.offload_stats());
         }
         metrics.text()
     }

@@ -33,7 +33,7 @@ impl Hosting {
         self.hold(&wanted, state, meta).await?;
         let now = loaded.held().get(&expert).copied();
         let bytes = size(precision);
-        let pages = model.engine.tiers().budget_bytes > 0;
+        let pages = model.engine.offload_stats().budget_bytes > 0;
         let exchanging = if now.is_some() || pages { Some(self.exchange.lock().await) } else { None };
         if pages {
             self.take_from_paging(model, bytes).await?;

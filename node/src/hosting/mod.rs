@@ -303,7 +303,7 @@ impl Hosting {
             kv_tokens: meta.sizes.kv_tokens(limits.kv_tokens),
             rows_max: (node.rows_max)(meta.config.hidden_size, meta.config.num_experts_per_tok),
             low_priority: true,
-            device_bytes: limits.offload_bytes.map(|_| limits.fixed_budget().1.saturating_sub(fixed_bytes)),
+            device_expert_bytes: limits.offload_bytes.map(|_| limits.fixed_budget().1.saturating_sub(fixed_bytes)),
             ..EngineOptions::default()
         };
         let failed = |error: coel_model::serve::engine::EngineError| HostingError::load("the trunk", error);

@@ -10,7 +10,8 @@ use std::io::{self, Write};
 use coel_model::weights::error::LoadError;
 use coel_model::weights::parts::{Part, PartKind};
 use coel_model::weights::slices::SliceError;
-use coel_model::weights::slicing::part_slices::{ReadAt, write_part};
+use coel_model::weights::slicing::part_slices::write_part;
+use coel_model::weights::slicing::source::ReadAt;
 use coel_store::{BlobEntry, BlobError, BlobReader, Blobs, Draft, Slice, Slices};
 
 /// Why slices were not made.

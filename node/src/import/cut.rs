@@ -16,7 +16,8 @@ use coel_model::weights::checkpoint::Checkpoint;
 use coel_model::weights::parts::{Part, PartKind, parts};
 use coel_model::weights::slices::encode::first_not_finite;
 use coel_model::weights::slices::{FORMAT, SliceError};
-use coel_model::weights::slicing::part_slices::{PartBytes, ReadAt, part_bytes, write_part};
+use coel_model::weights::slicing::part_slices::{PartBytes, part_bytes, write_part};
+use coel_model::weights::slicing::source::ReadAt;
 use coel_store::{
     BlobEntry, BlobError, BlobHasher, Blobs, CHUNK_BYTES, Manifest, NewPart, NewSlices, PartKey, Segment, Slices,
 };

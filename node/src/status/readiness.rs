@@ -5,7 +5,7 @@ use std::sync::Arc;
 use coel_store::{ExpertId, State};
 use tokio::sync::watch;
 
-use crate::experts::dispatch::Missing;
+use crate::experts::dispatch::MissingExperts;
 use crate::hosting::{LoadProgress, Loaded};
 use crate::import::Imports;
 use crate::mesh::MeshView;
@@ -81,8 +81,9 @@ impl ReadinessView {
         // An expert that a live node is still loading will come; one whose holders are all gone will not.
         let holders = |expert: &ExpertId| placement.replicas[expert].keys().copied().collect::<Vec<_>>();
         let lost = absent.iter().map(|expert| (*expert, holders(expert)));
-        let lost =
-            Missing { experts: lost.filter(|(_, nodes)| nodes.iter().all(|node| down.contains(node))).collect() };
+        let lost = MissingExperts {
+            experts: lost.filter(|(_, nodes)| nodes.iter().all(|node| down.contains(node))).collect(),
+        };
         if !lost.experts.is_empty() {
             return Some(lost.to_string());
         }
