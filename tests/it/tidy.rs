@@ -10,6 +10,15 @@ use toml::Table;
 
 const LEAVES: [&str; 3] = ["gossip", "model", "store"];
 const CRATES: [&str; 6] = ["gossip", "model", "store", "node", "testnet", "tests"];
+/// The crates inside `model`, each with those it may depend on.
+const INNER: [(&str, &[&str]); 4] = [
+    ("model/weights", &[]),
+    ("model/kernels", &["weights"]),
+    ("model/gpu", &["kernels", "weights"]),
+    ("model", &["gpu", "kernels", "weights"]),
+];
+/// The crate without code that gives every dependency one set of features.
+const UNIFY: &str = ".cargo/unify";
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
@@ -51,18 +60,28 @@ fn dependencies(name: &str) -> Vec<String> {
     collect(&manifest.parse().unwrap(), &mut found);
     found.sort();
     found.dedup();
+    assert_eq!(found.iter().position(|name| name == "unify").map(|index| found.remove(index)), Some("unify".into()));
     found
 }
 
 #[test]
 fn leaves_never_import_one_another() {
     for leaf in LEAVES {
-        assert_eq!(dependencies(leaf), Vec::<String>::new(), "{leaf}");
+        if leaf != "model" {
+            assert_eq!(dependencies(leaf), Vec::<String>::new(), "{leaf}");
+        }
         for (path, text) in sources(leaf) {
             for other in CRATES.into_iter().filter(|&other| other != leaf) {
                 assert!(!text.contains(&format!("coel_{other}")), "{} names coel_{other}", path.display());
             }
         }
+    }
+}
+
+#[test]
+fn the_crates_inside_model_import_one_another_one_way() {
+    for (name, below) in INNER {
+        assert_eq!(dependencies(name), below, "{name}");
     }
 }
 
@@ -119,7 +138,7 @@ fn heads(path: &str) -> Vec<String> {
 }
 
 /// Crates whose rooms import one another in one direction.
-const ONE_WAY: [&str; 2] = ["gossip", "store"];
+const ONE_WAY: [&str; 6] = ["gossip", "store", "model", "model/weights", "model/kernels", "model/gpu"];
 
 #[test]
 fn rooms_import_one_another_one_way() {
@@ -144,8 +163,9 @@ fn rooms_import_one_another_one_way() {
 fn the_workspace_is_these_crates() {
     let manifest: Table = std::fs::read_to_string(root().join("Cargo.toml")).unwrap().parse().unwrap();
     let members = manifest["workspace"]["members"].as_array().unwrap();
-    let members: Vec<_> = members.iter().filter_map(|member| member.as_str()).collect();
-    assert_eq!(members, CRATES);
+    let members: BTreeSet<_> = members.iter().filter_map(|member| member.as_str()).collect();
+    let inner = INNER.map(|(name, _)| name);
+    assert_eq!(members, CRATES.into_iter().chain(inner).chain([UNIFY]).collect());
     assert!(!manifest.contains_key("package"), "the root is virtual");
 }
 
@@ -245,6 +265,43 @@ fn the_rooms_of_a_node_import_one_another_in_one_direction() {
         for named in rooms_named_in(&text) {
             let other = rank(&named).unwrap_or_else(|| panic!("{}: crate::{named} is no room", path.display()));
             assert!(other <= own, "{} imports crate::{named}, which is above it", path.display());
+        }
+    }
+}
+
+/// The features of every dependency of some packages on this platform, along such edges, as `cargo tree` resolves them.
+fn features(selection: &[&str], edges: &str) -> BTreeMap<String, BTreeSet<String>> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let tree = std::process::Command::new(cargo)
+        .args(["tree", "--locked", "--offline", "--prefix", "none", "--edges", edges])
+        .args(["--format", "{p}|{f}"])
+        .args(selection)
+        .current_dir(root())
+        .output()
+        .unwrap();
+    assert!(tree.status.success(), "{}", String::from_utf8_lossy(&tree.stderr));
+    let mut features = BTreeMap::<String, BTreeSet<String>>::new();
+    for line in String::from_utf8(tree.stdout).unwrap().lines() {
+        let Some((package, of)) = line.rsplit_once('|') else { continue };
+        let package = package.split(" (").next().unwrap().to_owned();
+        features.entry(package).or_default().insert(of.trim_end_matches(" (*)").to_owned());
+    }
+    features
+}
+
+#[test]
+fn a_dependency_has_the_same_features_whichever_packages_are_built() {
+    // What runs on this machine's target, and all that is built, for the compiler's own use too.
+    for edges in ["normal,dev,no-proc-macro", "normal,build,dev"] {
+        let whole = features(&["--workspace"], edges);
+        assert!(whole.len() > 100, "{whole:?}");
+        for name in CRATES.into_iter().chain(INNER.map(|(name, _)| name)) {
+            let package = format!("coel-{}", name.rsplit('/').next().unwrap());
+            for (dependency, of) in features(&["--package", &package], edges) {
+                let with = &whole[&dependency];
+                let what = format!("{package} alone builds {dependency} with {of:?}, the workspace with {with:?}");
+                assert!(of.is_subset(with), "{what}: list it in {UNIFY}/Cargo.toml");
+            }
         }
     }
 }
