@@ -10,9 +10,11 @@
 //! | [`serve`] | an engine: the compute thread, sessions, batches, and experts for peers |
 //! | [`budget`] | what a model takes, and what fits a memory budget |
 //! | [`text`] | tokenizer, chat template, sampling, and a sequence's text |
+//! | [`system`] | system calls: priority, memory of the machine and of this process |
 //! | [`tools`] | a whole model on one machine: generate, evaluate, measure, survey, synthesise |
 //!
-//! Arrows: `tools` → `serve` → `offload` → `nn` → `gpu` → `kernels` → `weights`; `text` and `budget` need `weights` alone.
+//! Arrows: `tools` → `serve` → `offload` → `nn` → `gpu` → `kernels` → `weights`; `text` needs `weights` alone, and
+//! `budget` also the size of a batch.
 //!
 //! Deliberately absent: networking, async runtimes, and any knowledge that an expert may be elsewhere.
 
@@ -24,6 +26,6 @@ pub mod budget;
 pub mod nn;
 pub mod offload;
 pub mod serve;
-mod system;
+pub mod system;
 pub mod text;
 pub mod tools;

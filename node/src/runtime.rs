@@ -434,8 +434,9 @@ async fn sample_load(gossip: Handle, loaded: Loaded, memory_bytes: u64, lifecycl
     let mut busy = cpu_time();
     let mut sampled = tokio::time::Instant::now();
     loop {
-        if loaded.model().is_some_and(|model| model.engine.is_stopped()) {
-            lifecycle.fail("the compute thread has stopped, see the log; restart the node".into());
+        if let Some(engine) = loaded.model().map(|model| model.engine).filter(|engine| engine.is_stopped()) {
+            let why = engine.fault().unwrap_or_else(|| "it has stopped, see the log".into());
+            lifecycle.fail(format!("the compute thread: {why}; restart the node"));
         }
         let memory = 1.0 - loaded.ledger_bytes() as f64 / memory_bytes.max(1) as f64;
         let computed = cpu_time();

@@ -6,20 +6,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-/// Physical memory of this machine, in bytes.
-pub fn physical_memory_bytes() -> u64 {
-    // SAFETY: sysconf has no preconditions.
-    let (pages, page) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
-    (pages.max(0) as u64).saturating_mul(page.max(0) as u64)
-}
-
-/// Resident memory of this process, in bytes; 0 where the system does not say.
-pub fn resident_bytes() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages: u64 = statm.split_whitespace().nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0);
-    // SAFETY: sysconf has no preconditions.
-    pages * unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(0) as u64
-}
+pub use coel_model::system::{machine_bytes as physical_memory_bytes, resident_bytes};
 
 /// Returns free heap memory to the system. The allocator keeps an arena per thread, and an arena keeps what finished work freed.
 pub fn trim_heap() {

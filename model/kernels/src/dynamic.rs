@@ -127,7 +127,7 @@ pub trait DynKernels: Send {
     fn upload(&self, values: Vec<f32>, width: usize) -> DeviceRows;
 
     /// The values of `rows`, row-major; waits for the device.
-    fn download(&self, rows: &DeviceRows) -> Vec<f32>;
+    fn download(&self, rows: DeviceRows) -> Vec<f32>;
 
     /// `a + b`, elementwise.
     fn add(&self, a: DeviceRows, b: DeviceRows) -> DeviceRows;
@@ -178,7 +178,7 @@ pub trait DynKernels: Send {
         let x = self.upload([127.0, -2.0].repeat(GROUP / 2), GROUP);
         let sum = 125.0 * (GROUP / 2) as f32;
         let outputs = self.linears(&x, &[(&matrices[0], None), (&matrices[1], None)]);
-        let outputs: Vec<_> = outputs.iter().map(|output| self.download(output)).collect();
+        let outputs: Vec<_> = outputs.into_iter().map(|output| self.download(output)).collect();
         outputs.iter().zip([sum * 111.5, sum]).all(|(output, expected)| output[..] == [expected; BLOCK_ROWS])
     }
 }
@@ -220,8 +220,8 @@ impl<K: Kernels> DynKernels for K {
         DeviceRows::of::<K>(Kernels::upload(self, values, width))
     }
 
-    fn download(&self, rows: &DeviceRows) -> Vec<f32> {
-        download(rows.as_tensor::<K>().clone())
+    fn download(&self, rows: DeviceRows) -> Vec<f32> {
+        download(rows.into_tensor::<K>())
     }
 
     fn add(&self, a: DeviceRows, b: DeviceRows) -> DeviceRows {

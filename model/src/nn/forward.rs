@@ -76,7 +76,7 @@ impl ForwardContext<'_> {
 
     /// What the layer's output will be added to, `[n, d]`.
     pub(crate) fn residual(&self, batch: &Batch) -> Vec<f32> {
-        self.kernels.download(&batch.residual)
+        self.kernels.download(batch.residual.clone())
     }
 
     /// All experts that `batch` awaits, as plain values.
@@ -87,7 +87,7 @@ impl ForwardContext<'_> {
 
     /// What experts see, `[n, d]`.
     pub(crate) fn rows(&self, batch: &Batch) -> Vec<f32> {
-        self.kernels.download(&batch.normed)
+        self.kernels.download(batch.normed.clone())
     }
 
     /// Computes those of the awaited experts that `held` has, and if so wanted the shared one with them. The device is
@@ -163,7 +163,7 @@ impl ForwardContext<'_> {
                 FeedForward::Sparse { router, .. } => {
                     batch.residual = residual;
                     let scores = self.kernels.linear(&batch.normed, router, None);
-                    batch.routes = routes(config, self.kernels.download(&scores));
+                    batch.routes = routes(config, self.kernels.download(scores));
                     return Step::NeedExperts;
                 }
             }
@@ -205,7 +205,7 @@ impl ForwardContext<'_> {
                 Some(_) => None,
                 None => {
                     let rows = self.every_row(&batch.normed, &shared.expert);
-                    Some(self.kernels.download(&rows))
+                    Some(self.kernels.download(rows))
                 }
             };
             let output = match &computed {
@@ -213,7 +213,7 @@ impl ForwardContext<'_> {
                 None => &outputs.values[outputs.shared.unwrap_or(0) as usize * d..],
             };
             let gate = self.kernels.linear(&batch.normed, &shared.gate, None);
-            let gate = self.kernels.download(&gate);
+            let gate = self.kernels.download(gate);
             for ((mixed, output), gate) in mixed.chunks_exact_mut(d).zip(output.chunks_exact(d)).zip(gate) {
                 let gate = math::sigmoid(gate);
                 for (mixed, value) in mixed.iter_mut().zip(output) {
@@ -247,7 +247,7 @@ impl ForwardContext<'_> {
         let hidden = kernels.select(&batch.residual, &ranges);
         let normed = kernels.rms_norm(&hidden, &trunk.norm, config.hidden_size, config.rms_norm_eps);
         let logits = kernels.linear(&normed, &trunk.head, None);
-        let values = kernels.download(&logits);
+        let values = kernels.download(logits);
         let mut values = values.as_slice();
         let split = wanted.iter().map(|(_, count)| {
             let (mine, rest) = values.split_at(count * config.vocab_size);

@@ -89,6 +89,6 @@ impl PendingOutputs {
     /// Waits for them.
     pub(crate) fn outputs(self, kernels: &dyn DynKernels) -> LayerOutputs {
         let Self { values, places, shared } = self;
-        LayerOutputs { values: values.map_or_else(Vec::new, |rows| kernels.download(&rows)), places, shared }
+        LayerOutputs { values: values.map_or_else(Vec::new, |rows| kernels.download(rows)), places, shared }
     }
 }

@@ -136,13 +136,11 @@ impl Batches {
         self.in_flight.iter().any(InFlightBatch::waits_for_disk)
     }
 
-    /// Fails every request, in a batch or not.
-    pub(super) fn fail_all(&mut self, executor: &mut Executor, error: impl Fn() -> EngineError) {
-        for (id, request) in std::mem::take(&mut self.requests) {
-            self.scheduler.cancel(id);
+    /// Fails every request, in a batch or not, and forgets all batches. Their claims are the caller's to release.
+    pub(super) fn fail_all(self, error: impl Fn() -> EngineError) {
+        for request in self.requests.into_values() {
             request.answer(Err(error()));
         }
-        self.drop_cancelled(executor);
     }
 
     /// Forgets requests that nobody waits for, and batches that consist of such.

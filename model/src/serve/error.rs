@@ -39,8 +39,8 @@ pub enum EngineError {
     Call(String),
     #[error("the compute thread cannot be started: {0}")]
     Start(String),
-    /// The compute thread survived; only this job is lost.
-    #[error("the compute thread panicked over this request and goes on: {0}")]
+    /// This job is lost. The compute thread goes on, or says later why it could not.
+    #[error("the compute thread panicked over this request: {0}")]
     Panicked(String),
     /// The compute thread has ended for good.
     #[error("the compute thread has failed: {0}; restart the process")]

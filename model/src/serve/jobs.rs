@@ -159,7 +159,7 @@ impl JobQueue {
     /// Hands a job over and waits for its answer.
     pub(crate) async fn ask<T>(&self, job: impl FnOnce(JobReply<T>) -> Job) -> Result<T, EngineError> {
         let (reply, answer) = oneshot::channel();
-        self.jobs.send(job(reply)).await.map_err(|_| self.state.unanswered())?;
+        self.jobs.send(job(reply)).await.map_err(|_| self.state.stopped())?;
         answer.await.map_err(|_| self.state.unanswered())?
     }
 

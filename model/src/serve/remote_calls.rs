@@ -40,35 +40,42 @@ impl RemoteCalls {
     /// Answers a call at once if it can, else as soon as its experts have come.
     pub(super) fn take(&mut self, call: RemoteCall, reply: JobReply<Computed>, executor: &mut Executor) {
         match executor.begin_call(call) {
-            Ok(pending) => self.step(pending, reply, executor),
+            Ok(pending) => {
+                self.0.push((pending, reply));
+                self.step(self.0.len() - 1, executor);
+            }
             Err(error) => answer(reply, Err(error)),
         }
     }
 
     /// Computes what can be computed by now.
     pub(super) fn step_all(&mut self, executor: &mut Executor) {
-        for (pending, reply) in std::mem::take(&mut self.0) {
-            self.step(pending, reply, executor);
+        let mut index = 0;
+        while index < self.0.len() {
+            index += usize::from(!self.step(index, executor));
         }
     }
 
-    fn step(&mut self, mut pending: PendingCall, reply: JobReply<Computed>, executor: &mut Executor) {
+    /// Computes what can be computed of one call; whether the call is over, and gone from here. It stays here while it is
+    /// computed, so that it is failed with the others if that panics.
+    fn step(&mut self, index: usize, executor: &mut Executor) -> bool {
+        let (pending, reply) = &mut self.0[index];
         let done = match reply.is_closed() {
             true => Ok(true),
-            false => executor.step_call(&mut pending),
+            false => executor.step_call(pending),
         };
         if let Ok(false) = done {
-            self.0.push((pending, reply));
-            return;
+            return false;
         }
+        let (mut pending, reply) = self.0.remove(index);
         executor.end_call(&mut pending);
         answer(reply, done.map(|_| pending.finish()));
+        true
     }
 
-    /// Fails all calls that wait.
-    pub(super) fn fail_all(&mut self, executor: &mut Executor, error: impl Fn() -> EngineError) {
-        for (mut pending, reply) in std::mem::take(&mut self.0) {
-            executor.end_call(&mut pending);
+    /// Fails all calls. Their claims are the caller's to release.
+    pub(super) fn fail_all(&mut self, error: impl Fn() -> EngineError) {
+        for (_, reply) in std::mem::take(&mut self.0) {
             answer(reply, Err(error()));
         }
     }

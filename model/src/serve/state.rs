@@ -219,13 +219,19 @@ impl EngineState {
         lock(&self.locked).fault.clone()
     }
 
-    /// Why a job that was handed over got no answer.
+    /// Why a job could not be handed over.
+    pub(crate) fn stopped(&self) -> EngineError {
+        self.fault().map_or(EngineError::Stopped, EngineError::Failed)
+    }
+
+    /// Why a job that was handed over got no answer. A thread drops a reply only when it panics; the asker may hear of that
+    /// before the thread has noted why.
     pub(crate) fn unanswered(&self) -> EngineError {
         let locked = lock(&self.locked);
         match (&locked.fault, &locked.panicked) {
             (Some(why), _) => EngineError::Failed(why.clone()),
             (None, Some(why)) => EngineError::Panicked(why.clone()),
-            (None, None) => EngineError::Stopped,
+            (None, None) => EngineError::Panicked("see the log".to_owned()),
         }
     }
 }

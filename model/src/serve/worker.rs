@@ -6,8 +6,8 @@
 //! lock around a tensor.
 //!
 //! The invariant: every job is answered or fails by name, also when computing it panics. [`Worker::guarded`] is the one
-//! place where a panic is caught. All who wait get [`EngineError::Panicked`]; then a small computation shows whether the
-//! device still works. If so the thread goes on; otherwise it ends, and the engine says why
+//! place where a panic is caught. All who wait get [`EngineError::Panicked`]. If the panic struck while the device computed,
+//! a small computation shows whether it still works, and the thread goes on. Otherwise it ends, and the engine says why
 //! ([`Engine::fault`](super::engine::Engine::fault)). The thread does not know who asks.
 
 use std::{
@@ -21,7 +21,6 @@ use std::{
 };
 
 use coel_kernels::DynKernels;
-use coel_weights::layout::ExpertId;
 use tokio::sync::mpsc::{self, error::TryRecvError};
 
 use super::{
@@ -75,6 +74,7 @@ fn run(
         Err(_) => return, // dropping `ready` says so
     };
     let _ = ready.send(Ok(kernels.class())); // whoever started the thread waits for this
+    let _fault = FaultOnPanic(state.clone());
     let mut worker = Worker::new(kernels, state);
     let mut job = None;
     while let Some(turn) = worker.guarded(job.take(), &mut queue, &Instant::now) {
@@ -100,14 +100,25 @@ fn run(
             None => {}
         }
     }
+    // Before the device is let go of, which may take long where it is lost: no job is accepted any more.
+    drop(queue);
+}
+
+/// A panic outside of [`Worker::guarded`] ends the thread; the engine then says so.
+struct FaultOnPanic(Arc<EngineState>);
+
+impl Drop for FaultOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.set_fault("a panic while the compute thread waited; see the log".to_owned());
+        }
+    }
 }
 
 struct Worker {
     executor: Executor,
     batches: Batches,
     remote_calls: RemoteCalls,
-    /// The expert that is being loaded, so that a panic leaves none half loaded.
-    loading: Option<ExpertId>,
 }
 
 /// The asker may have gone; its answer is then dropped.
@@ -118,7 +129,7 @@ fn answer<T>(reply: JobReply<T>, result: Result<T, EngineError>) {
 impl Worker {
     fn new(kernels: Box<dyn DynKernels>, state: Arc<EngineState>) -> Self {
         let batches = Batches::new(&state.options);
-        Self { batches, executor: Executor::new(kernels, state), remote_calls: RemoteCalls::default(), loading: None }
+        Self { batches, executor: Executor::new(kernels, state), remote_calls: RemoteCalls::default() }
     }
 
     /// A [round](Self::round) that survives a panic, if the device does. Nothing if the thread is to end.
@@ -171,14 +182,10 @@ impl Worker {
                 answer(reply, executor.load_trunk(&tensors, embedding_on_disk));
             }
             Job::LoadExpert { id, tensors, reply } => {
-                self.loading = Some(id);
                 answer(reply, executor.load_expert(id, &tensors));
-                self.loading = None;
             }
             Job::LoadExpertOnDisk { id, tensors, reply } => {
-                self.loading = Some(id);
                 answer(reply, executor.load_expert_on_disk(id, &tensors));
-                self.loading = None;
             }
             Job::SetDiskCacheBytes { bytes, reply } => {
                 executor.set_disk_cache_bytes(bytes);
@@ -191,33 +198,33 @@ impl Worker {
         }
     }
 
-    /// Fails everything that is under way and tries the device. Whether the thread can go on.
+    /// Fails everything that is under way, and tries the device if the panic struck while it computed. Whether the thread can
+    /// go on: a panic elsewhere, while experts changed places, may have left their accounts torn.
     fn recover(&mut self, why: String) -> bool {
         let state = self.executor.state().clone();
         state.set_panicked(&why);
         let panicked = || EngineError::Panicked(why.clone());
+        let was_computing = self.executor.was_computing();
         let recovered = catch_unwind(AssertUnwindSafe(|| {
-            self.batches.fail_all(&mut self.executor, panicked);
-            self.remote_calls.fail_all(&mut self.executor, panicked);
-            if let Some(id) = self.loading.take() {
-                self.executor.drop_expert(id);
+            // A fresh queue: what the old one counted as in a batch may be in none.
+            std::mem::replace(&mut self.batches, Batches::new(&state.options)).fail_all(panicked);
+            self.remote_calls.fail_all(panicked);
+            was_computing && {
+                self.executor.release_all();
+                self.executor.kernels().works()
             }
-            self.executor.kernels().works()
         }));
-        match recovered {
-            Ok(true) => {
-                tracing::error!(
-                    panic = why,
-                    "the compute thread panicked; what was under way has failed, and it goes on"
-                );
-                true
-            }
-            Ok(false) | Err(_) => {
-                tracing::error!(panic = why, "the compute thread panicked, and its device does not work any more");
-                state.set_fault(format!("the device does not work any more after a panic: {why}"));
-                false
-            }
+        if let Ok(true) = recovered {
+            tracing::error!(panic = why, "the compute thread panicked; what was under way has failed, and it goes on");
+            return true;
         }
+        let fault = match was_computing {
+            true => format!("the device does not work any more after a panic: {why}"),
+            false => format!("a panic while weights were being loaded or moved: {why}"),
+        };
+        tracing::error!("the compute thread ends: {fault}");
+        state.set_fault(fault);
+        false
     }
 }
 

@@ -258,7 +258,7 @@ fn check_slicing(folder: &ModelFolder, process: u64, options: &LocalOptions, bud
         let largest = layout::trunk(config).iter().map(elements).max().unwrap_or(0) * config.dtype.size() as u64;
         least = process + trunk + largest;
     }
-    // HostFit a device only what does not fit it has to have room.
+    // Beside a GPU only what does not fit the GPU has to have room.
     if are_made(options.experts) && options.vram.is_none() {
         let whole = Needs { trunk, ..needs(folder, &Tensors::default(), process, options.experts, kv_tokens) };
         whole.fit(budget)?;

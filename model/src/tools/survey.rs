@@ -192,7 +192,7 @@ fn outputs_of(kernels: &mut dyn DynKernels, expert: &DeviceExpert, rows: &[f32],
         let all: Vec<u32> = (0..(rows.len() / d) as u32).collect();
         let x = kernels.upload(rows.to_vec(), d);
         let computed = kernels.experts(&x, &[DeviceWork { expert, rows: &all }]);
-        outputs.extend(kernels.download(&computed));
+        outputs.extend(kernels.download(computed));
     }
     outputs
 }

@@ -109,7 +109,7 @@ impl Whole {
             let expert = &self.experts[&ExpertId { layer: call.layer, index }];
             let rows: Vec<u32> = pairs.iter().map(|pair| pair.row).collect();
             let output = self.kernels.experts(&input, &[DeviceWork { expert, rows: &rows }]);
-            let output = self.kernels.download(&output);
+            let output = self.kernels.download(output);
             for (pair, row) in pairs.iter().zip(output.chunks_exact(call.hidden)) {
                 outputs[pair.slot as usize * call.hidden..][..call.hidden].copy_from_slice(row);
             }

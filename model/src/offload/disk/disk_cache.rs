@@ -272,6 +272,11 @@ impl DiskCache {
         self.pump();
     }
 
+    /// Claims that are not released.
+    pub(super) fn claims(&self) -> Vec<ClaimId> {
+        self.claims.keys().copied().collect()
+    }
+
     /// A load has ended and has read everything.
     pub(super) fn arrived(&mut self, load_id: LoadId) -> Arrival {
         let Some((Load { id, reservation, .. }, is_current)) = self.end_load(load_id) else {

@@ -194,6 +194,14 @@ impl DiskOffload {
         self.carry_out(sink);
     }
 
+    /// Ends every claim.
+    pub(crate) fn release_all(&mut self, sink: &mut dyn CacheSink) {
+        for claim in self.cache.claims() {
+            self.release(claim, sink);
+        }
+        self.failures.clear();
+    }
+
     /// Ready when a load has come back, which [`settle`](Self::settle) takes in.
     pub(crate) fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
         if self.seen.is_none() {

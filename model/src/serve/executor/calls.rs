@@ -91,6 +91,15 @@ impl Executor {
 
     /// Computes experts of a checked call, all of which must be in memory. The outputs in the call's order.
     fn run_experts(&mut self, layer: u16, rows: &[f32], experts: &[(u16, Vec<u32>)]) -> Result<Vec<f32>, EngineError> {
+        self.compute(|executor| executor.run_experts_now(layer, rows, experts))
+    }
+
+    fn run_experts_now(
+        &mut self,
+        layer: u16,
+        rows: &[f32],
+        experts: &[(u16, Vec<u32>)],
+    ) -> Result<Vec<f32>, EngineError> {
         let (mut work, mut on_cpu) = (Vec::new(), Vec::new());
         for (index, rows) in experts {
             let id = ExpertId { layer, index: *index };
@@ -108,7 +117,7 @@ impl Executor {
         // The CPU computes while the device does.
         let on_cpu =
             self.cpu.as_mut().filter(|_| !on_cpu.is_empty()).map(|cpu| cpu.compute(rows.to_vec(), hidden, &on_cpu));
-        let on_device = pending.map_or_else(Vec::new, |rows| self.kernels.download(&rows));
+        let on_device = pending.map_or_else(Vec::new, |rows| self.kernels.download(rows));
         let Some(on_cpu) = on_cpu else { return Ok(on_device) };
         let (mut on_cpu, mut on_device) = (on_cpu.as_slice(), on_device.as_slice());
         let mut outputs = Vec::with_capacity(on_cpu.len() + on_device.len());

@@ -29,7 +29,7 @@ impl Executor {
     /// Begins a batch of `chunks` and computes until experts are needed.
     pub(crate) fn begin(&mut self, chunks: Vec<SequenceChunk>) -> Result<(Batch, Step), EngineError> {
         self.tick();
-        Ok(self.context()?.begin(chunks)?)
+        self.compute(|executor| Ok(executor.context()?.begin(chunks)?))
     }
 
     /// Whether anything can be computed for a batch now.
@@ -50,7 +50,8 @@ impl Executor {
             batch.layer = Some(layer);
             return Ok(None);
         }
-        match self.context()?.resume(&mut batch.batch, layer.outputs)? {
+        let outputs = layer.outputs;
+        match self.compute(|executor| Ok::<_, EngineError>(executor.context()?.resume(&mut batch.batch, outputs)?))? {
             Step::NeedExperts => Ok(None),
             Step::Logits(logits) => Ok(Some(logits)),
         }
@@ -200,7 +201,7 @@ impl Executor {
     /// experts.
     fn predict(&mut self, batch: &Batch, known: &LayerOutputs) -> Result<Vec<Vec<Route>>, EngineError> {
         let predictor = self.state.options.predictor;
-        Ok(predictor.predict(&mut self.context()?, batch, known))
+        self.compute(|executor| Ok(predictor.predict(&mut executor.context()?, batch, known)))
     }
 
     fn prefetch(&mut self, batch: &mut InFlightBatch, layer: usize, experts: &[u16]) {

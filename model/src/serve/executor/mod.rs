@@ -50,6 +50,8 @@ pub(crate) struct Executor {
     cpu: Option<CpuOffload>,
     /// Set since the first expert was put on disk.
     disk: Option<DiskOffload>,
+    /// The kernels compute, and no account of experts is being changed.
+    computing: bool,
 }
 
 /// Takes experts that were loaded from disk to the memory that computes them.
@@ -83,11 +85,31 @@ impl Executor {
     pub(crate) fn new(kernels: Box<dyn DynKernels>, state: Arc<EngineState>) -> Self {
         let options = &state.options;
         let cpu = options.device_expert_bytes.map(|budget| CpuOffload::new(budget, options.threads));
-        Self { kernels, state, trunk: None, experts: HashMap::new(), cpu, disk: None }
+        Self { kernels, state, trunk: None, experts: HashMap::new(), cpu, disk: None, computing: false }
     }
 
     pub(crate) fn state(&self) -> &Arc<EngineState> {
         &self.state
+    }
+
+    /// Runs `compute`, which must change no account of experts: a panic in it can be recovered from.
+    fn compute<T>(&mut self, compute: impl FnOnce(&mut Self) -> T) -> T {
+        self.computing = true;
+        let computed = compute(self);
+        self.computing = false;
+        computed
+    }
+
+    /// Whether the kernels computed when it panicked. Asked once.
+    pub(crate) fn was_computing(&mut self) -> bool {
+        std::mem::take(&mut self.computing)
+    }
+
+    /// Releases every claim: nobody needs an expert any more.
+    pub(crate) fn release_all(&mut self) {
+        if let Some((disk, mut sink)) = self.disk() {
+            disk.release_all(&mut sink);
+        }
     }
 
     pub(crate) fn kernels(&mut self) -> &mut dyn DynKernels {
@@ -126,7 +148,7 @@ impl Executor {
                 cpu.add(id, weights, precision, kernels, experts);
             }
         } else {
-            let expert = self.kernels.expert(weights);
+            let expert = self.compute(|executor| executor.kernels.expert(weights));
             self.remove_from_disk(id);
             self.experts.insert(id, (expert, precision));
         }
@@ -391,6 +413,15 @@ impl Executor {
     /// Computes the batch's experts that are `wanted` and in memory: launches the device's part, computes the CPU's
     /// part meanwhile, then waits for the device.
     fn run(
+        &mut self,
+        batch: &Batch,
+        wanted: impl Fn(ExpertId) -> bool,
+        shared: bool,
+    ) -> Result<LayerOutputs, EngineError> {
+        self.compute(|executor| executor.run_now(batch, wanted, shared))
+    }
+
+    fn run_now(
         &mut self,
         batch: &Batch,
         wanted: impl Fn(ExpertId) -> bool,

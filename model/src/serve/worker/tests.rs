@@ -18,7 +18,7 @@ use coel_kernels::{
 };
 use coel_weights::{
     checkpoint::Checkpoint,
-    layout,
+    layout::{self, ExpertId},
     slices::{Precision, Weight},
 };
 use tokio::sync::oneshot;
@@ -530,7 +530,7 @@ impl DynKernels for Faulty {
         self.inner.upload(values, width)
     }
 
-    fn download(&self, rows: &DeviceRows) -> Vec<f32> {
+    fn download(&self, rows: DeviceRows) -> Vec<f32> {
         self.inner.download(rows)
     }
 
@@ -580,26 +580,48 @@ impl DynKernels for Faulty {
 #[test]
 fn a_panic_fails_what_is_under_way_and_nothing_after_it() {
     let (mut bench, switches) = Faulty::bench();
-    let expected = bench.alone(&tokens(20, 4)).0;
-    let mut requests: Vec<_> = (0..3).map(|salt| bench.ask(bench.open(40), &tokens(30, salt))).collect();
-    (0..3).for_each(|_| _ = bench.round());
-    switches.panics.store(true, Ordering::Relaxed);
-    bench.rest();
-    for request in &mut requests {
-        let (session, result) = poll(request).expect("answered");
-        let error = result.unwrap_err();
-        assert!(matches!(&error, EngineError::Panicked(why) if why.contains("out of device memory")), "{error}");
-        assert_eq!(session.used(), 0);
+    let (short, long) = (tokens(20, 4), tokens(300, 5));
+    let expected = [bench.alone(&short).0, bench.alone(&long).0];
+    // A batch that is as large as may be, and one that waits.
+    for prompts in [vec![256], vec![30, 30, 30], vec![300, 1]] {
+        let mut requests: Vec<_> =
+            prompts.iter().zip(0..).map(|(count, salt)| bench.ask(bench.open(400), &tokens(*count, salt))).collect();
+        (0..3).for_each(|_| _ = bench.round());
+        switches.panics.store(true, Ordering::Relaxed);
+        bench.rest();
+        for request in &mut requests {
+            let (session, result) = poll(request).expect("answered");
+            let error = result.unwrap_err();
+            assert!(matches!(&error, EngineError::Panicked(why) if why.contains("out of device memory")), "{error}");
+            assert_eq!(session.used(), 0);
+        }
+        drop(requests);
+        assert!([bench.alone(&short).0, bench.alone(&long).0] == expected, "later requests are answered as before");
+        assert_eq!((bench.engine.activity().pages_used, bench.engine.fault()), (0, None));
     }
-    drop(requests);
-    assert!(bench.alone(&tokens(20, 4)).0 == expected, "later requests are answered as before");
-    assert_eq!((bench.engine.activity().pages_used, bench.engine.fault()), (0, None));
 }
 
 #[test]
-fn an_expert_whose_loading_panics_is_not_held() {
+fn a_peers_call_that_panics_fails_alone_with_those_that_wait() {
+    let (mut bench, switches) = Faulty::bench();
+    let rows: Vec<f32> = (0..256).map(|index| index as f32 / 256.0).collect();
+    let expected = compute(&mut bench, 2, rows.clone(), vec![(3, vec![0])]);
+    let engine = bench.engine.clone();
+    let mut call = Box::pin(engine.run_experts(2, rows.clone(), vec![(3, vec![0])]));
+    let context = &mut Context::from_waker(Waker::noop());
+    assert!(call.as_mut().poll(context).is_pending());
+    switches.panics.store(true, Ordering::Relaxed);
+    bench.rest();
+    let Poll::Ready(result) = call.as_mut().poll(context) else { panic!("not answered") };
+    assert!(matches!(result, Err(EngineError::Panicked(_))), "{result:?}");
+    assert_eq!(compute(&mut bench, 2, rows, vec![(3, vec![0])]), expected);
+}
+
+#[test]
+fn an_expert_whose_replacement_panics_stays_as_it_was() {
     let (mut bench, switches) = Faulty::bench();
     let id = ExpertId { layer: 1, index: 2 };
+    let expected = bench.alone(&tokens(20, 4)).0;
     let engine = bench.engine.clone();
     let mut load = Box::pin(engine.load_expert_tensors(id, bench.checkpoint.expert(id)));
     let context = &mut Context::from_waker(Waker::noop());
@@ -608,7 +630,26 @@ fn an_expert_whose_loading_panics_is_not_held() {
     bench.rest();
     let Poll::Ready(result) = load.as_mut().poll(context) else { panic!("not answered") };
     assert!(matches!(result, Err(EngineError::Panicked(_))), "{result:?}");
-    assert!(!bench.engine.held().contains_key(&id));
+    assert_eq!(bench.engine.held().get(&id), Some(&Precision::Exact));
+    assert!(bench.alone(&tokens(20, 4)).0 == expected);
+}
+
+#[test]
+fn a_panic_while_experts_change_places_ends_the_thread_by_name() {
+    let switches = Arc::new(Switches::default());
+    let inner = Box::new(CpuKernels::default());
+    let kernels = Box::new(Faulty { inner, switches: switches.clone() });
+    // Some experts are on the device: the next one to be loaded is promoted.
+    let mut bench = Bench::with(kernels, Some(40 * 3 * 96 * 256 * 2));
+    let id = ExpertId { layer: 0, index: 0 };
+    let engine = bench.engine.clone();
+    let mut load = Box::pin(engine.load_expert_tensors(id, bench.checkpoint.expert(id)));
+    let context = &mut Context::from_waker(Waker::noop());
+    assert!(load.as_mut().poll(context).is_pending());
+    switches.panics.store(true, Ordering::Relaxed);
+    while bench.worker.guarded(None, &mut bench.queue, &|| bench.now).is_some_and(|turn| turn == Turn::Again) {}
+    let fault = bench.engine.fault().expect("the accounts may be torn");
+    assert!(fault.contains("loaded or moved") && fault.contains("out of device memory"), "{fault}");
 }
 
 #[test]
