@@ -5,7 +5,7 @@
 //! 1. this node. The engine computes what it holds before it asks for more, so this covers experts that were loaded meanwhile;
 //! 2. hosts that are neither cooling down nor overloaded, the highest precision first, so that whether an answer is exact
 //!    does not depend on a random choice;
-//! 3. overloaded hosts, the highest precision first ([`HostTable::is_overload`]);
+//! 3. overloaded hosts, the highest precision first ([`HostTable::is_overloaded`]);
 //! 4. hosts that are cooling down, the highest precision first.
 //!
 //! Among equals it is the host already contacted in this layer that answers soonest, unless another would answer in less
@@ -206,7 +206,7 @@ impl DispatchContext<'_> {
     fn rank(&self, node: NodeId, precision: Precision, rows: usize) -> Rank {
         let health = if self.hosts.is_cooling_down(node, self.now) {
             Health::CoolingDown
-        } else if HostTable::is_overload(self.estimate(node, rows)) {
+        } else if self.hosts.is_overloaded(node, self.estimate(node, rows)) {
             Health::Overloaded
         } else {
             Health::Good
@@ -461,6 +461,16 @@ mod tests {
         assert_eq!(world.chosen(), [(3, 400)].into());
         world.replicas.live.remove(&NodeId(3));
         assert_eq!(world.chosen(), [(4, 400)].into(), "the next lower one");
+    }
+
+    #[test]
+    fn one_slow_answer_does_not_make_answers_inexact() {
+        let mut world = world(&[]);
+        world.hold(0, 2, Precision::Q4);
+        world.hold(0, 3, Precision::Exact);
+        let slow = Answered { rows: 1, rows_ahead: 0, took: Duration::from_secs(4), round_trip: None };
+        world.hosts.answered(NodeId(3), slow);
+        assert_eq!(world.chosen(), [(3, 400)].into(), "nothing is queued there, and asking again measures anew");
     }
 
     #[test]

@@ -113,9 +113,11 @@ impl HostTable {
         round_trip.unwrap_or(ROUND_TRIP_PRIOR).saturating_add(computing)
     }
 
-    /// Whether a host of this [estimate](Self::estimate) is overloaded: then an available host of a lower precision is preferred.
-    pub fn is_overload(estimate: Duration) -> bool {
-        estimate > OVERLOADED_AFTER
+    /// Whether a host of this [estimate](Self::estimate) is overloaded: then an available host of a lower precision is
+    /// preferred. A host that owes this home nothing is not overloaded, however slow its last answer was: asked again, it is
+    /// measured anew.
+    pub fn is_overloaded(&self, node: NodeId, estimate: Duration) -> bool {
+        self.rows_in_flight(node) > 0 && estimate > OVERLOADED_AFTER
     }
 
     /// How long to wait for `rows` rows that are sent now. `spare` says whether other replicas could compute them all.
@@ -251,8 +253,11 @@ mod tests {
 
     #[test]
     fn overload_begins_at_half_the_longest_deadline() {
-        assert!(!HostTable::is_overload(DEADLINE_MAX / 2));
-        assert!(HostTable::is_overload(DEADLINE_MAX / 2 + ms(1)));
+        let (mut hosts, node) = (HostTable::default(), NodeId(1));
+        assert!(!hosts.is_overloaded(node, DEADLINE_MAX), "it owes nothing");
+        hosts.sent(node, 1);
+        assert!(!hosts.is_overloaded(node, DEADLINE_MAX / 2));
+        assert!(hosts.is_overloaded(node, DEADLINE_MAX / 2 + ms(1)));
     }
 
     #[test]

@@ -88,17 +88,21 @@ impl Leader {
         let mut effects = Vec::new();
         let mut report = LeaderReport::default();
         if facts.leads() {
-            effects.push(Effect::ReconcileVoters { down: self.down_since.longer_than(UNSEAT_AFTER, now) });
             let mut unavailable = self.down_since.unavailable(facts.state.placement.as_ref(), now);
             unavailable.gone.extend(self.mute_since.longer_than(MUTE_AFTER, now));
             report = self.report.clone();
-            effects.extend(self.place(facts, unavailable, &mut report));
+            // A leader that has left still counts votes until another one leads, and plans no more.
+            if facts.state.members.contains_key(&facts.node) {
+                effects.extend(self.place(facts, unavailable, &mut report));
+            }
+            // After the plan, which is made of these facts: to bring voters up to date takes time, and facts age.
+            effects.push(Effect::ReconcileVoters { down: self.down_since.longer_than(UNSEAT_AFTER, now) });
         } else {
             (self.settled, self.target) = (None, None);
         }
         if report != self.report {
             self.report = report.clone();
-            effects.push(Effect::Report(report));
+            effects.insert(0, Effect::Report(report));
         }
         effects
     }

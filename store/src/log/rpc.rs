@@ -22,8 +22,9 @@ use serde::{Deserialize, Serialize};
 /// 2 MiB, snapshot chunks are 1 MiB.
 pub const RPC_BYTES_MAX: usize = 8 << 20;
 
-/// The version of these messages.
-const VERSION: u8 = 2;
+/// The version of these messages, and of the log that they carry: members of the version before do not check who authored a
+/// command.
+const VERSION: u8 = 3;
 
 /// A request in its envelope.
 #[derive(Debug, Serialize, Deserialize)]
@@ -249,7 +250,7 @@ mod tests {
 
     #[test]
     fn a_proposal_is_spelled_as_ever() {
-        // Pinned: former builds propose with these bytes.
+        // Pinned: a change of these bytes is a new version.
         let request = RpcRequest::Propose { command: Command::Leave { node: NodeId(3) }, wait_ms: 7 };
         let mut bytes = b"\x02\xa3\x64mesh\x50".to_vec();
         bytes.extend([1; 16]);

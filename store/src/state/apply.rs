@@ -24,8 +24,8 @@
 //! An entry without an author comes from a leader of a former build, and is applied as that build applied it: unchecked.
 //! Members that applied it before their update did so, and the state must not depend on when a member updates. Nothing is
 //! opened by that: only a leader writes entries, and a leader could stamp any author.
-//! In a mesh of both builds, members of the former one ignore authors and apply what this build refuses; honest nodes
-//! propose nothing that is refused for its author but a plan that crosses a change of leader, so update all nodes soon.
+//! Members of the former build would apply what this one refuses, and their states would part for good. So the two do not
+//! share a log: the version of Raft's messages ([`crate::log`]) refuses them by name until all nodes are updated.
 
 use super::command::{Assignment, Command, Origin, Outcome, Refusal};
 use super::{Invite, Member, MemberInfo, Model, Placement, Replica, State};
