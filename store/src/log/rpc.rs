@@ -244,7 +244,7 @@ mod tests {
         assert!(Envelope::decode(&bytes).is_ok());
         bytes[0] = 9;
         let refusal = Envelope::decode(&bytes).unwrap_err();
-        assert_eq!(refusal, RpcRefusal::Version { got: 9, known: 2 });
+        assert_eq!(refusal, RpcRefusal::Version { got: 9, known: 3 });
         assert!(matches!(Envelope::decode(&[]), Err(RpcRefusal::Malformed(_))));
     }
 
@@ -252,7 +252,7 @@ mod tests {
     fn a_proposal_is_spelled_as_ever() {
         // Pinned: a change of these bytes is a new version.
         let request = RpcRequest::Propose { command: Command::Leave { node: NodeId(3) }, wait_ms: 7 };
-        let mut bytes = b"\x02\xa3\x64mesh\x50".to_vec();
+        let mut bytes = b"\x03\xa3\x64mesh\x50".to_vec();
         bytes.extend([1; 16]);
         bytes.extend(b"\x62to\x02\x63ask\xa1\x67Propose\xa2\x67command\xa1\x65Leave\xa1\x64node\x03\x67wait_ms\x07");
         assert_eq!(envelope(request).encode().unwrap(), bytes);
