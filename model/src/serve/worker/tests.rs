@@ -585,7 +585,7 @@ fn a_panic_fails_what_is_under_way_and_nothing_after_it() {
     // A batch that is as large as may be, and one that waits.
     for prompts in [vec![256], vec![30, 30, 30], vec![300, 1]] {
         let mut requests: Vec<_> =
-            prompts.iter().zip(0..).map(|(count, salt)| bench.ask(bench.open(400), &tokens(*count, salt))).collect();
+            prompts.iter().zip(0..).map(|(count, salt)| bench.ask(bench.open(320), &tokens(*count, salt))).collect();
         (0..3).for_each(|_| _ = bench.round());
         switches.panics.store(true, Ordering::Relaxed);
         bench.rest();
