@@ -36,7 +36,7 @@ pub enum Fit {
     DiskOffload { experts: u64, embedding_on_disk: bool },
 }
 
-/// How host memory beneath a device is divided.
+/// How host memory is divided where a device has memory of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostFit {
     /// Bytes that experts on disk take by turns, if not all of them fit both memories.

@@ -21,7 +21,7 @@ pub struct Generation {
     pub tokens: Vec<u32>,
     pub finish: FinishReason,
     pub usage: Usage,
-    /// Kernel classes that took part besides the engine's own: the host's, where experts lie beneath a device.
+    /// Kernel classes that took part besides the engine's own: the CPU's, where it computes experts that a GPU does not hold.
     pub other_classes: Vec<String>,
 }
 

@@ -3,7 +3,7 @@
 //! Owns [`LocalModel`]: a model folder, its text side and an engine that holds all of it. Without a memory budget, or
 //! where everything fits it, weights are used in place. Otherwise the trunk is read into memory of this process's own,
 //! and experts stay on disk and take what is left of the budget by turns. With a budget of a device's memory, experts that do
-//! not fit it lie in host memory beneath, and on disk beneath that if need be. The invariant: what is loaded and reserved,
+//! not fit it stay in host memory, and on disk if that is too small. The invariant: what is loaded and reserved,
 //! with what the process had before, is no more than the budgets. It answers nothing by itself.
 
 use std::path::Path;
@@ -181,7 +181,7 @@ impl LocalModel {
             return Err(LocalError::NoDevice);
         }
         let device_experts = needs.fit_device(vram)?;
-        // Where everything fits, nothing lies beneath.
+        // Where everything fits the GPU, nothing is offloaded.
         engine_options.device_expert_bytes = (device_experts < needs.experts).then_some(device_experts);
         let engine = Engine::start(options.device, folder.config().clone(), engine_options)?;
         if engine.device() == Device::Cpu {
@@ -288,7 +288,7 @@ fn needs(folder: &ModelFolder, trunk: &Tensors, process: u64, experts: Precision
         // What cannot be held like that is refused when it is loaded.
         experts: inventory.experts.at(experts).unwrap_or_default(),
         expert: whole_pages(inventory.expert.at(experts).unwrap_or_default()),
-        // While one row's experts are computed, another flight's come.
+        // While one row's experts are computed, those of another batch are read.
         experts_least: 2 * config.num_experts_per_tok,
     }
 }

@@ -34,7 +34,7 @@ fn small() -> (tempfile::TempDir, Checkpoint) {
     (dir, checkpoint)
 }
 
-/// Greedy tokens after each of `prompts`, from flights of one row after the prompt's.
+/// Greedy tokens after each of `prompts`, from batches of one row after the prompt's.
 fn greedy_alone(checkpoint: &Checkpoint, prompts: &[Vec<u32>], count: usize) -> Vec<Vec<u32>> {
     let mut whole = Whole::new(CpuKernels::default(), checkpoint);
     let mut follow = |prompt: &Vec<u32>| {
@@ -82,7 +82,7 @@ fn eight_threads_get_the_tokens_each_would_get_alone() {
             let running: Vec<_> = prompts.iter().map(|prompt| scope.spawn(|| follow(prompt))).collect();
             running.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
-        assert_eq!(found, expected, "pages of {page_tokens}, flights of {rows_max}");
+        assert_eq!(found, expected, "pages of {page_tokens}, batches of {rows_max}");
         let rows: usize = prompts.iter().map(|prompt| prompt.len() + 9).sum();
         let activity = engine.activity();
         assert_eq!((activity.rows, activity.waiting, activity.pages_used), (rows as u64, 0, 0));

@@ -1,6 +1,6 @@
 //! Files that appear whole or not at all, and survive a power cut.
 //!
-//! The recipe is the same everywhere: write beside the target, fsync the file, rename it, fsync the folder. Renames of
+//! The procedure is the same everywhere: write beside the target, fsync the file, rename it, fsync the folder. Renames of
 //! several files share the last step. What the files mean is not known here.
 
 use std::collections::BTreeSet;

@@ -1,4 +1,4 @@
-//! The store beneath the log, without a network: openraft's own suite, and power cuts.
+//! The store under the log, without a network: openraft's own suite, and power cuts.
 
 mod power_cut;
 mod suite;
