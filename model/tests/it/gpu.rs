@@ -1,17 +1,9 @@
-//! The GPU kernels on a Vulkan device, software or not, against the CPU's.
-//!
-//! Where no Vulkan driver is installed these tests say so and pass; with `COEL_REQUIRE_VULKAN=1`, as in CI, they fail.
-//! Matrices and norms must have the bits of the documented order of operations: the portable kernels' where the device
-//! fuses multiply-adds, which is asked of it first, and those of the same operations rounded twice where it does not.
+//! The bundled model on a Vulkan device, software or not, against the reference and the CPU. The tests of the kernels
+//! themselves are in `model/gpu`.
 
-use std::{
-    env, fs,
-    io::{Write, stderr},
-    sync::Once,
-};
+use std::fs;
 
 use coel_model::{
-    gpu::{kernels::VulkanKernels, vulkan},
     nn::batch::Want,
     serve::{device::Device, engine::block_on},
     tools::{
@@ -22,22 +14,8 @@ use coel_model::{
 };
 use safetensors::{SafeTensors, tensor::TensorView};
 
+pub use crate::vulkan_device::vulkan;
 use crate::whole;
-
-/// The first Vulkan device, if there is one.
-pub fn vulkan() -> Option<VulkanKernels> {
-    static SAID: Once = Once::new();
-    match vulkan::open(0) {
-        Ok(opened) => Some(VulkanKernels::on(opened)),
-        Err(why) => {
-            assert!(env::var_os("COEL_REQUIRE_VULKAN").is_none(), "a Vulkan device is required here: {why}");
-            // Past the test harness, which keeps what passing tests print to itself.
-            let said = "skipped: no Vulkan driver; apt-get install mesa-vulkan-drivers";
-            SAID.call_once(|| writeln!(stderr(), "{said}").expect("stderr"));
-            None
-        }
-    }
-}
 
 /// The golden reference with `follow` tokens continued instead of all: software devices are slow.
 pub fn reference_file(follow: usize) -> tempfile::NamedTempFile {

@@ -13,4 +13,6 @@ mod part_blobs;
 mod slices;
 mod survey;
 mod synth;
+#[path = "../../gpu/tests/it/vulkan_device.rs"]
+mod vulkan_device;
 mod whole;

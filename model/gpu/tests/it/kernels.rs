@@ -4,13 +4,9 @@
 //! Matrices and norms must have the bits of the documented order of operations: the portable kernels' where the device
 //! fuses multiply-adds, which is asked of it first, and those of the same operations rounded twice where it does not.
 
-use std::{
-    env,
-    io::{Write, stderr},
-    sync::Once,
-};
+use std::io::{Write, stderr};
 
-use coel_gpu::{kernels::VulkanKernels, vulkan};
+use coel_gpu::kernels::VulkanKernels;
 use coel_kernels::{
     Gated, Kernels,
     angles::Angles,
@@ -28,22 +24,10 @@ use coel_weights::{
 use half::f16;
 use rand::Rng;
 
-use crate::support::{bits, check_close, experts, linear, mixed, oracle, reference, rng, rows, weight};
-
-/// The first Vulkan device, if there is one.
-pub fn vulkan() -> Option<VulkanKernels> {
-    static SAID: Once = Once::new();
-    match vulkan::open(0) {
-        Ok(opened) => Some(VulkanKernels::on(opened)),
-        Err(why) => {
-            assert!(env::var_os("COEL_REQUIRE_VULKAN").is_none(), "a Vulkan device is required here: {why}");
-            // Past the test harness, which keeps what passing tests print to itself.
-            let said = "skipped: no Vulkan driver; apt-get install mesa-vulkan-drivers";
-            SAID.call_once(|| writeln!(stderr(), "{said}").expect("stderr"));
-            None
-        }
-    }
-}
+use crate::{
+    support::{bits, check_close, experts, linear, mixed, oracle, reference, rng, rows, weight},
+    vulkan_device::vulkan,
+};
 
 fn exact(values: &[f32], dtype: DType, rows: usize) -> Weight {
     let bytes = |value: &f32| match dtype {

@@ -3,3 +3,4 @@
 mod kernels;
 #[path = "../../../kernels/tests/it/support.rs"]
 mod support;
+mod vulkan_device;
