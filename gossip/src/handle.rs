@@ -72,6 +72,11 @@ impl Handle {
         self.endpoint.listening.borrow().clone()
     }
 
+    /// The [`Self::listen_addresses`], and when they change.
+    pub fn listen_address_changes(&self) -> watch::Receiver<Vec<Multiaddr>> {
+        self.endpoint.listening.subscribe()
+    }
+
     /// Replaces the members: the admitted nodes, and where each was last seen. A connection to each is kept from now
     /// on. This node's own id may be among them. A former member is refused at once on protocols for members, and
     /// disconnected a few seconds later, so that a farewell can still be answered.

@@ -38,7 +38,7 @@ mod transport;
 pub use config::Config;
 pub use error::{DialError, FactsTooLarge, OpenError, RequestError, ServeError, StartError, StreamError};
 pub use handle::{Handle, start};
-pub use identity::{Identity, IdentityError};
+pub use identity::Identity;
 pub use libp2p::{Multiaddr, PeerId};
 pub use membership::liveness::Liveness;
 pub use membership::measure::Rtt;

@@ -2,14 +2,14 @@
 
 /// Added to the nice value of a thread that is to yield to others.
 #[cfg(target_os = "linux")]
-const NICE: libc::c_int = 10;
+const NICE: i32 = 10;
 
 /// Puts the calling thread below the priority of everything that answers in time.
 #[cfg(target_os = "linux")]
 pub(crate) fn lower_priority() {
-    // SAFETY: setpriority has no preconditions; on Linux, process 0 means the calling thread.
-    if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) } != 0 {
-        tracing::debug!("the thread keeps its priority: {}", std::io::Error::last_os_error());
+    // On Linux, no process means the calling thread.
+    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+        tracing::debug!("the thread keeps its priority: {error}");
     }
 }
 

@@ -1,4 +1,5 @@
-//! The bundled checkpoint against what transformers computed from it, through the same evaluations users run.
+//! The bundled checkpoint against results that transformers computed from it, through the same evaluations that users
+//! run.
 
 use std::{
     collections::BTreeMap,

@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use coel_gossip::{Handle, Identity};
+use coel_gossip::Handle;
 use coel_model::serve::device::Device;
-use coel_store::{Blobs, Log, MemberInfo, Timing};
+use coel_store::{Blobs, Log, MemberInfo, Timing, replace_file};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -33,12 +33,14 @@ use crate::lifecycle::Lifecycle;
 use crate::mesh::admission::handshake::Greeted;
 use crate::mesh::admission::invite::Invite;
 use crate::mesh::admission::protocol;
-use crate::mesh::{MeshView, OwnOffer, advert, leader, members, raft_network};
+use crate::mesh::identity::IdentityError;
+use crate::mesh::members::Departure;
+use crate::mesh::{MeshView, OwnOffer, advert, identity, leader, members, raft_network};
 use crate::metrics::Metrics;
 use crate::placement::LeaderReport;
 use crate::registry::ModelRegistry;
 use crate::status::{ReadinessView, StatusView};
-use crate::system::{cpu_time, replace_file, resident_bytes};
+use crate::system::{cpu_time, resident_bytes};
 use crate::weights::fetch::Fetcher;
 use crate::weights::{self, wire as weight_wire};
 
@@ -90,7 +92,7 @@ pub enum RunError {
     Gossip(#[from] coel_gossip::StartError),
     /// The identity is unusable.
     #[error("{0}")]
-    Identity(#[from] coel_gossip::IdentityError),
+    Identity(#[from] IdentityError),
     /// The log did not open.
     #[error("{0}")]
     Log(#[from] coel_store::LogError),
@@ -129,7 +131,7 @@ pub async fn run(config: Config, origin: Origin, started: impl FnOnce(&NodeFile)
     }
     let api = TcpListener::bind(config.api).await.map_err(|source| RunError::Api { address: config.api, source })?;
     let api_url = format!("http://{}", api.local_addr().map_err(io("HTTP"))?);
-    let identity = Identity::load_or_create(&data.join("identity.key"))?;
+    let identity = identity::load_or_create(&data.join("identity.key"))?;
     let mut swarm = coel_gossip::Config::new(identity);
     swarm.listen = config.listen.clone();
     swarm.peers = config.peers.clone();
@@ -322,7 +324,14 @@ fn wire_up(node: &Node, api_url: &str) -> Parts {
         kv_tokens: limits.kv_tokens,
         memory_bytes: limits.memory_bytes,
     };
-    let commands = CommandHandles { view: view.clone(), status, importer, answers, lifecycle: lifecycle.clone() };
+    let commands = CommandHandles {
+        view: view.clone(),
+        status,
+        importer,
+        answers,
+        departure: Departure::default(),
+        lifecycle: lifecycle.clone(),
+    };
     Parts { offer, view, loaded, metrics, leader_report, hosting, generator, commands }
 }
 
@@ -363,7 +372,8 @@ async fn serve(
     task("leader", Box::pin(leader::run(parts.view, parts.leader_report)));
     task("offer", Box::pin(advert::publish(gossip.clone(), parts.offer)));
     task("load", Box::pin(load));
-    task("entry", Box::pin(members::keep_own_entry(gossip.clone(), log, config.name.clone())));
+    let (name, departure) = (config.name.clone(), parts.commands.departure.clone());
+    task("entry", Box::pin(members::keep_own_entry(gossip.clone(), log, name, departure)));
 
     let generator = Arc::new(Generator::new(parts.generator));
     let stopping = lifecycle.stopping().clone();

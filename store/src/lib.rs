@@ -38,7 +38,7 @@ mod sync;
 
 pub use blobs::{BlobError, BlobReader, Blobs, Draft, NewPart, NewSlices, PartKey, Partial, Segment, Usage};
 pub use cbor::CborError;
-pub use disk::{DiskError, OpenError, replace_file};
+pub use disk::{DiskError, OpenError, replace_file, replace_secret_file};
 pub use ids::{BlobId, Epoch, ExpertId, MeshId, ModelId, NodeId, ParseIdError, Peer, TokenHash};
 pub use log::{
     Log, LogError, ProposeError, RPC_BYTES_MAX, RpcRefusal, Timing, Transport, Unreachable, VOTERS_MAX, voters,

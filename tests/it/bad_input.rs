@@ -1,4 +1,5 @@
-//! Bad input, case by case: what is wrong is named, what to do is said, and the exit code tells usage from failure.
+//! Bad input, case by case: the message names the fault and the remedy, and the exit code tells wrong usage from
+//! failure.
 
 use std::fs::OpenOptions;
 
@@ -10,7 +11,7 @@ async fn generate(copy: &Copy) -> crate::support::Ended {
     coel(["generate", "--model", copy.dir().to_str().unwrap(), "--max-tokens", "1", "Hello"]).await
 }
 
-/// An expert's tensor, as good as any.
+/// A tensor of an arbitrary expert.
 const TENSOR: &str = "model.layers.3.mlp.experts.7.up_proj.weight";
 
 #[tokio::test]
@@ -24,7 +25,7 @@ async fn spoilt_checkpoints_are_refused_by_name() {
     OpenOptions::new().write(true).open(copy.weights()).unwrap().set_len(length - 1000).unwrap();
     generate(&copy).await.refused(1, &["model.safetensors", "truncated"]);
 
-    // Missing: the last tensor of the file, so that no hole is left.
+    // A missing tensor: the last one of the file, so that it leaves no gap.
     let copy = Copy::new();
     let mut gone = String::new();
     copy.edit_weights(|header, data| {
@@ -35,7 +36,7 @@ async fn spoilt_checkpoints_are_refused_by_name() {
     });
     generate(&copy).await.refused(1, &["missing", &gone]);
 
-    // Extra.
+    // An extra tensor.
     let copy = Copy::new();
     copy.edit_weights(|header, data| {
         let end = data.len();
@@ -45,7 +46,7 @@ async fn spoilt_checkpoints_are_refused_by_name() {
     });
     generate(&copy).await.refused(1, &["model.extra.weight"]);
 
-    // Of another shape.
+    // A tensor of another shape.
     let copy = Copy::new();
     copy.edit_weights(|header, _| {
         let shape = header[TENSOR]["shape"].as_array_mut().unwrap();
@@ -53,7 +54,7 @@ async fn spoilt_checkpoints_are_refused_by_name() {
     });
     generate(&copy).await.refused(1, &[TENSOR, "96", "256"]);
 
-    // A weight that is no number: nothing is looked through at the start, but no token is drawn from what comes of it.
+    // A NaN weight: loading does not scan the weights, but no token is sampled from logits that are not finite.
     let spoilt = Copy::new();
     spoilt.edit_weights(|header, data| {
         let at = header["model.norm.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
@@ -61,7 +62,7 @@ async fn spoilt_checkpoints_are_refused_by_name() {
     });
     generate(&spoilt).await.refused(1, &["no finite numbers", "coel model slice"]);
 
-    // Import refuses what generate refuses, before the mesh hears of it.
+    // Import refuses the checkpoint that generate refuses, before the mesh learns of it.
     let mesh = crate::support::lone_node().await;
     let data = mesh.nodes()[0].data();
     let import = crate::support::coel_at(&data, ["model", "import", copy.dir().to_str().unwrap()]).await;
@@ -119,7 +120,7 @@ async fn a_missing_expert_is_named() {
     testnet(["--once", "--fault", "missing-expert"]).await.refused(1, &["expert 5.23"]);
 }
 
-/// Over HTTP, on a mesh that serves: each fault with its status, its code and the field at fault.
+/// Over HTTP, on a serving mesh: each fault has its status, its code and the field at fault.
 pub async fn http_is_refused(api: &str) {
     let chat = format!("{api}/v1/chat/completions");
     let message = json!([{"role": "user", "content": "Hello"}]);
@@ -141,7 +142,7 @@ pub async fn http_is_refused(api: &str) {
     }
     let (status, reply) = post(&chat, "{\"model\": ").await;
     assert!(status == 400 && reply["error"]["message"].as_str().unwrap().contains("not valid JSON"), "{reply}");
-    // It serves on.
+    // The node still serves.
     let body = json!({"model": MODEL, "messages": message, "temperature": 0, "max_tokens": 4});
     assert_eq!(post(&chat, body.to_string()).await.0, 200);
 }

@@ -1,7 +1,7 @@
 //! Killing nodes: between questions, in the middle of an answer, and until too few are left.
 //!
-//! One mesh lives through all of it, since a node that comes back must serve as before. Nothing here waits for a time: it
-//! waits for what the nodes say of themselves, and for answers.
+//! One mesh goes through all of it, since a node that comes back must serve as before. Nothing here waits for a fixed
+//! time: the tests wait for states that the nodes report, and for answers.
 
 use coel_node::service::ModelInfo;
 use coel_node::status::Status;
@@ -15,9 +15,9 @@ use crate::golden::Alone;
 use crate::support::{MODEL, QUESTION, coel_at, continue_tokens, mesh, turn, until};
 
 const ANSWER: &str = "The capital of France is Paris.";
-/// Long enough that a node can be killed well within it.
+/// Long enough to kill a node well before the answer ends.
 const LONG_TOKENS: usize = 120;
-/// Pieces of text after which the killing happens.
+/// Pieces of text after which a node is killed.
 const PIECES: usize = 10;
 
 #[tokio::test]
@@ -34,7 +34,7 @@ async fn any_one_of_three_may_die_at_any_time() {
         let home = (victim + 1) % 3;
         let api = mesh.nodes()[home].api().unwrap();
 
-        // Between two questions. The second one comes before anybody can have noticed.
+        // Between two questions. The second one comes before any node can have noticed the death.
         assert_eq!(question(&api).await, ANSWER);
         mesh.node(victim).kill();
         assert_eq!(question(&api).await, ANSWER, "right after the death of {}", mesh.nodes()[victim].name());
@@ -67,7 +67,7 @@ async fn question(api: &str) -> String {
     ask::chat(api, MODEL, QUESTION, |_| ()).await.unwrap().text
 }
 
-/// The two that are left have a leader and serve every expert.
+/// The two surviving nodes have a leader and serve every expert.
 async fn survivors_carry_on(mesh: &mut Mesh, victim: usize) {
     let dead = mesh.nodes()[victim].name().to_owned();
     for index in (0..3).filter(|&index| index != victim) {
@@ -84,7 +84,7 @@ async fn survivors_carry_on(mesh: &mut Mesh, victim: usize) {
     }
 }
 
-/// Who is waited for in vain has its experts placed elsewhere.
+/// The experts of a node that stays away are placed elsewhere.
 async fn its_experts_are_placed_elsewhere(mesh: &mut Mesh, victim: usize) {
     let dead = mesh.nodes()[victim].name().to_owned();
     let what = format!("a new placement without {dead}");
@@ -98,7 +98,7 @@ async fn its_experts_are_placed_elsewhere(mesh: &mut Mesh, victim: usize) {
 #[tokio::test]
 async fn a_short_absence_makes_nothing_less_exact() {
     let _turn = turn().await;
-    // Two of three have no room for everything exactly.
+    // Two of the three nodes have no room for all experts at exact precision.
     let (mut mesh, job, budget) = mesh(3, 40).await;
     let wanted = job.wanted(&budget);
     let all_exact = |status: &Status| status.nodes.iter().all(|node| node.precisions.q4 + node.precisions.q8 == 0);
@@ -106,7 +106,7 @@ async fn a_short_absence_makes_nothing_less_exact() {
     let before = mesh.nodes()[1].status().await.unwrap();
     let away = mesh.nodes()[2].name().to_owned();
     mesh.node(2).kill();
-    // The leader has looked at what is to be done without it, and left all as it is.
+    // The leader has planned without the absent node, and has left the placement as it is.
     let led = until(&mut mesh, 0, "a leader that is there", |status| {
         status.leader.is_some_and(|leader| {
             status.nodes.iter().any(|node| node.node_id == leader && node.name != away && node.liveness != "down")
@@ -146,7 +146,7 @@ async fn back_in_service(mesh: &mut Mesh, victim: usize, wanted: coel_testnet::s
     assert_eq!(question(&api).await, ANSWER, "asked of {}", status.name);
 }
 
-/// With two of three gone at once, some experts have nobody left, and nothing can be agreed on.
+/// With two of three nodes gone at once, some experts have no replica left, and the remaining node has no majority.
 async fn the_last_replica_is_named_and_a_minority_agrees_on_nothing(mesh: &mut Mesh) {
     mesh.node(1).kill();
     mesh.node(2).kill();
@@ -164,12 +164,12 @@ async fn the_last_replica_is_named_and_a_minority_agrees_on_nothing(mesh: &mut M
     let status = until(mesh, 0, "coverage that counts the dead", |status| !status.readiness.ready).await;
     assert!(status.readiness.coverage < 1.0, "{:?}", status.readiness);
     let data = mesh.nodes()[0].data();
-    // It may have been the leader itself, or still believe in a dead one, or know that there is none.
+    // The node may have been the leader itself, may still believe in a dead one, or may know that there is none.
     let invite = coel_at(&data, ["invite"]).await;
     let reasons = ["majority", "did not answer"];
     assert!(reasons.iter().any(|reason| invite.stderr.contains(reason)), "{invite:#?}");
     invite.refused(1, &[]);
-    // It goes on telling what it knows.
+    // The node still reports what it knows.
     assert!(coel_at(&data, ["status"]).await.printed().contains("node-2"));
     let models = coel_at(&data, ["model", "ls", "--json"]).await;
     let models: Vec<ModelInfo> = serde_json::from_str(models.printed()).unwrap();

@@ -1,7 +1,7 @@
-//! The unmodified `openai` client from PyPI against a mesh: the contract as its users' code sees it.
+//! The unmodified `openai` client from PyPI against a mesh: the API's contract as client code sees it.
 //!
-//! The client is installed into a virtual environment of its own below the build folder, once. A machine without Python or
-//! without the package index fails this test, unless `COEL_SKIP_PYTHON=1` says that this is known.
+//! The client is installed into a virtual environment of its own below the build folder, once. On a machine without
+//! Python or without access to the package index this test fails, unless `COEL_SKIP_PYTHON=1` acknowledges that.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -11,10 +11,10 @@ use tokio::process::Command;
 
 use crate::support::{MODEL, mesh, turn};
 
-/// A hang guard; an install over a slow line takes a minute.
+/// A hang guard; an install over a slow connection takes a minute.
 const LIMIT: Duration = Duration::from_secs(420);
 
-/// Runs a command to its end and gives what it printed.
+/// Runs a command to its end and returns its output.
 async fn run(command: &mut Command) -> Result<String, String> {
     let output = command.stdin(Stdio::null()).kill_on_drop(true).output();
     let output = tokio::time::timeout(LIMIT, output).await.map_err(|_| format!("{command:?} hangs"))?;
@@ -23,7 +23,7 @@ async fn run(command: &mut Command) -> Result<String, String> {
     if output.status.success() { Ok(said) } else { Err(format!("{command:?}: {}\n{said}", output.status)) }
 }
 
-/// A Python with the client.
+/// The path of a Python interpreter that has the client installed.
 async fn client() -> Result<PathBuf, String> {
     let venv = Path::new(env!("CARGO_TARGET_TMPDIR")).join("openai-client");
     let python = venv.join("bin/python");
@@ -58,7 +58,7 @@ async fn the_unmodified_openai_client_works() {
     let api = mesh.nodes()[0].api().unwrap();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/openai_client.py");
     let mut client = Command::new(python);
-    // The node is on this machine, whatever proxy the way to PyPI takes.
+    // The node is on this machine, so no proxy applies, even if PyPI is reached through one.
     client.arg(script).args([&api, MODEL, "Paris"]).env("NO_PROXY", "127.0.0.1").env("no_proxy", "127.0.0.1");
     if let Err(reason) = run(&mut client).await {
         panic!("{reason}\n{}", mesh.nodes()[0].tail());

@@ -8,7 +8,7 @@ use coel_testnet::mesh::Mesh;
 use crate::precision::is_settled;
 use crate::support::{Copy, MODEL, coel_at, fixture, guarded, lone_node, spec, turn, until};
 
-/// Imports a folder on a node, without a word about its name.
+/// Imports a folder on a node, without giving a name.
 async fn import(mesh: &Mesh, index: usize, dir: std::path::PathBuf) -> ModelInfo {
     guarded(mesh.nodes()[index].ask(&Request::Import { dir, name: None }, |_, _, _| ())).await.unwrap()
 }
@@ -25,7 +25,7 @@ async fn a_model_is_what_it_consists_of_whatever_its_folder_is_called() {
     let mut mesh = lone_node().await;
     let here = import(&mesh, 0, fixture()).await;
     assert_eq!((&here.id, here.name.as_str()), (&there.id, "fixture"));
-    // The mesh knows it by one name; who imports it too need not say it, and cannot give it another.
+    // The mesh knows the model by one name. A second import need not give that name, and cannot give another one.
     let invite = mesh.invite(1).await.unwrap();
     mesh.join(vec![spec("b")], &invite).await.unwrap();
     until(&mut mesh, 1, "both serve", |status| is_settled(status) && status.nodes.len() == 2 && status.readiness.ready)
@@ -36,7 +36,7 @@ async fn a_model_is_what_it_consists_of_whatever_its_folder_is_called() {
     let named = ["model", "import", dir.to_str().unwrap(), "--name", "other"];
     coel_at(&data, named).await.refused(1, &["registered as \"fixture\"", "use that name"]);
 
-    // Another model is refused before anything is made of it.
+    // Another model is refused before the import does any work.
     copy.edit_weights(|header, data| {
         let at = header["model.norm.weight"]["data_offsets"][0].as_u64().unwrap();
         data[at as usize] ^= 1;
@@ -54,7 +54,7 @@ async fn an_import_that_was_killed_goes_on_where_it_stopped() {
     let _turn = turn().await;
     let mut mesh = lone_node().await;
     let request = Request::Import { dir: fixture(), name: Some(MODEL.into()) };
-    // Killed while it cuts: as soon as it says that it does.
+    // The node is killed while it cuts the checkpoint, as soon as it reports progress.
     let (seen, mut began) = tokio::sync::mpsc::channel(1);
     {
         let import = mesh.nodes()[0].ask::<ModelInfo>(&request, |_, done, _| {

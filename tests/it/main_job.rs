@@ -1,7 +1,8 @@
-//! The main job as a user runs it, and the figures it prints, counted again from first principles.
+//! The main job as a user runs it, and the figures it prints, recomputed from first principles.
 //!
-//! What a toy could print is recomputed here: which bytes a node had to fetch from the checkpoint and the placement; how
-//! many rows peers had to compute from the routes that the model takes on one machine. Neither asks the nodes.
+//! A toy could print any figures, so they are recomputed here: the bytes that a node had to fetch, from the checkpoint
+//! and the placement; the rows that peers had to compute, from the routes that the model takes on one machine. Neither
+//! computation asks the nodes.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -73,7 +74,7 @@ async fn the_figures_are_those_of_the_routes_and_the_placement() {
     }
     assert_eq!(before[0].own.bytes_fetched, 0);
 
-    // Rows: every token but the last one chosen goes through every layer.
+    // Rows: every token except the last one generated goes through every layer.
     let home = &before[2];
     assert_eq!((home.own.rows_local, home.own.rows_remote), (0, 0), "nothing was asked before");
     let held = held_by(home, home.node_id.0);
@@ -85,11 +86,11 @@ async fn the_figures_are_those_of_the_routes_and_the_placement() {
     let own = &after[2].own;
     assert_eq!((own.rows_local, own.rows_remote), (routes.len() as u64 - remote, remote));
 
-    // The log: the same state everywhere, which is not to say that asking changed it.
+    // The log: all nodes have the same state, whether or not the question changed it.
     let states: BTreeSet<_> = after.iter().map(|status| (status.applied, &status.state_hash)).collect();
     assert_eq!(states.len(), 1, "{states:?}");
 
-    // Whichever node is asked, the answer is the same.
+    // Every node gives the same answer.
     for node in mesh.nodes() {
         let answer = ask::chat(&node.api().unwrap(), MODEL, QUESTION, |_| ()).await.unwrap();
         assert_eq!(answer.text, report.answer, "{}", node.name());
@@ -113,7 +114,7 @@ async fn tighter_budgets_hold_every_expert_once_and_the_hot_ones_twice() {
     let hot = Alone::new().hot();
     assert!(!hot.is_empty() && hot.len() < budget.experts / 2);
     assert!(hot.is_subset(&twice), "hot but held once: {:?}", hot.difference(&twice).collect::<Vec<_>>());
-    // No room is left unused that could hold one more.
+    // No node has room left for one more expert.
     assert_eq!(status.placement.values().map(Vec::len).sum::<usize>(), 3 * budget.experts_in(budget.bytes(50)));
     let answer = ask::chat(&mesh.nodes()[2].api().unwrap(), MODEL, QUESTION, |_| ()).await.unwrap();
     assert_eq!(answer.text, "The capital of France is Paris.");
@@ -171,7 +172,7 @@ async fn the_testnet_tells_wrong_usage_from_failure() {
     testnet(["--once", "--model", "/nowhere"]).await.refused(1, &["/nowhere"]);
 }
 
-/// A person's commands against a mesh that serves: the same answer, the same figures.
+/// The commands of a user against a serving mesh: the same answer, the same figures.
 async fn people_can_ask(data: &Path, answer: &str) {
     assert_eq!(coel_at(data, ["chat", QUESTION]).await.printed(), answer);
     let status = coel_at(data, ["status", "--json"]).await;
@@ -189,14 +190,14 @@ async fn statuses(mesh: &mut coel_testnet::mesh::Mesh) -> Vec<Status> {
     mesh.statuses().await.into_iter().collect::<Result<_, _>>().unwrap()
 }
 
-/// Experts that the placement gives a node, by their keys.
+/// The keys of the experts that the placement gives a node.
 fn held_by(status: &Status, node: u64) -> BTreeSet<String> {
     let holds =
         |replicas: &Vec<coel_node::status::ReplicaStatus>| replicas.iter().any(|replica| replica.node.0 == node);
     status.placement.iter().filter(|(_, replicas)| holds(replicas)).map(|(expert, _)| expert.clone()).collect()
 }
 
-/// Length of the manifest, a blob like others, named by the model's id.
+/// Length of the manifest, which is a blob like others, named by the model's id.
 fn manifest_bytes(data: &Path, model: &str) -> u64 {
     data.join("blobs").join(&model[..2]).join(model).metadata().unwrap().len()
 }

@@ -1,4 +1,4 @@
-//! Who gets in, who leaves, and whose folder and ports these are.
+//! Membership: joining, leaving, and the ownership of folders and ports.
 
 use std::net::TcpListener;
 
@@ -28,7 +28,7 @@ async fn invites_are_checked_to_the_letter() {
     assert!(line.starts_with("coel1") && line.lines().count() == 1, "{line}");
     join(&line[..line.len() - 4]).await.refused(2, &["damaged", "copy the whole line"]);
 
-    // Well-formed, but nobody issued it.
+    // A well-formed invite that no member issued.
     let mut forged: Invite = line.parse().unwrap();
     forged.token[0] ^= 1;
     join(&forged.to_string()).await.refused(1, &["knows no such invite", "coel invite"]);
@@ -36,21 +36,21 @@ async fn invites_are_checked_to_the_letter() {
     elsewhere.mesh.0[0] ^= 1;
     join(&elsewhere.to_string()).await.refused(1, &["mesh"]);
 
-    // Good once.
+    // With `--uses 1`, the invite works once.
     mesh.join(vec![spec("b")], &line).await.unwrap();
     join(&line).await.refused(1, &["invite", "coel invite"]);
     let nodes = until(&mut mesh, 1, "two members", |status| status.nodes.len() == 2).await;
     let names: Vec<_> = nodes.nodes.iter().map(|node| node.name.as_str()).collect();
     assert_eq!(names, ["a", "b"]);
 
-    // Any member may invite; a member that joined remembers it without the line.
+    // Any member may invite. A member that has joined starts again without the invite line.
     let line = coel_at(&mesh.nodes()[1].data(), ["invite", "--ttl", "0s"]).await.printed().to_owned();
     join(&line).await.refused(1, &["expired", "coel invite"]);
     assert!(mesh.node(1).stop().await);
     mesh.node(1).start(&Start::Again).await.unwrap();
     until(&mut mesh, 1, "its mesh again", |status| status.nodes.len() == 2 && status.leader.is_some()).await;
 
-    // Nobody is there to answer.
+    // No member is there to answer.
     let line = coel_at(&data, ["invite"]).await.printed().to_owned();
     mesh.node(1).kill();
     mesh.node(0).kill();
@@ -82,7 +82,7 @@ async fn folders_and_ports_have_one_owner() {
 
     // Commands say where they looked for a node.
     coel_at(&other, ["status"]).await.refused(1, &["no node runs", "coel up"]);
-    // A folder that belongs to no mesh yet says what to do.
+    // For a folder that belongs to no mesh yet, the error says what to do.
     let fresh = mesh.folder().join("y");
     coel_at(&fresh, ["up"].into_iter().chain(flags).chain(free)).await.refused(1, &["--new", "join"]);
     coel(["up", "--wings", "2"]).await.refused(2, &["--wings"]);
@@ -111,7 +111,7 @@ async fn leaving_hands_over_first() {
     }
     let after = ask::chat(&api, MODEL, QUESTION, |_| ()).await.unwrap();
     assert_eq!(after.text, before.text);
-    // Whoever has left has no mesh any more, and is told so.
+    // A node that has left belongs to no mesh any more, and the error says so.
     let flags = ["up", "--listen", "/ip4/127.0.0.1/tcp/0", "--api", "127.0.0.1:0", "--mdns", "false"];
     coel_at(&mesh.nodes()[2].data(), flags).await.refused(1, &["belongs to no mesh", "join"]);
 }
@@ -129,11 +129,12 @@ async fn a_budget_below_the_trunk_is_refused_with_both_numbers() {
     assert!(coel_at(&data, ["model", "ls"]).await.code == Some(0), "the node lives on");
     mesh.node(0).stop().await;
 
-    // A newcomer that cannot even hold the trunk of what the mesh serves does not linger.
+    // A newcomer that cannot even hold the trunk of the mesh's model does not stay.
     let (mut mesh, _, _) = crate::support::mesh(1, 100).await;
     let invite = mesh.invite(1).await.unwrap();
     let tiny = NodeSpec { memory_bytes: 1 << 20, ..spec("tiny") };
-    // Whether it answers before it finds out, or ends first, is a matter of luck; how it ends is not.
+    // The node may answer before it finds out, or it may exit first; that depends on timing. It exits the same way in
+    // both cases.
     let joined = mesh.join(vec![tiny], &invite).await;
     let ended = mesh.node(1).wait_end().await;
     let tail = mesh.nodes()[1].tail();

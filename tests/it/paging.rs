@@ -1,4 +1,4 @@
-//! Experts on disk: two nodes whose memories do not hold the model serve it all the same, until a third one joins.
+//! Experts on disk: two nodes without enough memory for the model serve it from disk, until a third one joins.
 
 use coel_model::weights::checkpoint::Checkpoint;
 use coel_model::weights::parts::parts;
@@ -19,7 +19,7 @@ use crate::support::{MODEL, QUESTION, coel_at, fixture, get, guarded, launcher, 
 const EXPERTS: usize = 144;
 const ALL: Counts = Counts { q4: EXPERTS, q8: 0, exact: 0 };
 
-/// Bytes of all experts at Q4, as blobs, and of the largest of them as in the checkpoint.
+/// Bytes of all experts as Q4 blobs, and of the largest expert as in the checkpoint.
 fn expert_bytes() -> (u64, u64) {
     let checkpoint = Checkpoint::open(&fixture()).unwrap();
     let experts = parts(&checkpoint).into_iter().filter(|part| part.expert().is_some());
@@ -43,13 +43,13 @@ fn spec(name: &str, percent: u64, disk_bytes: Option<u64>) -> NodeSpec {
     }
 }
 
-/// Bytes of files below a node's folders of weights.
+/// Bytes of all files below a node's weight folders.
 fn bytes_on_disk(data: &std::path::Path) -> u64 {
     let mut folders = vec![data.join("blobs"), data.join("partial")];
     let mut bytes = 0;
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(folder).unwrap().flatten() {
-            // A file may go while it is looked at.
+            // A file may disappear during the walk.
             match entry.metadata() {
                 Ok(metadata) if metadata.is_dir() => folders.push(entry.path()),
                 Ok(metadata) => bytes += metadata.len(),
@@ -66,7 +66,7 @@ fn is_settled(status: &Status, nodes: usize) -> bool {
         && status.placement.values().flatten().all(|replica| replica.ready)
 }
 
-/// What every node says; both budgets hold, for the ledger as for the process and the files.
+/// The status of every node, after checks that both budgets hold: in the ledger, and in the process and the files.
 async fn within_budgets(mesh: &mut Mesh) -> Vec<Status> {
     let statuses: Vec<Status> = mesh.statuses().await.into_iter().map(Result::unwrap).collect();
     for (node, status) in mesh.nodes().iter().zip(&statuses) {
@@ -103,14 +103,14 @@ async fn what_memories_do_not_hold_is_served_from_disks_until_they_do() {
     .await;
     within_budgets(&mut mesh).await;
 
-    // The second one's disk has room for two thirds of the experts beside what every node keeps.
+    // The second node's disk has room for two thirds of the experts, beside what every node keeps.
     let invite = mesh.invite(2).await.unwrap();
     let files: u64 = std::fs::read_dir(fixture()).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum();
     let exact: u64 = {
         let checkpoint = Checkpoint::open(&fixture()).unwrap();
         parts(&checkpoint).iter().filter(|part| part.expert().is_some()).map(|part| part.data_bytes()).sum()
     };
-    // All files of the checkpoint less the experts' bytes: a little more than trunk, files and manifest.
+    // All files of the checkpoint without the experts' bytes: a little more than trunk, files and manifest.
     let disk = files - exact + all * 2 / 3 + largest;
     mesh.join(vec![spec("b", 30, Some(disk))], &invite).await.unwrap();
     let shared = until(&mut mesh, 1, "half of the experts on each, by turns", |status| {
@@ -124,7 +124,7 @@ async fn what_memories_do_not_hold_is_served_from_disks_until_they_do() {
     let printed = coel_at(&mesh.nodes()[1].data(), ["status"]).await;
     assert!(printed.printed().contains("(pages "), "{printed:#?}");
 
-    // What it says is what a machine says that has everything in memory at the same precisions.
+    // The answer is that of a machine with everything in memory at the same precisions.
     let expected = Alone::at(Slices::Q4).answer(QUESTION).text;
     let api = mesh.nodes()[1].api().unwrap();
     let answer = ask::chat(&api, MODEL, QUESTION, |_| ()).await.unwrap();
@@ -134,7 +134,7 @@ async fn what_memories_do_not_hold_is_served_from_disks_until_they_do() {
     assert!(metric(&api, "coel_tier_experts").await >= 70.0);
     within_budgets(&mut mesh).await;
 
-    // A third one has memory for the rest, and an answer is under way while the experts come to memory for good.
+    // A third node has memory for the rest. An answer is under way while the experts move to memory for good.
     mesh.join(vec![spec("c", 70, None)], &invite).await.unwrap();
     let meanwhile = ask::chat(&api, MODEL, QUESTION, |_| ()).await.unwrap();
     assert_eq!(meanwhile.text, expected);
@@ -153,7 +153,8 @@ async fn what_memories_do_not_hold_is_served_from_disks_until_they_do() {
 #[tokio::test]
 async fn budgets_that_cannot_work_are_refused_with_both_numbers() {
     let _turn = turn().await;
-    // Slices of the bundled model are some 20 MB: an import that may keep less is refused, and nothing is registered.
+    // The slices of the bundled model take some 20 MB: with a smaller disk budget the import is refused, and nothing is
+    // registered.
     let mut mesh = Mesh::new(launcher()).unwrap();
     mesh.create(spec("a", 120, Some(4 << 20))).await.unwrap();
     let data = mesh.nodes()[0].data();

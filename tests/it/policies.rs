@@ -1,4 +1,4 @@
-//! `coel eval` tells what fewer bits cost, and which rule of spending bits costs least.
+//! `coel eval` reports the cost of fewer bits, and which policy for spending bits costs least.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::support::{coel, fixture, turn};
 
-/// The beginnings of the held-out texts, in a folder of their own.
+/// Writes the beginnings of the held-out texts to `folder`.
 fn texts(folder: &tempfile::TempDir, characters: usize) -> Vec<PathBuf> {
     let kinds = ["chat", "code", "encyclopedia", "plays", "speeches"].into_iter();
     let cut = kinds.map(|kind| {

@@ -1,4 +1,5 @@
-//! Experts at fewer bits: where not everything fits exactly, and when a person asks for it, up and down, while the mesh serves.
+//! Experts at fewer bits: when not everything fits at exact precision, and when a user lowers or raises the precision
+//! while the mesh serves.
 
 use std::collections::BTreeMap;
 
@@ -15,10 +16,10 @@ use crate::support::{
     Copy, MODEL, QUESTION, coel_at, continue_tokens, fixture, get, guarded, launcher, mesh, spec, turn, until,
 };
 
-/// Long enough that the mesh can be told something, and do it, well within it.
+/// Long enough for the mesh to get a command and carry it out well before the answer ends.
 const LONG_TOKENS: usize = 120;
 
-/// Whether everything that was placed is there, as wanted.
+/// Whether every expert is covered and every placed replica is ready.
 pub fn is_settled(status: &Status) -> bool {
     status.coverage == 1.0 && status.placement.values().flatten().all(|replica| replica.ready)
 }
@@ -51,7 +52,7 @@ async fn a_mesh_too_small_for_everything_exactly_serves_at_mixed_precision() {
         let Counts { q4, q8, exact } = node.precisions;
         (all.q4, all.q8, all.exact) = (all.q4 + q4, all.q8 + q8, all.exact + exact);
         assert_eq!(q4 + q8 + exact, node.experts);
-        // What the status says are the bytes of these experts at these precisions, and within the budget.
+        // The status reports the bytes of these experts at these precisions, and they are within the budget.
         let placed = status.placement.iter().filter_map(|(expert, replicas)| {
             let replica = replicas.iter().find(|replica| replica.node == node.node_id)?;
             manifest.experts[&expert.parse::<ExpertId>().unwrap()].bytes(replica.precision)
@@ -64,7 +65,7 @@ async fn a_mesh_too_small_for_everything_exactly_serves_at_mixed_precision() {
     }
     assert!(all.exact < 144 && all.q8 > 0, "{all:?}");
 
-    // It is said what took part, and it is counted.
+    // The usage names the precisions that took part, and the metrics count the experts at each.
     let api = mesh.nodes()[2].api().unwrap();
     let answer = ask::chat(&api, MODEL, QUESTION, |_| ()).await.unwrap();
     let classes = answer.usage["coel"]["other_classes"].to_string();
@@ -83,7 +84,7 @@ async fn experts_are_raised_and_lowered_while_a_chat_runs() {
     let mut mesh = Mesh::new(launcher()).unwrap();
     mesh.create(spec("a")).await.unwrap();
     let data = mesh.nodes()[0].data();
-    // Said before there is a model, so that the other node never gets more than it needs.
+    // Set before there is a model, so that the other node never fetches more than it needs.
     coel_at(&data, ["model", "precision", "q4"]).await.printed();
     assert_eq!(coel_at(&data, ["model", "precision"]).await.printed(), "q4");
     coel_at(&data, ["model", "precision", "q5"]).await.refused(2, &["q5", "q4, q8, exact"]);
@@ -116,7 +117,7 @@ async fn experts_are_raised_and_lowered_while_a_chat_runs() {
         [Some(Precision::Exact), Some(Precision::Q8)]
     );
 
-    // A long answer, and in the middle of it a word from a person.
+    // A user raises the precision in the middle of a long answer.
     let alone = Alone::new();
     let prompt = alone.story();
     let api = mesh.nodes()[1].api().unwrap();
@@ -141,7 +142,7 @@ async fn experts_are_raised_and_lowered_while_a_chat_runs() {
     assert!(high.epoch > low.epoch);
     assert_eq!(held(&manifest, &low, node).len(), held(&manifest, &high, node).len());
 
-    // Down again costs nothing, and up again neither: what was fetched is kept on the disk.
+    // Going down again fetches nothing, and neither does going up again: fetched slices stay on disk.
     for (word, precision) in [("q4", Precision::Q4), ("q8", Precision::Q8)] {
         coel_at(&data, ["model", "precision", word]).await.printed();
         let status = until(&mut mesh, 1, word, both(precision)).await;
@@ -180,7 +181,7 @@ async fn slices_are_made_where_exact_weights_are() {
     let exact =
         until(&mut mesh, 1, "everything exactly on both", all(Counts { exact: 144, ..Counts::default() })).await;
     let manifest = manifest(&mesh, &exact);
-    // Nobody but the importer has slices, and it goes; the other has the exact weights.
+    // Only the importer has slices, and it leaves. The other node has the exact weights.
     coel_at(&mesh.nodes()[0].data(), ["leave"]).await.printed();
     assert!(mesh.node(0).wait_end().await.is_some_and(|ended| ended.success()));
     until(&mut mesh, 1, "alone", |status| status.nodes.len() == 1 && is_settled(status) && status.leader.is_some())
@@ -192,7 +193,7 @@ async fn slices_are_made_where_exact_weights_are() {
     let api = mesh.nodes()[1].api().unwrap();
     assert_eq!(ask::chat(&api, MODEL, QUESTION, |_| ()).await.unwrap().text, "The capital of France is Paris.");
 
-    // A slice that is damaged on the disk is made again, and it is counted.
+    // A slice that is damaged on disk is made again, and the repair is counted.
     mesh.node(1).kill();
     let base = manifest.experts[&ExpertId::new(2, 7)].base.as_ref().unwrap().id.to_string();
     let path = data.join("blobs").join(&base[..2]).join(&base);

@@ -1,6 +1,6 @@
 //! A process without an invite: it may connect, and gets nothing.
 //!
-//! It speaks the network's own language, not a browser's: a libp2p node with the right protocols and no membership.
+//! The stranger speaks the mesh's own protocols, not HTTP: it is a libp2p node without membership.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use coel_testnet::node::Node;
 
 /// A hang guard.
 const LIMIT: Duration = Duration::from_secs(60);
-/// Gossip's own protocol has no public constant; a member's name for it is on the wire for everyone to see.
+/// The gossip protocol has no public constant, but its name is on the wire for everyone to see.
 const GOSSIP: Protocol = Protocol::new("/coel/gossip/1", 1 << 18);
 
 async fn stranger() -> Handle {
@@ -37,7 +37,7 @@ async fn connect(stranger: &Handle, node: &Node) -> PeerId {
     stranger.dial(addresses, Some(peer), LIMIT).await.unwrap()
 }
 
-/// What a node says to one message on the admission protocol, before it hangs up.
+/// The replies of a node to one message on the admission protocol, until it hangs up.
 async fn handshake(stranger: &Handle, peer: PeerId, message: &Message) -> Vec<Message> {
     let frame = Frame::new(Bytes::new(), cbor::to_vec(message).unwrap());
     said(stranger, peer, &frame).await
@@ -59,7 +59,7 @@ async fn said(stranger: &Handle, peer: PeerId, frame: &Frame) -> Vec<Message> {
     said
 }
 
-/// Every protocol but admission ends without a byte; admission wants a proof; the mesh is as it was.
+/// Every protocol but admission is closed without a byte, admission demands a proof, and the mesh stays as it was.
 pub async fn get_nothing(mesh: &mut Mesh) {
     let stranger = stranger().await;
     let before = mesh.nodes()[0].status().await.unwrap();

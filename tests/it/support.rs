@@ -1,7 +1,7 @@
-//! What the tests share: turns, programs run to their end, meshes, and copies of the bundled model to spoil.
+//! Shared by the tests: turns, programs run to their end, meshes, and copies of the bundled model to damage.
 //!
-//! The invariant: whatever a test started is gone when it ends, also when it fails, since meshes and commands are killed
-//! when dropped. It asserts nothing about `coel` but that a mesh can be assembled.
+//! The invariant: everything that a test started is gone when the test ends, even if it fails, since meshes and
+//! commands are killed when dropped. The module asserts nothing about `coel` except that a mesh can be assembled.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use tokio::sync::{Mutex, MutexGuard};
 
 /// No command takes longer unless it hangs.
 const COMMAND_LIMIT: Duration = Duration::from_secs(300);
-/// No state of a mesh takes longer to come about unless it never will.
+/// A mesh that has not reached a state by then never will.
 const STATE_LIMIT: Duration = Duration::from_secs(180);
 const POLL: Duration = Duration::from_millis(100);
 
@@ -55,7 +55,7 @@ pub struct Ended {
 }
 
 impl Ended {
-    /// Asserts a failure with this exit code whose message has all these words.
+    /// Asserts a failure with this exit code, and that the message has all these words.
     #[track_caller]
     pub fn refused(&self, code: i32, words: &[&str]) {
         assert_eq!(self.code, Some(code), "{self:#?}");
@@ -65,7 +65,7 @@ impl Ended {
         assert!(!self.stderr.contains("panicked"), "{self:#?}");
     }
 
-    /// Asserts success, and gives what was printed.
+    /// Asserts success, and returns the output.
     #[track_caller]
     pub fn printed(&self) -> &str {
         assert_eq!(self.code, Some(0), "{self:#?}");
@@ -100,7 +100,7 @@ pub async fn coel_at<S: AsRef<OsStr>>(data: &Path, args: impl IntoIterator<Item 
     coel(args.chain(["--data".into(), data.into()])).await
 }
 
-/// The main job's mesh of `nodes` nodes with room for `percent` of the experts, ready to be asked.
+/// The main job's mesh of `nodes` nodes with room for `percent` of the experts, ready to answer.
 pub async fn mesh(nodes: usize, percent: u64) -> (Mesh, Job, Budget) {
     let job = Job {
         nodes,
@@ -119,7 +119,7 @@ pub async fn mesh(nodes: usize, percent: u64) -> (Mesh, Job, Budget) {
     (mesh, job, budget)
 }
 
-/// A mesh of one node that has no model: all that membership needs.
+/// A mesh of one node without a model, which is all that membership tests need.
 pub async fn lone_node() -> Mesh {
     let mut mesh = Mesh::new(launcher()).unwrap();
     mesh.create(spec("a")).await.unwrap();
@@ -137,7 +137,7 @@ pub fn spec(name: &str) -> coel_testnet::node::NodeSpec {
     }
 }
 
-/// Waits until what node `index` says is as `wanted`.
+/// Waits until the status of node `index` is as `wanted`.
 pub async fn until(mesh: &mut Mesh, index: usize, what: &str, wanted: impl Fn(&Status) -> bool) -> Status {
     let waiting = async {
         loop {
@@ -194,12 +194,12 @@ pub async fn get(url: &str) -> (u16, String) {
     (response.status().as_u16(), response.text().await.unwrap())
 }
 
-/// Waits for what happens unless something hangs.
+/// Waits for an event, and panics if it never comes.
 pub async fn guarded<T>(event: impl Future<Output = T>) -> T {
     tokio::time::timeout(STATE_LIMIT, event).await.expect("it hangs")
 }
 
-/// A copy of the bundled model that may be spoilt.
+/// A copy of the bundled model that a test may damage.
 pub struct Copy {
     folder: tempfile::TempDir,
 }

@@ -1,7 +1,7 @@
-//! The house, checked on its sources: who may import whom, that nothing is half built, and that every module says what it
-//! is for.
+//! Rules for the whole code base, checked on its sources: which crates and modules may import which, that nothing is
+//! half built, and that every module says what it is for.
 //!
-//! It reads files only, so it is as fast as it is strict.
+//! The tests build nothing and only read files, so they are fast.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -43,7 +43,7 @@ fn sources(name: &str) -> Vec<(PathBuf, String)> {
     sources
 }
 
-/// The `coel-*` crates that a crate depends on in any way, builds and tests included.
+/// The `coel-*` crates that a crate depends on in any way, including for builds and tests.
 fn dependencies(name: &str) -> Vec<String> {
     fn collect(table: &Table, found: &mut Vec<String>) {
         for (key, value) in table {
@@ -97,7 +97,7 @@ fn everything_else_points_downwards() {
     }
 }
 
-/// The rooms of a crate: its top-level modules, each with those it names by `crate::` outside its tests.
+/// The rooms of a crate: its top-level modules, each with the others that it names through `crate::` outside its tests.
 fn rooms(name: &str) -> BTreeMap<String, BTreeSet<String>> {
     let root = root().join(name).join("src");
     let mut rooms = BTreeMap::<String, BTreeSet<String>>::new();
@@ -118,7 +118,7 @@ fn rooms(name: &str) -> BTreeMap<String, BTreeSet<String>> {
     rooms
 }
 
-/// The first names of the paths after a `crate::`: one, or several in braces.
+/// The first segments of the paths after a `crate::`: one, or several in braces.
 fn heads(path: &str) -> Vec<String> {
     let word = |text: &str| text.trim().split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap().to_owned();
     let Some(list) = path.strip_prefix('{') else { return vec![word(path)] };
@@ -137,7 +137,7 @@ fn heads(path: &str) -> Vec<String> {
     heads
 }
 
-/// Crates whose rooms import one another in one direction.
+/// Crates whose rooms import one another in one direction only.
 const ONE_WAY: [&str; 6] = ["gossip", "store", "model", "model/weights", "model/kernels", "model/gpu"];
 
 #[test]
@@ -147,7 +147,7 @@ fn rooms_import_one_another_one_way() {
     for name in ONE_WAY {
         let mut rooms = rooms(name);
         assert!(rooms.len() > 3 && rooms.values().any(|named| !named.is_empty()), "{rooms:?}");
-        // A room that imports none of those that are left is no part of a circle.
+        // A room that imports none of the remaining ones is not part of a cycle.
         while let Some(leaf) = rooms
             .iter()
             .find(|(_, named)| named.iter().all(|other| !rooms.contains_key(other)))
@@ -171,7 +171,7 @@ fn the_workspace_is_these_crates() {
 
 #[test]
 fn nothing_is_left_half_built() {
-    // Put together here, or this file would find itself.
+    // This file names the marks, so it is left out below.
     let marks = ["todo!", "unimplemented!", "FIXME", "TODO", "XXX"].map(|mark| (mark, mark.ends_with('!')));
     for name in CRATES {
         for (path, text) in sources(name).into_iter().filter(|(path, _)| !path.ends_with("it/tidy.rs")) {
@@ -193,7 +193,7 @@ fn nothing_is_left_half_built() {
 fn every_module_says_what_it_is_for() {
     for name in CRATES {
         for (path, text) in sources(name) {
-            // A file of tests beside its module is part of that module's essay.
+            // The module's own doc comment covers a test file beside it.
             let is_tests =
                 path.file_stem().is_some_and(|stem| stem == "tests" || stem.to_string_lossy().ends_with("_tests"));
             let below_tests = path.parent().is_some_and(|parent| parent.ends_with("tests") && name != "tests");
@@ -202,7 +202,7 @@ fn every_module_says_what_it_is_for() {
     }
 }
 
-/// The rooms of `node`, from the bottom to the top: each imports only itself and rooms before it.
+/// The rooms of `node`, from bottom to top: each imports only itself and rooms before it.
 const ROOMS: [&str; 20] = [
     "ids",
     "system",
@@ -226,7 +226,7 @@ const ROOMS: [&str; 20] = [
     "cli",
 ];
 
-/// The first segments of every `crate::` path in the code of `text`, its tests aside.
+/// The first segment of every `crate::` path in the code of `text`, without its tests.
 fn rooms_named_in(text: &str) -> Vec<String> {
     let code = text.split("#[cfg(test)]").next().unwrap_or_default();
     let code: String = code.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
@@ -234,7 +234,7 @@ fn rooms_named_in(text: &str) -> Vec<String> {
     for path in code.split("crate::").skip(1) {
         let group = path.strip_prefix('{').map(|group| group.split("};").next().unwrap_or_default());
         let mut depth = 0;
-        // In a group, names at its own level; else the one name that follows.
+        // In a group, the names at its own level; otherwise the one name that follows.
         let names = group.unwrap_or(path).split(|c: char| {
             depth += i32::from(c == '{') - i32::from(c == '}');
             (c == ',' && depth == 0) || (group.is_none() && !c.is_alphanumeric() && c != '_')
@@ -269,7 +269,8 @@ fn the_rooms_of_a_node_import_one_another_in_one_direction() {
     }
 }
 
-/// The features of every dependency of some packages on this platform, along such edges, as `cargo tree` resolves them.
+/// The features of every dependency of the selected packages on this platform, along these edges, as `cargo tree`
+/// resolves them.
 fn features(selection: &[&str], edges: &str) -> BTreeMap<String, BTreeSet<String>> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let tree = std::process::Command::new(cargo)
@@ -291,7 +292,8 @@ fn features(selection: &[&str], edges: &str) -> BTreeMap<String, BTreeSet<String
 
 #[test]
 fn a_dependency_has_the_same_features_whichever_packages_are_built() {
-    // What runs on this machine's target, and all that is built, for the compiler's own use too.
+    // First the dependencies that run on this machine's target; then everything that is built, including what runs
+    // inside the build.
     for edges in ["normal,dev,no-proc-macro", "normal,build,dev"] {
         let whole = features(&["--workspace"], edges);
         assert!(whole.len() > 100, "{whole:?}");

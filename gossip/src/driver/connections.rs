@@ -21,6 +21,8 @@ struct Connection {
     remote: Multiaddr,
     /// When it was established, or last answered a ping.
     alive: Instant,
+    /// The table has asked to close it.
+    closing: bool,
 }
 
 #[derive(Default)]
@@ -31,11 +33,15 @@ impl Connections {
     /// which a restarted process may have left behind.
     pub fn add(&mut self, peer: PeerId, id: ConnectionId, remote: Multiaddr, now: Instant) -> Option<ConnectionId> {
         let connections = self.0.entry(peer).or_default();
-        connections.push(Connection { id, remote, alive: now });
-        if connections.len() <= CONNECTIONS_PER_PEER_MAX {
+        connections.push(Connection { id, remote, alive: now, closing: false });
+        let open = connections.iter_mut().filter(|connection| !connection.closing);
+        let mut open: Vec<_> = open.collect();
+        if open.len() <= CONNECTIONS_PER_PEER_MAX {
             return None;
         }
-        connections.iter().min_by_key(|connection| connection.alive).map(|connection| connection.id)
+        let silent = open.iter_mut().min_by_key(|connection| connection.alive)?;
+        silent.closing = true;
+        Some(silent.id)
     }
 
     /// Removes a connection. Returns whether it was the last one of a listed peer.
@@ -119,6 +125,9 @@ mod tests {
         }
         table.answered(&peer, id(0), start + 60 * SECOND);
         assert_eq!(table.add(peer, id(100), remote(), start + 61 * SECOND), Some(id(1)));
+        assert_eq!(table.add(peer, id(101), remote(), start + 62 * SECOND), Some(id(2)), "the first is still closing");
+        table.remove(&peer, id(1));
+        assert_eq!(table.add(peer, id(102), remote(), start + 63 * SECOND), Some(id(3)), "one closed, two came");
     }
 
     #[test]

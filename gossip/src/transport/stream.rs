@@ -195,13 +195,14 @@ async fn open_once(
 async fn connected_link(endpoint: &Endpoint, peer: PeerId) -> Result<Arc<Link>, OpenError> {
     let mut peers = endpoint.peers.subscribe();
     loop {
+        // Before the links: a change after this look wakes the wait below.
+        let is_down = peers.borrow_and_update().get(&peer).is_some_and(|view| view.liveness == Liveness::Down);
         if let Some(link) = endpoint.link(&peer) {
             return Ok(link);
         }
         if !endpoint.is_member(&peer) {
             return Err(OpenError::UnknownPeer { peer });
         }
-        let is_down = peers.borrow_and_update().get(&peer).is_some_and(|view| view.liveness == Liveness::Down);
         if is_down || endpoint.stopped.is_cancelled() {
             return Err(OpenError::Unreachable { peer });
         }

@@ -1,4 +1,4 @@
-//! What the tests share: nodes on loopback, a server that echoes, and waiting with a guard against hanging.
+//! Shared by the tests: nodes on loopback, an echo server, and waits with a guard against hangs.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use coel_gossip::{Access, Config, Frame, Handle, Identity, Incoming, Liveness, Multiaddr, PeerId, Peers, Protocol};
 use tokio::runtime::Runtime;
 
-/// No test comes near this; it only ends one that hangs.
+/// No test comes near this limit; it only ends one that hangs.
 pub const GUARD: Duration = Duration::from_secs(60);
 pub const TCP: &str = "/ip4/127.0.0.1/tcp/0";
 pub const QUIC: &str = "/ip4/127.0.0.1/udp/0/quic-v1";
@@ -21,7 +21,7 @@ pub async fn node(listen: &str) -> Handle {
     coel_gossip::start(config(&Identity::generate(), listen)).await.expect("starts")
 }
 
-/// A node on a runtime of its own, which can be killed like a process: without a word.
+/// A node on a runtime of its own, which can be killed like a process: without a farewell.
 pub struct Process {
     pub handle: Handle,
     runtime: Runtime,
@@ -50,7 +50,7 @@ pub fn members(handles: &[&Handle]) -> Members {
     handles.iter().map(|handle| (handle.local_peer_id(), handle.listen_addresses())).collect()
 }
 
-/// Makes them members of each other and waits until each sees all others up.
+/// Makes the nodes members of one mesh and waits until each sees all others up.
 pub async fn join(handles: &[&Handle]) {
     let members = members(handles);
     handles.iter().for_each(|handle| handle.set_members(members.clone()));
@@ -66,7 +66,7 @@ pub async fn guarded<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(GUARD, future).await.unwrap_or_else(|_| panic!("hangs: {what}"))
 }
 
-/// Waits until what `handle` sees of its members satisfies `condition`.
+/// Waits until the members, as `handle` sees them, satisfy `condition`.
 pub async fn until(handle: &Handle, condition: impl Fn(&Peers) -> bool) {
     let mut peers = handle.peers();
     let waited = tokio::time::timeout(GUARD, peers.wait_for(|peers| condition(peers))).await;
@@ -91,7 +91,7 @@ pub async fn echo(mut incoming: Incoming) {
     }
 }
 
-/// Accepts streams and answers nothing.
+/// Accepts streams and never answers.
 pub async fn mute(mut incoming: Incoming) {
     let mut kept = Vec::new();
     while let Some((_, stream)) = incoming.next().await {

@@ -13,11 +13,11 @@ async fn a_killed_peer_goes_down_and_what_was_pending_fails_retryably() {
     for listen in [TCP, QUIC] {
         let mut watching = config(&Identity::generate(), listen);
         if listen == TCP {
-            // Only the lost connection and the refusals after it can be the reason.
+            // The limits are so long that only the lost connection and the refusals after it can bring the peer down.
             watching.liveness.suspect_after = GUARD * 2;
             watching.liveness.down_after = GUARD * 3;
         } else {
-            // Over QUIC nothing but silence tells; it need not be long here.
+            // Over QUIC only silence reveals a death; here a short one is enough.
             watching.liveness.suspect_after = Duration::from_secs(1);
             watching.liveness.down_after = Duration::from_secs(2);
         }
@@ -28,7 +28,7 @@ async fn a_killed_peer_goes_down_and_what_was_pending_fails_retryably() {
         victim.spawn(mute(victim.handle.serve(ECHO, Access::Members).expect("not served yet")));
         let asking = a.clone();
         let pending = tokio::spawn(async move { asking.request(peer, ECHO, Frame::default(), GUARD * 2).await });
-        // Killed only once the request has a stream: the next one finds the server registered.
+        // The peer is killed only once the request has a stream: this next stream shows that the server is registered.
         guarded("opening", a.open(peer, ECHO)).await.expect("opens");
         victim.kill();
         let error = guarded("the pending request", pending).await.expect("no panic").expect_err("killed");
@@ -45,14 +45,14 @@ async fn a_killed_peer_goes_down_and_what_was_pending_fails_retryably() {
 async fn a_farewell_is_seen_at_once() {
     for listen in [TCP, QUIC] {
         let mut patient = config(&Identity::generate(), listen);
-        // So patient that only the farewell can be the reason.
+        // So patient that only the farewell can bring the peer down.
         patient.liveness.suspect_after = GUARD * 2;
         patient.liveness.down_after = GUARD * 3;
         patient.liveness.refusals_down = u32::MAX;
         let a = coel_gossip::start(patient).await.expect("starts");
         let b = node(listen).await;
         join(&[&a, &b]).await;
-        // Once b's status is here, its gossip stream is up, on which it says goodbye.
+        // Once b's status has arrived, its gossip stream, which carries the farewell, is up.
         b.set_status(coel_gossip::Status { memory: 1, compute: 1 });
         crate::bench::until(&a, |peers| peers[&b.local_peer_id()].status.is_some()).await;
         let peer = b.local_peer_id();
@@ -74,7 +74,7 @@ async fn a_restarted_peer_is_reached_again_where_the_mesh_says_it_is() {
         before.kill();
         let after = coel_gossip::start(config(&identity, listen)).await.expect("starts");
         serve_echo(&after, Access::Members);
-        // It knows nobody's address, so it is `a` who must find it.
+        // The restarted peer knows no addresses, so `a` must find it.
         after.set_members([a.local_peer_id(), peer].map(|peer| (peer, vec![])).into());
         a.set_members(members(&[&a, &after]));
         answered_again(&a, peer).await;
@@ -122,7 +122,7 @@ async fn a_node_that_is_busy_for_a_while_is_suspect_but_not_dead() {
         busy.spawn(echo(busy.handle.serve(ECHO, Access::Members).expect("not served yet")));
         let peer = busy.handle.local_peer_id();
         ask(&a, peer, vec![1]).await.expect("answered");
-        // Its only worker computes until it is suspected, and is not heard of meanwhile.
+        // The node's only worker is busy until the node is suspected, so the node is silent meanwhile.
         let (release, released) = std::sync::mpsc::channel::<()>();
         busy.spawn(async move {
             let _ = released.recv_timeout(GUARD); // an error is a release too
@@ -138,7 +138,7 @@ async fn a_node_that_is_busy_for_a_while_is_suspect_but_not_dead() {
     }
 }
 
-/// Asks until there is an answer, as a caller would that has nobody else to ask.
+/// Asks until there is an answer, like a caller with no other node to ask.
 async fn answered_again(a: &coel_gossip::Handle, peer: coel_gossip::PeerId) {
     let mut peers = a.peers();
     guarded("an answer after the restart", async {
@@ -147,7 +147,7 @@ async fn answered_again(a: &coel_gossip::Handle, peer: coel_gossip::PeerId) {
                 Ok(reply) => break assert_eq!(reply.payload[..], [2]),
                 Err(error) => tracing::debug!(%error, "not yet"),
             }
-            // Another attempt makes sense once something about the members has changed.
+            // Another attempt makes sense only once something about the members has changed.
             peers.changed().await.expect("the node runs");
         }
     })

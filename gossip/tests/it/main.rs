@@ -1,4 +1,5 @@
-//! Real nodes on loopback: every test starts its own, on ports the system picks, and waits for states, not times.
+//! Real nodes on loopback: every test starts its own, on ports the system picks, and waits for states, not for fixed
+//! times.
 
 mod bench;
 mod failure;

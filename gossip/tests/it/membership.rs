@@ -1,4 +1,4 @@
-//! Who gets what: members, strangers, and what members tell each other.
+//! Access for members and strangers, and the state that members share.
 
 use bytes::Bytes;
 use coel_gossip::{
@@ -23,7 +23,7 @@ async fn a_stranger_gets_nothing_on_a_protocol_for_members_but_may_use_one_for_a
     let hello = Frame::new("hello", "");
     let answer = stranger.request(a.local_peer_id(), HANDSHAKE, hello.clone(), GUARD).await;
     assert_eq!(answer.expect("answered"), hello);
-    // Admission opens the door without a new connection.
+    // Admission takes effect without a new connection.
     let everyone = members(&[&a, &b, &stranger]);
     [&a, &b, &stranger].into_iter().for_each(|node| node.set_members(everyone.clone()));
     assert!(ask(&stranger, a.local_peer_id(), vec![1]).await.is_ok());
@@ -40,7 +40,7 @@ async fn strangers_are_few_and_never_in_the_way_of_members() {
     guarded("dialling", first.dial(a.listen_addresses(), None, GUARD)).await.expect("one place");
     let hello = || Frame::new("hello", "");
     first.request(a.local_peer_id(), HANDSHAKE, hello(), GUARD).await.expect("answered");
-    // The second may believe for a moment that it is connected; it gets no answer.
+    // The second stranger may believe for a moment that it is connected, but it gets no answer.
     let _ = guarded("dialling", second.dial(a.listen_addresses(), None, GUARD)).await;
     let asked = guarded("asking", second.request(a.local_peer_id(), HANDSHAKE, hello(), GUARD)).await;
     assert!(asked.is_err(), "{asked:?}");
@@ -56,12 +56,12 @@ async fn a_former_member_is_refused_and_forgotten() {
     let error = ask(&b, a.local_peer_id(), vec![1]).await.expect_err("no member any more");
     assert!(matches!(error, RequestError::Open(OpenError::Refused { .. })), "{error}");
     until(&a, |peers| peers.is_empty()).await;
-    // Once b has learned of it too it no longer dials, and after the farewell nothing is left between them.
+    // Once b has learned of the removal too, it no longer dials, and after the farewell no connection is left.
     b.set_members(members(&[&b]));
     let opened = guarded("opening", async {
         loop {
             match a.open(b.local_peer_id(), ECHO).await {
-                // Until the farewell is over there is still a connection.
+                // Until the farewell is over, there is still a connection.
                 Err(OpenError::Unsupported { .. }) => tokio::time::sleep(std::time::Duration::from_millis(50)).await,
                 other => break other,
             }
@@ -75,7 +75,7 @@ async fn a_former_member_is_refused_and_forgotten() {
 async fn load_and_facts_reach_every_member() {
     for listen in [TCP, QUIC] {
         let (a, b, c) = (node(listen).await, node(listen).await, node(listen).await);
-        // Before there are members, after, and once more.
+        // Load and facts are set before there are members, and changed afterwards.
         a.set_status(Status { memory: 200, compute: 100 });
         a.set_facts(Bytes::from_static(b"48 GiB")).expect("small");
         join(&[&a, &b, &c]).await;
@@ -107,8 +107,8 @@ async fn facts_arrive_also_from_whom_we_admit_later_than_it_admits_us() {
     early.set_facts(Bytes::from_static(b"48 GiB")).expect("small");
     let mut attempts = late.unauthorized_attempts();
     early.set_members(members(&[&early, &late]));
-    // After six refusals in a row its stream waits before it is tried again, longer each time. It waits now, and meanwhile ours to
-    // it comes up and asks for what we lack.
+    // After six refusals in a row, `early` waits before it retries its stream, longer each time. It is waiting now.
+    // Meanwhile the stream of `late` comes up and asks for the missing facts.
     for _ in 0..12 {
         let attempted = guarded("an attempt", attempts.recv()).await.expect("the node runs");
         assert_eq!(attempted, early.local_peer_id());
@@ -133,7 +133,7 @@ async fn dialling_names_every_failure() {
     let error = guarded("dialling", a.dial(vec![nobody.clone()], None, GUARD)).await.expect_err("nobody there");
     assert!(matches!(error, DialError::Failed { .. }), "{error}");
     assert!(error.to_string().contains(&nobody.to_string()), "{error}");
-    // One good address among bad ones is enough; a wrong identity is not good.
+    // One good address among bad ones is enough. An address with the wrong identity is not a good one.
     let mut addresses = b.listen_addresses();
     addresses.push(nobody);
     let wanted = Some(Identity::generate().peer_id());

@@ -1,4 +1,4 @@
-//! Frames there and back.
+//! Requests and replies, as frames.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,7 +19,7 @@ async fn members_exchange_frames_over_tcp_and_over_quic() {
             let reply = ask(&a, b.local_peer_id(), payload.clone()).await.expect("answered");
             assert_eq!(reply, Frame::new("header", payload));
         }
-        // Large replies and pings are what links are measured by.
+        // Links are measured by pings and by large replies.
         until(&a, |peers| peers[&b.local_peer_id()].rtt.is_some()).await;
         until(&a, |peers| peers[&b.local_peer_id()].throughput_bytes_s.is_some_and(|rate| rate > 0.0)).await;
     }
@@ -101,7 +101,7 @@ async fn a_member_holds_a_bounded_number_of_streams() {
     assert!(matches!(refused, OpenError::Refused { .. }), "{refused}");
     assert_eq!(held.len(), 64);
     guarded("opening", a.open(to, OTHER)).await.expect("another protocol has places of its own");
-    // The last stream that was opened still works; those that are given up make room.
+    // The last stream that was opened still works, and streams that are dropped make room.
     let mut last = held.pop().expect("there are some");
     held.clear();
     last.send(&Frame::new("hello", "")).await.expect("sent");
@@ -115,12 +115,12 @@ async fn frames_over_the_limit_are_refused_on_both_sides() {
     join(&[&a, &b]).await;
     let mut incoming = b.serve(ECHO, Access::Members).expect("not served yet");
     let to = b.local_peer_id();
-    // Ours: nothing is sent, nothing can be retried.
+    // Over our own limit: nothing is sent, and a retry makes no sense.
     let too_large = vec![0; ECHO.frame_bytes_max as usize];
     let error = ask(&a, to, too_large).await.expect_err("over the limit");
     assert!(matches!(error, RequestError::Stream(StreamError::FrameTooLarge { .. })), "{error}");
     assert!(!error.is_retryable());
-    // Theirs: a sender who believes in a larger limit is cut off at the length.
+    // Over the receiver's limit: a sender that assumes a larger limit is cut off at the frame's length.
     let generous = Protocol { frame_bytes_max: u32::MAX, ..ECHO };
     let mut stream = guarded("opening", a.open(to, generous)).await.expect("opens");
     let large = Frame::new("", vec![0; ECHO.frame_bytes_max as usize + 1]);
@@ -165,7 +165,7 @@ async fn a_protocol_is_served_once_and_may_be_taken_over() {
     let first = a.serve(ECHO, Access::Members).expect("not served yet");
     assert!(a.serve(ECHO, Access::Anyone).is_err());
     drop(first);
-    // The swarm forgets the old server as soon as the task behind it has noticed.
+    // The swarm forgets the old server once its task has noticed the drop.
     let second = guarded("taking over", async {
         loop {
             match a.serve(ECHO, Access::Anyone) {

@@ -1,4 +1,4 @@
-//! Listening, and the faults of it.
+//! Listening, and its failures.
 
 use coel_gossip::{Config, Identity, StartError};
 

@@ -1,8 +1,7 @@
 //! The class of GPUs: kernels of our own in CubeCL, over weights packed in device memory.
 //!
 //! Owns [`GpuKernels`], generic over CubeCL's runtime, so that CUDA and Vulkan run the same source (`device`). Tensors are burn's
-//! on the same runtime; what burn's own operations do here is elementwise or moves rows. A call queues its launches and
-//! does not wait: the host waits where it reads (router scores, expert outputs, logits), nowhere else. All experts of a
+//! on the same runtime, and always contiguous. A call queues its launches and does not wait: the host waits where it reads (router scores, expert outputs, logits), nowhere else. All experts of a
 //! layer are four launches, whatever their number: rows to int8, gates and ups, activation, downs.
 //!
 //! The invariant is every class's: a row's bits are the same alone and in any batch. A kernel's order of additions is
@@ -11,7 +10,7 @@
 use std::cell::RefCell;
 
 use burn::tensor::{DType as BurnDType, Tensor, TensorPrimitive};
-use burn_cubecl::{CubeBackend, CubeRuntime, kernel::into_contiguous, tensor::CubeTensor};
+use burn_cubecl::{CubeBackend, CubeRuntime, tensor::CubeTensor};
 use bytemuck::NoUninit;
 use cubecl::{
     CubeCount, CubeDim,
@@ -23,7 +22,7 @@ use cubecl::{
 };
 
 use coel_kernels::{
-    ExpertWork, Kernels,
+    DynKernels, ExpertWork, Kernels,
     angles::Angles,
     kv::{CacheShape, Span},
 };
@@ -88,6 +87,16 @@ impl VulkanKernels {
     }
 }
 
+/// The kernels on the CUDA device of this number, which is there. This crate compiles what a device needs, and no other does.
+pub fn on_cuda(index: usize) -> Box<dyn DynKernels> {
+    Box::new(CudaKernels::at(index))
+}
+
+/// The kernels on an open Vulkan device.
+pub fn on_vulkan(opened: Opened) -> Box<dyn DynKernels> {
+    Box::new(VulkanKernels::on(opened))
+}
+
 impl<R: CubeRuntime> GpuKernels<R> {
     /// `class` names what gives equal bits.
     fn new(device: R::Device, class: String) -> Self {
@@ -104,9 +113,12 @@ impl<R: CubeRuntime> GpuKernels<R> {
         self.client.create_from_slice(bytemuck::cast_slice(values))
     }
 
-    /// The rows' memory, row-major.
+    /// The rows' memory, row-major: every tensor here is made by [`Self::rows`].
     fn handle(&self, rows: &DeviceRows<R>) -> Handle {
-        into_contiguous(rows.clone().into_primitive().tensor()).handle
+        match rows.clone().into_primitive() {
+            TensorPrimitive::Float(rows) => rows.handle,
+            TensorPrimitive::QFloat(_) => unreachable!("rows are not quantized"),
+        }
     }
 
     fn rows(&self, handle: Handle, n: usize, width: usize) -> DeviceRows<R> {
@@ -227,6 +239,72 @@ impl<R: CubeRuntime> Kernels for GpuKernels<R> {
         self.rows(self.send(&values), values.len() / width, width)
     }
 
+    fn download(&self, rows: DeviceRows<R>) -> Vec<f32> {
+        let bytes = self.client.read_one(self.handle(&rows)).expect("a device that computes can be read");
+        bytemuck::pod_collect_to_vec(&bytes)
+    }
+
+    fn add(&self, a: DeviceRows<R>, b: DeviceRows<R>) -> DeviceRows<R> {
+        let [n, width] = a.dims();
+        assert_eq!(a.dims(), b.dims());
+        let values = n * width;
+        let out = self.floats(values);
+        // SAFETY: the three are of so many values.
+        unsafe {
+            rows::add::launch_unchecked::<R>(
+                &self.client,
+                cubes(values.div_ceil(THREADS as usize)),
+                CubeDim::new_1d(THREADS),
+                ArrayArg::from_raw_parts(self.handle(&a), values),
+                ArrayArg::from_raw_parts(self.handle(&b), values),
+                ArrayArg::from_raw_parts(out.clone(), values),
+                values as u32,
+            );
+        }
+        self.rows(out, n, width)
+    }
+
+    fn clamp(&self, rows: DeviceRows<R>, limit: f32) -> DeviceRows<R> {
+        let [n, width] = rows.dims();
+        let values = n * width;
+        let out = self.floats(values);
+        // SAFETY: both are of so many values.
+        unsafe {
+            rows::clamped::launch_unchecked::<R>(
+                &self.client,
+                cubes(values.div_ceil(THREADS as usize)),
+                CubeDim::new_1d(THREADS),
+                ArrayArg::from_raw_parts(self.handle(&rows), values),
+                ArrayArg::from_raw_parts(out.clone(), values),
+                values as u32,
+                limit,
+            );
+        }
+        self.rows(out, n, width)
+    }
+
+    fn select(&self, rows: &DeviceRows<R>, ranges: &[(usize, usize)]) -> DeviceRows<R> {
+        let [n, width] = rows.dims();
+        let selected: Vec<u32> =
+            ranges.iter().flat_map(|(first, count)| *first as u32..(first + count) as u32).collect();
+        assert!(selected.iter().all(|row| (*row as usize) < n));
+        let (values, out) = (selected.len() * width, self.floats(selected.len() * width));
+        // SAFETY: every row selected is one of `rows`.
+        unsafe {
+            rows::select::launch_unchecked::<R>(
+                &self.client,
+                cubes(values.div_ceil(THREADS as usize)),
+                CubeDim::new_1d(THREADS),
+                ArrayArg::from_raw_parts(self.handle(rows), n * width),
+                ArrayArg::from_raw_parts(self.send(&selected), selected.len()),
+                ArrayArg::from_raw_parts(out.clone(), values),
+                values as u32,
+                width as u32,
+            );
+        }
+        self.rows(out, selected.len(), width)
+    }
+
     fn linears(&mut self, x: &DeviceRows<R>, matrices: &[(&GpuMatrix, Option<&GpuVector>)]) -> Vec<DeviceRows<R>> {
         let [n, width] = x.dims();
         let inputs = self.inputs(self.handle(x), n * width, matrices.iter().map(|(matrix, _)| *matrix));
@@ -251,24 +329,26 @@ impl<R: CubeRuntime> Kernels for GpuKernels<R> {
     }
 
     fn rms_norm(&mut self, x: &DeviceRows<R>, weight: &GpuVector, eps: f32) -> DeviceRows<R> {
-        let [n, width] = x.dims();
-        let (x, out) = (self.handle(x), self.floats(n * width));
-        // SAFETY: rows are of the weight's width, which lies in its slab.
+        let [n, d] = x.dims();
+        let (x, out, width) = (self.handle(x), self.floats(n * d), weight.len);
+        assert!(d.is_multiple_of(width));
+        let runs = n * d / width;
+        // SAFETY: runs are of the weight's width, which lies in its slab.
         unsafe {
             rows::rms_norm::launch_unchecked::<R>(
                 &self.client,
-                cubes(n),
+                cubes(runs),
                 CubeDim::new_1d(rows::THREADS as u32),
-                ArrayArg::from_raw_parts(x, n * width),
+                ArrayArg::from_raw_parts(x, n * d),
                 self.arena.borrow().slab(weight.place.slab()),
-                ArrayArg::from_raw_parts(out.clone(), n * width),
+                ArrayArg::from_raw_parts(out.clone(), n * d),
                 weight.place.at(),
-                n as u32,
+                runs as u32,
                 width as u32,
                 eps,
             );
         }
-        self.rows(out, n, width)
+        self.rows(out, n, d)
     }
 
     fn rotate(&mut self, x: DeviceRows<R>, angles: &Angles) -> DeviceRows<R> {

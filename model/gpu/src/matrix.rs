@@ -179,13 +179,14 @@ fn cut(rows: usize, block: usize, bytes: usize, most: usize) -> Vec<(usize, usiz
 /// A small f32 vector on the device.
 #[derive(Debug)]
 pub struct GpuVector {
+    pub(crate) len: usize,
     pub(crate) place: SlabRange,
 }
 
 impl GpuVector {
     pub(crate) fn new<R: Runtime>(arena: &mut Arena<R>, values: &[f32]) -> Self {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
-        Self { place: arena.put(&[&bytes]) }
+        Self { len: values.len(), place: arena.put(&[&bytes]) }
     }
 }
 

@@ -7,7 +7,6 @@
 
 use std::{any::Any, sync::Arc};
 
-use burn::tensor::Tensor;
 use coel_weights::{
     matrix::{DType, Matrix},
     slices::{BLOCK_ROWS, GROUP, NIBBLES, Sliced, Weight, constants::Constants},
@@ -16,7 +15,6 @@ use coel_weights::{
 use crate::{
     ExpertWork, Gated, Kernels, Rows,
     angles::Angles,
-    download,
     kv::{CacheShape, Span},
 };
 
@@ -147,7 +145,7 @@ pub trait DynKernels: Send {
     }
 
     /// Norm of each run of `width` values of a row, `width` being the weight's: `x [n, d] -> [n, d]`.
-    fn rms_norm(&mut self, x: &DeviceRows, weight: &DeviceVector, width: usize, eps: f32) -> DeviceRows;
+    fn rms_norm(&mut self, x: &DeviceRows, weight: &DeviceVector, eps: f32) -> DeviceRows;
 
     /// Rotary embedding of `x [n, heads * head_dim]`; `angles` has one position per row.
     fn rotate(&mut self, x: DeviceRows, angles: &Angles) -> DeviceRows;
@@ -221,20 +219,19 @@ impl<K: Kernels> DynKernels for K {
     }
 
     fn download(&self, rows: DeviceRows) -> Vec<f32> {
-        download(rows.into_tensor::<K>())
+        Kernels::download(self, rows.into_tensor::<K>())
     }
 
     fn add(&self, a: DeviceRows, b: DeviceRows) -> DeviceRows {
-        DeviceRows::of::<K>(a.into_tensor::<K>() + b.into_tensor::<K>())
+        DeviceRows::of::<K>(Kernels::add(self, a.into_tensor::<K>(), b.into_tensor::<K>()))
     }
 
     fn clamp(&self, rows: DeviceRows, limit: f32) -> DeviceRows {
-        DeviceRows::of::<K>(rows.into_tensor::<K>().clamp(-limit, limit))
+        DeviceRows::of::<K>(Kernels::clamp(self, rows.into_tensor::<K>(), limit))
     }
 
     fn select(&self, rows: &DeviceRows, ranges: &[(usize, usize)]) -> DeviceRows {
-        let ranges = ranges.iter().map(|(first, count)| rows.as_tensor::<K>().clone().narrow(0, *first, *count));
-        DeviceRows::of::<K>(Tensor::cat(ranges.collect(), 0))
+        DeviceRows::of::<K>(Kernels::select(self, rows.as_tensor::<K>(), ranges))
     }
 
     fn linears(&mut self, x: &DeviceRows, matrices: &[(&DeviceMatrix, Option<&DeviceVector>)]) -> Vec<DeviceRows> {
@@ -243,14 +240,8 @@ impl<K: Kernels> DynKernels for K {
         Kernels::linears(self, x.as_tensor::<K>(), &matrices).into_iter().map(DeviceRows::of::<K>).collect()
     }
 
-    fn rms_norm(&mut self, x: &DeviceRows, weight: &DeviceVector, width: usize, eps: f32) -> DeviceRows {
-        let weight = weight.get::<K>();
-        let [n, d] = x.dims();
-        if d == width {
-            return DeviceRows::of::<K>(Kernels::rms_norm(self, x.as_tensor::<K>(), weight, eps));
-        }
-        let parts = x.as_tensor::<K>().clone().reshape([n * d / width, width]);
-        DeviceRows::of::<K>(Kernels::rms_norm(self, &parts, weight, eps).reshape([n, d]))
+    fn rms_norm(&mut self, x: &DeviceRows, weight: &DeviceVector, eps: f32) -> DeviceRows {
+        DeviceRows::of::<K>(Kernels::rms_norm(self, x.as_tensor::<K>(), weight.get::<K>(), eps))
     }
 
     fn rotate(&mut self, x: DeviceRows, angles: &Angles) -> DeviceRows {

@@ -1,12 +1,13 @@
 //! The operations of a decoder layer, on which exactness and speed depend: one implementation per kernel class.
 //!
-//! [`Kernels`] extends a burn [`Backend`] by the operations whose order of additions matters: packed matrix times rows,
-//! norm, rotary embedding, cached attention, gated feed-forward. [`cpu::CpuKernels`] implements them on `Flex` in plain
+//! [`Kernels`] lists the operations on tensors of a burn [`Backend`]: packed matrix times rows, norm, rotary embedding,
+//! cached attention, gated feed-forward. [`cpu::CpuKernels`] implements them on `Flex` in plain
 //! Rust; `coel-gpu` implements them in CubeCL for CUDA and Vulkan. [`DynKernels`] is the object-safe form: code that drives
 //! a device is compiled once, not once per device.
 //!
-//! The invariant for every class: a row's result has the same bits alone and in any batch. Everything else (lookups,
-//! residual additions) is elementwise and done with burn tensors. Names of layers and sessions are not known here.
+//! The invariant for every class: a row's result has the same bits alone and in any batch. Tensors are burn's; burn's own
+//! operations on them are not used, since those of three backends took four fifths of the time to build the kernels.
+//! Names of layers and sessions are not known here.
 
 use burn::tensor::{Tensor, backend::Backend};
 use coel_weights::slices::Weight;
@@ -96,6 +97,26 @@ pub trait Kernels: Send + 'static {
     where
         Self: Sized;
 
+    /// The values of `rows`, row-major; waits for the device.
+    fn download(&self, rows: Rows<Self>) -> Vec<f32>
+    where
+        Self: Sized;
+
+    /// `a + b`, elementwise.
+    fn add(&self, a: Rows<Self>, b: Rows<Self>) -> Rows<Self>
+    where
+        Self: Sized;
+
+    /// Every value into `-limit..=limit`.
+    fn clamp(&self, rows: Rows<Self>, limit: f32) -> Rows<Self>
+    where
+        Self: Sized;
+
+    /// The row ranges `(first, count)` of `rows`, concatenated; at least one.
+    fn select(&self, rows: &Rows<Self>, ranges: &[(usize, usize)]) -> Rows<Self>
+    where
+        Self: Sized;
+
     /// For each matrix, with its bias, `x [n, in] -> [n, out]`.
     fn linears(&mut self, x: &Rows<Self>, matrices: &[(&Self::Matrix, Option<&Self::Vector>)]) -> Vec<Rows<Self>>
     where
@@ -109,7 +130,7 @@ pub trait Kernels: Send + 'static {
         self.linears(x, &[(matrix, bias)]).pop().expect("one output for each matrix")
     }
 
-    /// `x [n, d] -> [n, d]`.
+    /// Norm of each run of `width` values of a row, `width` being the weight's: `x [n, d] -> [n, d]`.
     fn rms_norm(&mut self, x: &Rows<Self>, weight: &Self::Vector, eps: f32) -> Rows<Self>
     where
         Self: Sized;
@@ -138,9 +159,4 @@ pub trait Kernels: Send + 'static {
     fn experts(&mut self, x: &Rows<Self>, work: &[ExpertWork<'_, Self::Matrix>]) -> Rows<Self>
     where
         Self: Sized;
-}
-
-/// The values of `rows`, row-major.
-pub fn download<B: Backend>(rows: Tensor<B, 2>) -> Vec<f32> {
-    rows.into_data().convert::<f32>().into_vec().expect("converted to f32 just now")
 }

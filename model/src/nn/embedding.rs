@@ -91,12 +91,9 @@ impl Region {
     fn open(place: &FileRange<'_>) -> Result<Self, ReadError> {
         let failed = |error: std::io::Error| ReadError::Io { file: place.file.to_owned(), why: error.to_string() };
         let file = File::open(place.file).map_err(failed)?;
+        // Without it a row would bring megabytes along. A file system that does not take the advice costs time only.
         #[cfg(target_os = "linux")]
-        {
-            use std::os::fd::AsRawFd;
-            // SAFETY: plain system call on a file that is open; without it a row would bring megabytes along.
-            unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
-        }
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
         Ok(Self { path: place.file.to_owned(), file, offset: place.offset })
     }
 

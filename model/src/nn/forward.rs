@@ -149,11 +149,11 @@ impl ForwardContext<'_> {
     fn compute_layers(&mut self, batch: &mut Batch) -> Step {
         let trunk = self.trunk;
         let config = &trunk.config;
-        let (d, eps) = (config.hidden_size, config.rms_norm_eps);
+        let eps = config.rms_norm_eps;
         while let Some(layer) = trunk.layers.get(batch.layer) {
             let attended = self.attend(batch, layer);
             let residual = self.kernels.add(batch.residual.clone(), attended);
-            batch.normed = self.kernels.rms_norm(&residual, &layer.post_attention_norm, d, eps);
+            batch.normed = self.kernels.rms_norm(&residual, &layer.post_attention_norm, eps);
             match &layer.feed_forward {
                 FeedForward::Dense(block) => {
                     let output = self.every_row(&batch.normed, block);
@@ -175,7 +175,7 @@ impl ForwardContext<'_> {
     fn attend(&mut self, batch: &Batch, layer: &Layer) -> DeviceRows {
         let Self { kernels, trunk, cache } = self;
         let config = &trunk.config;
-        let x = kernels.rms_norm(&batch.residual, &layer.input_norm, config.hidden_size, config.rms_norm_eps);
+        let x = kernels.rms_norm(&batch.residual, &layer.input_norm, config.rms_norm_eps);
         let projections = [&layer.q, &layer.k, &layer.v];
         let rows = kernels.linears(&x, &projections.map(|p| (&p.matrix, p.bias.as_ref())));
         let mut rows = projections.into_iter().zip(rows).map(|(p, rows)| finish_projection(*kernels, config, p, rows));
@@ -245,7 +245,7 @@ impl ForwardContext<'_> {
             return vec![Vec::new(); wanted.len()];
         }
         let hidden = kernels.select(&batch.residual, &ranges);
-        let normed = kernels.rms_norm(&hidden, &trunk.norm, config.hidden_size, config.rms_norm_eps);
+        let normed = kernels.rms_norm(&hidden, &trunk.norm, config.rms_norm_eps);
         let logits = kernels.linear(&normed, &trunk.head, None);
         let values = kernels.download(logits);
         let mut values = values.as_slice();
@@ -297,7 +297,7 @@ fn finish_projection(
     mut rows: DeviceRows,
 ) -> DeviceRows {
     if let Some(norm) = &projection.norm {
-        rows = kernels.rms_norm(&rows, &norm.weight, norm.width, config.rms_norm_eps);
+        rows = kernels.rms_norm(&rows, norm, config.rms_norm_eps);
     }
     match config.clip_qkv {
         Some(limit) => kernels.clamp(rows, limit),

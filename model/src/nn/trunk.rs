@@ -22,13 +22,8 @@ use super::{embedding::Embedding, rope::Rope};
 pub(crate) struct Projection {
     pub(crate) matrix: DeviceMatrix,
     pub(crate) bias: Option<DeviceVector>,
-    pub(crate) norm: Option<Norm>,
-}
-
-/// A norm of each `width` values of a row by themselves.
-pub(crate) struct Norm {
-    pub(crate) weight: DeviceVector,
-    pub(crate) width: usize,
+    /// Norms each run of as many values of a row as it has weights.
+    pub(crate) norm: Option<DeviceVector>,
 }
 
 /// The expert every row passes, and the gate `[1, d]` its output is scaled by.
@@ -159,8 +154,7 @@ impl TensorLoader<'_> {
         };
         let norm = |name: &str, projection: usize| {
             let width = layout::norm_width(config, projection);
-            let load = |width| Ok(Norm { weight: self.vector(&names.attention(name, "weight"), width)?, width });
-            width.map(load).transpose()
+            width.map(|width| self.vector(&names.attention(name, "weight"), width)).transpose()
         };
         Ok(Layer {
             input_norm: self.vector(&names.of("input_layernorm.weight"), d)?,

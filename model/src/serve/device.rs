@@ -7,7 +7,7 @@ use std::{fmt, str::FromStr};
 
 use coel_gpu::{
     cuda,
-    kernels::{CudaKernels, VulkanKernels},
+    kernels::{on_cuda, on_vulkan},
     vulkan,
 };
 use coel_kernels::{
@@ -92,8 +92,8 @@ impl Device {
 /// In words, where the device does not open.
 pub(crate) fn open(device: Device, threads: usize) -> Result<Box<dyn DynKernels>, String> {
     Ok(match device {
-        Device::Cuda(index) => Box::new(CudaKernels::at(index)),
-        Device::Vulkan(number) => Box::new(VulkanKernels::on(vulkan::open(number)?)),
+        Device::Cuda(index) => on_cuda(index),
+        Device::Vulkan(number) => on_vulkan(vulkan::open(number)?),
         Device::Cpu | Device::Auto => Box::new(CpuKernels::new(Isa::best(), threads)),
     })
 }

@@ -28,6 +28,7 @@ use super::{
     device::Device,
     expert_source::ExpertSource,
     jobs::{Job, JobQueue, Lease, RemoteCall},
+    pages::PageTable,
     scheduler::SessionId,
     session::Session,
     state::EngineState,
@@ -207,8 +208,9 @@ impl Engine {
         self.queue.ask(|reply| Job::LoadExpertOnDisk { id, tensors, reply }).await
     }
 
-    /// Gives experts on disk another budget of memory. More serves at once; of less, what is needed at the moment stays until it was
-    /// computed: the [ledger](Self::memory) counts it until then.
+    /// Gives experts on disk another budget of memory, and waits until they keep within it. More serves at once; of less, what is
+    /// needed at the moment stays until it was computed: the [ledger](Self::memory) counts it until then. The wait ends early
+    /// where yet another budget is set.
     pub async fn set_disk_cache_bytes(&self, bytes: u64) -> Result<(), EngineError> {
         self.queue.ask(|reply| Job::SetDiskCacheBytes { bytes, reply }).await
     }
@@ -232,9 +234,22 @@ impl Engine {
     /// [`EngineError::TooLong`] if it can never be had here, [`EngineError::Busy`] if not now.
     pub fn open_session(&self, capacity_tokens: usize) -> Result<Session, EngineError> {
         let table = self.queue.state.take_pages(capacity_tokens)?;
+        Ok(self.session(table, capacity_tokens))
+    }
+
+    /// Opens a session as soon as others have ended that leave too little room for it.
+    ///
+    /// # Errors
+    /// [`EngineError::TooLong`], or why the compute thread has ended.
+    pub async fn open_session_when_free(&self, capacity_tokens: usize) -> Result<Session, EngineError> {
+        let table = self.queue.state.take_pages_when_free(capacity_tokens).await?;
+        Ok(self.session(table, capacity_tokens))
+    }
+
+    fn session(&self, table: PageTable, capacity_tokens: usize) -> Session {
         let id = SessionId(self.next_session.fetch_add(1, Ordering::Relaxed));
         let lease = Lease::new(self.queue.state.clone(), table);
-        Ok(Session::new(self.queue.clone(), id, lease, capacity_tokens))
+        Session::new(self.queue.clone(), id, lease, capacity_tokens)
     }
 
     /// Runs experts of one layer: for each `(expert, row indices)` one f32 row of `hidden_size` per index, in call

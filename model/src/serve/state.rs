@@ -7,6 +7,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -14,6 +15,7 @@ use std::{
 };
 
 use coel_weights::{config::ModelConfig, layout::ExpertId, slices::Precision};
+use tokio::sync::Notify;
 
 use super::{
     error::EngineError,
@@ -110,6 +112,8 @@ pub(crate) struct EngineState {
     pub(crate) meter: Meter,
     locked: Mutex<Locked>,
     source: Mutex<Option<Arc<dyn ExpertSource>>>,
+    /// Pages of a session are free, or the compute thread has ended.
+    freed: Notify,
 }
 
 /// Each change under these locks is one assignment or one call that is atomic by itself, so a poisoned lock guards a
@@ -132,7 +136,15 @@ impl EngineState {
         };
         let locked = Locked { accounts, pages, closed: Vec::new(), panicked: None, fault: None };
         let (activity, meter) = (Counters::default(), Meter::default());
-        Self { config, options, activity, meter, locked: Mutex::new(locked), source: Mutex::default() }
+        Self {
+            config,
+            options,
+            activity,
+            meter,
+            locked: Mutex::new(locked),
+            source: Mutex::default(),
+            freed: Notify::new(),
+        }
     }
 
     /// What is held and reserved at this moment.
@@ -187,6 +199,21 @@ impl EngineState {
 
     pub(crate) fn give_pages_back(&self, table: PageTable) {
         lock(&self.locked).pages.give_back(table);
+        self.freed.notify_waiters();
+    }
+
+    /// Like [`Self::take_pages`], but waits while sessions that will end hold them.
+    pub(crate) async fn take_pages_when_free(&self, tokens: usize) -> Result<PageTable, EngineError> {
+        loop {
+            let mut freed = pin!(self.freed.notified());
+            // Listens from now on: pages may come free while the pool is found full.
+            freed.as_mut().enable();
+            match self.take_pages(tokens) {
+                Err(EngineError::Busy { .. }) if self.fault().is_none() => freed.await,
+                Err(EngineError::Busy { .. }) => return Err(self.stopped()),
+                taken => return taken,
+            }
+        }
     }
 
     pub(crate) fn session_closed(&self, session: SessionId) {
@@ -213,6 +240,7 @@ impl EngineState {
     /// The compute thread ends for this reason.
     pub(crate) fn set_fault(&self, why: String) {
         lock(&self.locked).fault = Some(why);
+        self.freed.notify_waiters();
     }
 
     pub(crate) fn fault(&self) -> Option<String> {

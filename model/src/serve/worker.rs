@@ -119,6 +119,8 @@ struct Worker {
     executor: Executor,
     batches: Batches,
     remote_calls: RemoteCalls,
+    /// Waits until experts on disk keep within their budget of memory.
+    shrinking: Option<JobReply<()>>,
 }
 
 /// The asker may have gone; its answer is then dropped.
@@ -129,7 +131,7 @@ fn answer<T>(reply: JobReply<T>, result: Result<T, EngineError>) {
 impl Worker {
     fn new(kernels: Box<dyn DynKernels>, state: Arc<EngineState>) -> Self {
         let batches = Batches::new(&state.options);
-        Self { batches, executor: Executor::new(kernels, state), remote_calls: RemoteCalls::default() }
+        Self { batches, executor: Executor::new(kernels, state), remote_calls: RemoteCalls::default(), shrinking: None }
     }
 
     /// A [round](Self::round) that survives a panic, if the device does. Nothing if the thread is to end.
@@ -171,6 +173,9 @@ impl Worker {
         self.executor.settle();
         self.remote_calls.step_all(&mut self.executor);
         let turn = self.batches.turn(&mut self.executor, clock);
+        if let Some(reply) = self.shrinking.take_if(|_| self.executor.is_disk_cache_within_budget()) {
+            answer(reply, Ok(()));
+        }
         self.executor.state().activity.set_waiting(self.batches.waiting());
         Some(turn)
     }
@@ -189,7 +194,9 @@ impl Worker {
             }
             Job::SetDiskCacheBytes { bytes, reply } => {
                 executor.set_disk_cache_bytes(bytes);
-                answer(reply, Ok(()));
+                if let Some(earlier) = self.shrinking.replace(reply) {
+                    answer(earlier, Ok(()));
+                }
             }
             Job::DropExpert { id, reply } => answer(reply, Ok(executor.drop_expert(id))),
             Job::RunExperts { call, reply } => self.remote_calls.take(call, reply, executor),

@@ -36,7 +36,7 @@ fn experts_go_to_disk_and_come_back_and_the_bits_stay() {
     let loaded = engine.memory();
     assert_eq!((loaded.disk_cache_bytes_reserved, engine.offload_stats().on_disk), (0, 0));
 
-    // To disk, one by one; their memory becomes the disk cache's.
+    // Experts move to disk one by one, and their memory goes to the disk cache.
     block_on(engine.set_disk_cache_bytes(8 * EXPERT)).unwrap();
     assert_eq!(engine.memory().disk_cache_bytes_reserved, 0, "nothing is on disk yet");
     for (index, id) in all.iter().enumerate() {
@@ -60,7 +60,7 @@ fn experts_go_to_disk_and_come_back_and_the_bits_stay() {
     assert!(engine.offload_stats().bytes_in_memory <= 2 * EXPERT, "no expert is needed now");
     assert!(logits(&engine) == expected);
 
-    // And back to memory.
+    // Experts move back to memory.
     for id in &all {
         block_on(engine.load_expert_tensors(*id, checkpoint.expert(*id))).unwrap();
     }
@@ -76,7 +76,7 @@ fn tensors_are_read_from_pieces_of_a_file() {
     let checkpoint = checkpoint();
     let file = WeightBytes::map(&checkpoint.weight_files()[0]).unwrap();
     let id = layout::experts(checkpoint.config()).last().unwrap();
-    // In two pieces that meet between two tensors.
+    // The two pieces meet between two tensors.
     let cut = checkpoint.expert(id).iter().map(|(_, view)| view.offset as usize).max().unwrap();
     let pieces = |cut: usize| [file.slice(0..cut).unwrap(), file.slice(cut..file.len()).unwrap()];
     let lying = Tensors::parse_pieces(&pieces(cut), "pieces").unwrap();

@@ -17,7 +17,7 @@ use crate::{
     whole::{Whole, checkpoint, fixture},
 };
 
-/// Writes a small checkpoint after `change` had its way with the tensors, and opens it.
+/// Writes a small checkpoint with tensors that `change` has edited, and opens it.
 fn open_changed(change: impl FnOnce(&mut Vec<Stored>)) -> Result<Checkpoint, LoadError> {
     let dir = tempfile::tempdir().unwrap();
     let json = synth::config(json!({}));

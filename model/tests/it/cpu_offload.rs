@@ -1,4 +1,5 @@
-//! Experts in host memory beside a GPU, on a Vulkan device, software or not: `gpu` says which tests are skipped where.
+//! Experts in host memory beside a GPU, on a Vulkan device in hardware or software. The module `gpu` says which tests
+//! are skipped where.
 //!
 //! The GPU and the CPU are different kernel classes, so results are compared within the bound for both; `worker/tests`
 //! compares them on one class, bit by bit.
@@ -30,7 +31,7 @@ use crate::{
 
 /// An expert of the bundled model, exact.
 const EXPERT: u64 = 3 * 96 * 256 * 2;
-/// The same in a buffer of the disk cache: three runs of whole pages, at most.
+/// The same expert in a buffer of the disk cache: three runs of whole pages, at most.
 const EXPERT_BUFFER: u64 = EXPERT + 3 * 2 * 4096;
 const EXPERTS: u64 = 6 * 24;
 
@@ -39,14 +40,14 @@ fn start(device_expert_bytes: Option<u64>, disk_cache_bytes: u64) -> Engine {
     Engine::start(Device::Vulkan(0), checkpoint().config().clone(), options).expect("it was opened before")
 }
 
-/// The bundled model with space for so many of its experts on the GPU.
+/// The bundled model, with space for `experts` of its experts on the GPU.
 fn with_capacity(checkpoint: &Checkpoint, experts: u64) -> Engine {
     let engine = start(Some(experts * EXPERT), 0);
     block_on(engine.load_checkpoint(checkpoint)).unwrap();
     engine
 }
 
-/// The results of a prompt of 20 tokens, then of each of 6 more.
+/// The results of a prompt of 20 tokens, then of 6 more tokens one by one.
 fn follow(engine: &Engine) -> Vec<Advanced> {
     let tokens: Vec<u32> = (0..26).map(|index| (index * index * 7 + index * 31 + 100) % 4096).collect();
     let mut session = engine.open_session(26).unwrap();
@@ -140,7 +141,7 @@ fn experts_on_the_gpu_are_replaced_and_dropped() {
     for engine in [&whole, &engine] {
         block_on(engine.load_trunk_tensors(checkpoint.trunk())).unwrap();
     }
-    // Sliced on loading: weights in memory of this process, which is freed while they are on the GPU.
+    // The weights are sliced on loading, into this process's memory, which is freed while they are on the GPU.
     let load = |precision| {
         for id in layout::experts(checkpoint.config()) {
             for engine in [&whole, &engine] {
@@ -152,7 +153,7 @@ fn experts_on_the_gpu_are_replaced_and_dropped() {
     load(Precision::Q4);
     for precision in [Precision::Q8, Precision::Exact, Precision::Q4] {
         let found = follow(&engine);
-        // A last bit may move an activation to the next int8 step.
+        // A difference in the last bit may move an activation to the next int8 step.
         check_close(&found, &follow(&whole), 2e-2);
         load(precision);
         assert!(engine.held().values().all(|held| *held == precision));
@@ -171,7 +172,7 @@ fn experts_on_the_gpu_are_replaced_and_dropped() {
     let (device, ledger) = (engine.offload_stats().device, engine.memory());
     assert!(device.experts <= 24 && device.bytes <= ledger.expert_bytes, "{device:?}");
     assert_eq!(ledger.cpu_offload_bytes, ledger.expert_bytes - device.bytes);
-    // A call of a peer, with experts in both memories.
+    // A call from a peer, with experts in both memories.
     let rows: Vec<f32> = (0..4 * 256).map(|index| (index % 13) as f32 / 16.0 - 0.4).collect();
     let calls: Vec<(u16, Vec<u32>)> = (0..16).map(|expert| (23 - expert, vec![u32::from(expert) % 4])).collect();
     let [found, expected] =
@@ -190,7 +191,7 @@ fn disk_and_cpu_offload_together() {
     let whole = start(None, 0);
     block_on(whole.load_checkpoint(&checkpoint)).unwrap();
     let expected = follow(&whole);
-    // All experts on disk; a sixth of them take turns in memory, and a third on the GPU.
+    // All experts are on disk; memory has space for a sixth of them at a time, and the GPU for a third.
     let (in_memory, on_device) = (EXPERTS / 6, EXPERTS / 3);
     let engine = start(Some(on_device * EXPERT), in_memory * EXPERT_BUFFER);
     block_on(engine.load_trunk_tensors(checkpoint.trunk())).unwrap();

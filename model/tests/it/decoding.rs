@@ -1,4 +1,4 @@
-//! The decoder: exactness, and what misuse does.
+//! The decoder: exactness, and its reaction to misuse.
 
 use coel_model::{
     kernels::{
@@ -35,7 +35,7 @@ fn synthetic(changes: Value, dtype: DType) -> (tempfile::TempDir, Checkpoint) {
     (dir, checkpoint)
 }
 
-/// Logits of all tokens, given in pieces of the lengths `cuts` repeats.
+/// Logits of all tokens, fed in pieces whose lengths cycle through `cuts`.
 fn logits_in_pieces(whole: &mut Whole, tokens: &[u32], cuts: &[usize]) -> Vec<f32> {
     let mut solo = whole.solo(tokens.len());
     let (mut rest, mut logits) = (tokens, Vec::new());
@@ -73,7 +73,7 @@ fn a_long_prompt_is_split_without_a_trace() {
     assert!(bits(&pieces[599 * 4096..]) == bits(&whole_prompt));
 }
 
-/// Sessions at different places, some with a prompt and some with a token, on pages of any size.
+/// Checks sessions at different positions, some with a prompt and some with one token, on pages of these sizes.
 fn check_computed_together<K: DynKernels + 'static>(
     make: impl Fn() -> K,
     checkpoint: &Checkpoint,
@@ -189,7 +189,7 @@ fn dense_layers_ask_for_nothing() {
     let mut layers = Vec::new();
     let tokens = tokens(300, 83);
     let all = whole.advance(&mut solo, &tokens, Want::All, |call| layers.push((call.layer, call.routes.len())));
-    // Layers 0, 2 and 4 are dense: the last one too, between the chunks.
+    // Layers 0, 2 and 4 are dense, so a dense layer also ends each chunk.
     assert_eq!(layers, [(1, 256), (3, 256), (1, 44), (3, 44)]);
     let pieces = logits_in_pieces(&mut whole, &tokens, &[1, 7, 64]);
     assert_eq!(bits(&all), bits(&pieces));
@@ -226,7 +226,7 @@ fn misuse_is_an_error_and_changes_nothing() {
     assert_eq!((step, call.layer, call.slots(), call.rows.len()), (Step::NeedExperts, 0, 4, 2 * 52));
     let wrong = DecodeError::Outputs { expected: 4, found: 3 };
     assert_eq!(whole.context().resume(&mut batch, LayerOutputs::whole(vec![0.0; 3 * 52], 52)), Err(wrong));
-    // After all that, the batch goes on as if nothing had happened.
+    // After all these refusals, the batch goes on as if nothing had happened.
     let mut step = Step::NeedExperts;
     let logits = loop {
         match step {

@@ -62,7 +62,7 @@ fn tokens(count: usize, salt: u32) -> Vec<u32> {
     (0..count as u32).map(|index| (index * index * 7 + index * 31 + salt * 97 + 3) % 4096).collect()
 }
 
-/// The logits after a prompt, then after each of some more tokens.
+/// The logits after a prompt, then after each of `more` tokens.
 fn follow(engine: &Engine, prompt: usize, more: usize, salt: u32) -> Vec<Vec<f32>> {
     let all = tokens(prompt + more, salt);
     let mut session = engine.open_session(prompt + more).unwrap();
@@ -81,7 +81,7 @@ fn any_budget_gives_the_same_bits() {
         let engine = whole(&checkpoint);
         cases.map(|(prompt, more, salt)| follow(&engine, prompt, more, salt))
     };
-    // Memory for one expert, for two rows' experts, for a third, and for nearly all of them.
+    // Memory for one expert, for the experts of two rows, for a third of all experts, and for nearly all of them.
     for experts in [1, 8, 40, 140] {
         let engine = on_disk(&checkpoint, experts);
         let ledger = engine.memory();
@@ -97,7 +97,8 @@ fn any_budget_gives_the_same_bits() {
         assert_eq!(stats.on_disk, 144, "{stats:?}");
         assert!(stats.in_memory as u64 * engine.footprint().expert_bytes <= experts * EXPERT, "{stats:?}");
         assert!(stats.misses > 0 && stats.bytes_read > 0, "{stats:?}");
-        // 36 batches decode one row, and predict up to five layers each, if the layer before waits.
+        // 36 batches decode one row each. They predict a layer only if the layer before it waits: up to five layers
+        // each.
         let pairs: u64 = stats.recall.iter().map(|layer| layer.late.pairs).sum();
         let most = (12 + 1 + 20 + 3) * 5 * 4;
         assert!(if experts == 1 { pairs == most } else { (1..=most).contains(&pairs) }, "{stats:?}");
@@ -109,7 +110,7 @@ fn any_budget_gives_the_same_bits() {
 #[test]
 fn rows_that_go_ahead_leave_no_trace() {
     let checkpoint = checkpoint();
-    // Pages have 16 tokens: some sessions begin a page, others go on in the middle of one.
+    // Pages have 16 tokens: some sessions begin a page, others continue in the middle of one.
     let cases = [(150, 12, 1), (1, 20, 2), (15, 3, 3)];
     let run = |engine: &Engine| cases.map(|(prompt, more, salt)| follow(engine, prompt, more, salt));
     let expected = run(&whole(&checkpoint));
@@ -146,7 +147,7 @@ fn experts_are_predicted_better_than_by_the_next_router_alone() {
     }
     let stats = engine.offload_stats();
     assert_eq!(stats.recall.iter().map(|layer| layer.early.pairs).sum::<u64>(), 2 * 256 * 5 * 4);
-    // The next router finds 0.66 from the rows as they are, and 0.76 once all outputs are there.
+    // The next router alone has a recall of 0.66 from the rows as they are, and of 0.76 once all outputs are there.
     let [early, late] = stats.mean_recall();
     assert!(early.is_some_and(|early| early > 0.82) && late.is_none(), "{stats:?}");
 }
@@ -258,7 +259,7 @@ fn a_missing_file_ends_the_requests_that_need_it_and_is_named() {
             _ => fs::File::options().write(true).open(file(*index)).unwrap().set_len(8192).unwrap(),
         }
     }
-    // Other experts displace them until none of the spoilt ones is in memory.
+    // Other experts displace the spoilt ones, until none of them is in memory.
     for salt in 0..8 {
         let mut session = engine.open_session(1).unwrap();
         _ = block_on(session.advance(&[salt * 50 + 11], Want::Last));

@@ -34,7 +34,7 @@ fn small() -> (tempfile::TempDir, Checkpoint) {
     (dir, checkpoint)
 }
 
-/// Greedy tokens after each of `prompts`, from batches of one row after the prompt's.
+/// Greedy tokens after each of `prompts`, in batches of one row after the batches of the prompt.
 fn greedy_alone(checkpoint: &Checkpoint, prompts: &[Vec<u32>], count: usize) -> Vec<Vec<u32>> {
     let mut whole = Whole::new(CpuKernels::default(), checkpoint);
     let mut follow = |prompt: &Vec<u32>| {
@@ -163,7 +163,7 @@ fn a_peers_expert_call_is_checked_and_its_rows_do_not_hang_on_each_other() {
     block_on(engine.drop_expert(ExpertId { layer: 1, index: 4 })).unwrap();
     let missing = run(&rows, vec![(0, vec![0]), (4, vec![0])]).unwrap_err();
     assert!(matches!(missing, EngineError::NotHeld(ExpertId { layer: 1, index: 4 })), "{missing}");
-    // A session that meets the gap is as before, and completes once it is closed.
+    // A session that needs a missing expert stays as it was, and completes once the experts are back.
     let mut session = engine.open_session(8).unwrap();
     for index in 0..5 {
         block_on(engine.drop_expert(ExpertId { layer: 1, index })).unwrap();
@@ -232,7 +232,7 @@ fn the_thread_ends_with_its_last_handle() {
     drop(engine);
     let before = config.strong_count();
     drop(session);
-    // The thread holds the configuration; it lets go as soon as it notices.
+    // The thread holds the configuration until it notices that its last handle is gone.
     for _ in 0..1000 {
         if config.strong_count() < before {
             break;

@@ -1,5 +1,5 @@
-//! Every family the decoder runs: tiny checkpoints against what transformers computed from them, and how each spells
-//! its tensors. `scripts/make_references.py` makes both.
+//! Every family that the decoder runs: tiny checkpoints against results that transformers computed from them, and the
+//! tensor names of each family. `scripts/make_references.py` makes the checkpoints and the results.
 
 use std::{
     collections::BTreeMap,
@@ -83,7 +83,7 @@ fn logits_continuations_and_routes_are_those_of_transformers() {
     }
 }
 
-/// A reference that is not met, so that the check above is known to see a difference: one field is read otherwise.
+/// Shows that the check above sees a difference: with one field read wrongly, the reference is not met.
 #[test]
 fn a_field_read_wrongly_shows() {
     let change = |name: &str, key: &str, value: Value| {
@@ -113,7 +113,7 @@ fn a_field_read_wrongly_shows() {
     assert!(same.passed, "Mixtral has no such field: {same:?}");
 }
 
-/// As `config.json` of the published checkpoints have it, before transformers 5.
+/// Fields as the `config.json` of published checkpoints spells them, before transformers 5.
 #[test]
 fn published_spellings_mean_the_same() {
     for name in FAMILIES {
@@ -169,7 +169,7 @@ fn a_dense_layer_has_no_experts_to_load_or_count() {
     assert_eq!(shape, [(0, 0), (6, 2 * 47), (0, 0), (6, 2 * 47), (0, 0)]);
 }
 
-/// Relative to exact weights, the root mean square error of the logits of a few tokens.
+/// The root mean square error of the logits of a few tokens, relative to exact weights.
 fn error_at(checkpoint: &Checkpoint, precision: Precision) -> f64 {
     let logits = |precision| {
         let sliced = |tensors: Tensors| tensors.sliced(precision).expect("widths are whole groups");
@@ -206,7 +206,7 @@ fn open_changed(changes: &Value, change: impl FnOnce(&mut Vec<Stored>)) -> Resul
     Checkpoint::open(dir.path())
 }
 
-/// Each tensor is needed, and a second one of its name but for the last word is one too many.
+/// Checks that each tensor is needed, and that an extra one with a suffix to its name is refused.
 #[track_caller]
 fn check_spelling(changes: Value, needed: &[&str]) {
     open_changed(&changes, |_| {}).unwrap();
@@ -263,14 +263,14 @@ fn missing_and_unused_tensors_are_named_as_the_family_spells_them() {
 
 #[test]
 fn another_familys_tensors_are_refused() {
-    // Qwen3 norms heads, OLMoE whole projections: the same name, another shape.
+    // Qwen3 normalises each head, OLMoE the whole projection: the same name, another shape.
     let qwen3 = json!({"architectures": ["Qwen3MoeForCausalLM"], "intermediate_size": 19});
     let error = open_changed(&json!({"architectures": ["OlmoeForCausalLM"], "intermediate_size": 19}), |tensors| {
         *tensors = synth::weights(&ModelConfig::parse(&synth::config(qwen3).to_string()).unwrap(), DType::BF16, 1);
     });
     let message = error.unwrap_err().to_string();
     assert!(message.contains("q_norm.weight") && message.contains("[14]") && message.contains("[84]"), "{message}");
-    // A layer that has experts in the file and none in the configuration.
+    // A layer with experts in the file, but none in the configuration.
     let dense = json!({"mlp_only_layers": [0], "intermediate_size": 48});
     let extra = open_changed(&dense, |tensors| {
         let name = "model.layers.1.mlp.experts.0.up_proj.weight";

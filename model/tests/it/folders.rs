@@ -32,7 +32,7 @@ use crate::{
 
 const SLICED: [Precision; 2] = [Precision::Q4, Precision::Q8];
 
-/// A small checkpoint whose columns slices can have.
+/// A small checkpoint whose matrices have column counts that can be sliced.
 fn small(seed: u64) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let changes = json!({
@@ -120,7 +120,7 @@ fn the_bundled_model_speaks_at_every_precision() {
     }
 }
 
-/// A source that fails after so many reads.
+/// A source that fails after `left` reads.
 struct Failing<'a> {
     files: &'a [fs::File],
     left: std::cell::Cell<usize>,
@@ -182,7 +182,7 @@ fn what_is_damaged_of_a_complete_folder_is_made_again() {
     fs::write(path(short), b"short").unwrap();
     let [gone, config] = ["layer.0.expert.3.base.safetensors", "config.json"];
     fs::remove_file(path(gone)).unwrap();
-    // Another checkpoint of this shape mends nothing, and harms nothing.
+    // Another checkpoint of this shape repairs nothing and damages nothing.
     let before = fs::read(path(flipped)).unwrap();
     check_names(slice_checkpoint(small(6).path(), out.path(), |_, _| {}).unwrap_err(), &["another model"]);
     assert!(fs::read(path(flipped)).unwrap() == before && !path(gone).exists());
@@ -200,7 +200,7 @@ fn what_is_damaged_of_a_complete_folder_is_made_again() {
 fn a_full_disk_leaves_nothing_half_done() {
     let (from, out) = (small(5), tempfile::tempdir().unwrap());
     for name in ["layer.1.base.safetensors", "layer.1.expert.2.refine.safetensors", "config.json", "slices.json"] {
-        // Whatever is written there finds no room.
+        // Every write to this path fails, as on a full disk.
         std::os::unix::fs::symlink("/dev/full", out.path().join(format!("{name}.partial"))).unwrap();
         let error = slice_checkpoint(from.path(), out.path(), |_, _| {}).unwrap_err();
         assert!(matches!(error, SlicingError::Full { .. }), "{error}");
@@ -212,7 +212,7 @@ fn a_full_disk_leaves_nothing_half_done() {
     SlicedFolder::open(out.path()).unwrap();
 }
 
-/// Another file in its place, with one bit of its last byte flipped.
+/// Replaces a file with another one, in which one bit of the last byte is flipped.
 fn flip(path: &Path) {
     let mut bytes = fs::read(path).unwrap();
     *bytes.last_mut().unwrap() ^= 0x10;
@@ -229,7 +229,7 @@ fn a_flipped_bit_in_a_slice_is_found() {
     folder.verify(q8, q8).unwrap();
     let name = "layer.1.expert.2.refine.safetensors";
     flip(&out.path().join(name));
-    folder.verify(q8, q4).unwrap(); // which does not read it
+    folder.verify(q8, q4).unwrap(); // does not read the refine slice
     check_names(folder.verify(q8, q8).unwrap_err(), &[name, "slice the checkpoint again into"]);
 }
 
@@ -276,7 +276,7 @@ fn damaged_folders_are_named() {
     check_names(SlicedFolder::open(out.path()).unwrap_err(), &[expert, "missing", "coel model slice"]);
     fs::rename(path("away"), path(expert)).unwrap();
 
-    // Of the right length, but another part's.
+    // A file of the right length, but of another part.
     fs::copy(path("layer.0.expert.4.refine.safetensors"), path(expert)).unwrap();
     let folder = SlicedFolder::open(out.path()).unwrap();
     let id = layout::ExpertId { layer: 0, index: 3 };

@@ -1,5 +1,5 @@
-//! The bundled model on a Vulkan device, software or not, against the reference and the CPU. The tests of the kernels
-//! themselves are in `model/gpu`.
+//! The bundled model on a Vulkan device, in hardware or software, against the reference and the CPU. The tests of the
+//! kernels themselves are in `model/gpu`.
 
 use std::fs;
 
@@ -17,7 +17,7 @@ use safetensors::{SafeTensors, tensor::TensorView};
 pub use crate::vulkan_device::vulkan;
 use crate::whole;
 
-/// The golden reference with `follow` tokens continued instead of all: software devices are slow.
+/// The golden reference, cut to `follow` tokens of each continuation, since software devices are slow.
 pub fn reference_file(follow: usize) -> tempfile::NamedTempFile {
     let bytes = fs::read(whole::fixture().join("golden/reference.safetensors")).unwrap();
     let all = SafeTensors::deserialize(&bytes).unwrap();

@@ -1,4 +1,4 @@
-//! Parts as blobs: ordinary safetensors files that give back the model.
+//! Parts as blobs: ordinary safetensors files that together give back the model.
 
 use std::{collections::BTreeSet, fs};
 
@@ -19,7 +19,7 @@ use safetensors::SafeTensors;
 
 use crate::whole::{Whole, checkpoint};
 
-/// What another machine would store.
+/// The blob that another machine would store.
 fn blob(part: &Part, checkpoint: &Checkpoint) -> Vec<u8> {
     let mut blob = part.header();
     for tensor in &part.tensors {
@@ -81,7 +81,7 @@ fn blobs_are_safetensors_files_that_give_the_same_logits() {
     assert!(logits == in_place.advance(&mut solo, &tokens, Want::All, |_| {}));
 }
 
-/// Its base and its refine blob.
+/// The part's base and refine blobs.
 fn sliced(part: &Part, source: &(impl ReadAt + ?Sized)) -> (Vec<u8>, Vec<u8>) {
     let (mut base, mut refine) = (Vec::new(), Vec::new());
     write_part(part, source, &mut base, &mut refine).unwrap();

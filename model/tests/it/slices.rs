@@ -42,13 +42,13 @@ type Encoded = Result<(Vec<u8>, Vec<u8>), EncodeError>;
 
 fn encode(encoder: Encoder, dtype: DType, bytes: &[u8], cols: usize) -> Encoded {
     let groups = cols / GROUP;
-    // Dirty, so that padding must be written.
+    // The buffers start dirty, so that padding that is not written shows.
     let (mut base, mut refine) = (vec![0xa5; groups * BASE_CELL], vec![0x5a; groups * REFINE_CELL]);
     encoder.block(dtype, bytes, cols, &mut base, &mut refine)?;
     Ok((base, refine))
 }
 
-/// Weights of all kinds: ordinary, of one value, spread over all scales, raw bits (finite or not), on ties.
+/// Weights of all kinds: ordinary, of one value, spread over all scales, raw bits (finite or not), and on ties.
 fn group() -> impl Strategy<Value = Vec<f32>> {
     let scaled = |exponent: i32| {
         vec(-1.0f32..1.0, GROUP).prop_map(move |w| w.iter().map(|w| w * 10f32.powi(exponent)).collect())
@@ -122,11 +122,11 @@ fn check_distance(sliced: &Sliced, dtype: DType, bytes: &[u8]) {
         for (exact, found) in exact[row * cols..].chunks_exact(GROUP).zip(found.chunks_exact(GROUP)) {
             let max = exact.iter().copied().fold(f32::MIN, f32::max);
             let min = exact.iter().copied().fold(f32::MAX, f32::min);
-            // Half the largest scale that is tried; or the group is too small to be anything but zeros.
+            // Half a step at the largest scale that is tried; or the group's range is too small for anything but zeros.
             let step = (max.max(0.0) - min.min(0.0)).max(2f32.powi(-24)) / 256.0 * 1.0625f32.powi(4);
             let inside = 0.51 * step + 2f32.powi(-24);
             for (exact, found) in exact.iter().zip(found) {
-                // What lies at the ends may lie beyond the last level, by what the search goes there at most.
+                // Weights near the ends of the range may lie beyond the last level, by no more than the search allows.
                 let at_an_end = (exact - min).min(max - exact) <= 9.0 * step + inside;
                 let bound = inside + if at_an_end { 9.0 * step } else { 0.0 };
                 assert!((exact - found).abs() <= bound, "{exact} became {found} in a group from {min} to {max}");
@@ -190,7 +190,7 @@ fn squared_error(exact: &[f32], found: &[f32]) -> f64 {
     exact.iter().zip(found).map(|(exact, found)| f64::from(exact - found).powi(2)).sum()
 }
 
-/// The block formats other engines use, as they define them: 32 weights, f16 constants.
+/// The block formats of other engines, as those define them: 32 weights, f16 constants.
 fn other_formats(values: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let rounded = |value: f32| f16::from_f32(value).to_f32();
     let (mut four, mut eight) = (Vec::new(), Vec::new());
@@ -377,10 +377,10 @@ fn an_engine_holds_experts_in_any_form() {
     let exact = block_on(engine.run_experts(1, rows, vec![(7, vec![0])])).unwrap();
     let relative = |found: &[f32]| (squared_error(&exact, found) / squared_error(&exact, &vec![0.0; 256])).sqrt();
     let (four, eight) = (relative(&outputs[0]), relative(&outputs[1]));
-    // Sixteen times finer steps, but activations are eight bits at both.
+    // Q8 steps are sixteen times finer, but activations have eight bits at both precisions.
     assert!(eight < 0.02 && four < 0.2 && eight < four / 4.0, "{four} {eight}");
 
-    // A refine slice alone is not an expert, nor is another expert's.
+    // A refine slice alone is not an expert, and neither is a base with another expert's refine slice.
     let alone = PartBlobs { main: blobs.refine.clone().unwrap(), refine: None };
     let message = block_on(engine.load_expert(id, alone)).unwrap_err().to_string();
     assert!(message.contains("refine"), "{message}");

@@ -1,4 +1,4 @@
-//! What is counted and measured on a text, against an engine that counts and computes by itself.
+//! Counts and measurements of a survey on a text, against an engine that counts and computes independently.
 
 use std::collections::BTreeSet;
 
@@ -17,14 +17,14 @@ use coel_model::{
 
 use crate::whole::checkpoint;
 
-/// A checkpoint that slices its experts when asked, and remembers who asked.
+/// A checkpoint that slices its experts when asked, and records each request.
 struct Slicing<'a> {
     checkpoint: &'a Checkpoint,
     asked: Vec<(ExpertId, Precision)>,
     layers: Vec<(usize, usize)>,
     /// Whether there are slices.
     sliced: bool,
-    /// Layers after which to give up.
+    /// The number of layers after which the survey is given up.
     patience: usize,
 }
 
@@ -76,7 +76,7 @@ fn a_survey_counts_what_an_engine_routes_and_asks_for_each_expert_once() {
     assert!(source.asked.is_sorted_by_key(|(id, _)| *id), "layer by layer");
     assert_eq!(source.layers, (1..=6).map(|done| (done, 6)).collect::<Vec<_>>());
 
-    // Fewer bits lose more; four bits of them lose some 256 times as much.
+    // Fewer bits lose more: four bits fewer lose some 256 times as much.
     let mut ratios = Vec::new();
     for (losses, counts) in found.losses.iter().zip(&found.counts) {
         for (loss, count) in losses.iter().zip(counts) {
@@ -103,7 +103,7 @@ fn what_is_found_depends_on_nothing_but_model_and_text() {
     assert!(found.losses.iter().flatten().all(Option::is_none), "nothing is measured that there is not");
 }
 
-/// Experts that cannot be sliced have no slices, as in an import.
+/// A source in which experts that cannot be sliced have no slices, as in an import.
 struct Exactly<'a>(&'a Checkpoint);
 
 impl SurveySource for Exactly<'_> {
@@ -125,7 +125,7 @@ fn a_weight_beyond_slices_leaves_nothing_measured_that_is_no_number() {
     let tokens = &tokens(&whole)[..300];
     let counts = run(&mut Slicing::of(&whole), tokens, 2).unwrap().counts;
     let chosen = counts[0].iter().position(|rows| *rows > 20).unwrap();
-    // The largest number of bf16 all over the last matrix of an expert that is used.
+    // The last matrix of an expert that is used is filled with the largest bf16 number.
     let dir = tempfile::tempdir().unwrap();
     for (name, path) in whole.files() {
         std::fs::copy(path, dir.path().join(name)).unwrap();

@@ -35,7 +35,8 @@ pub struct Whole {
     pub trunk: Trunk,
     pub cache: KvCache,
     page_tokens: usize,
-    /// Pages that no sequence has had yet. They are dealt from both ends, so that neighbours rarely lie together.
+    /// Pages that no sequence has had yet. They are dealt from both ends, so that consecutive pages of a sequence are
+    /// rarely adjacent.
     pages: VecDeque<u32>,
     experts: BTreeMap<ExpertId, DeviceExpert>,
 }
@@ -48,7 +49,7 @@ pub struct Solo {
 }
 
 impl Solo {
-    /// Its next tokens.
+    /// A chunk of the sequence's next tokens.
     pub fn chunk(&self, tokens: &[u32], want: Want) -> SequenceChunk {
         SequenceChunk { tokens: tokens.to_vec(), past: self.used, pages: self.pages.clone(), want }
     }
@@ -59,7 +60,7 @@ impl Whole {
         Self::with_pages(kernels, checkpoint, 32)
     }
 
-    /// A cache of 4096 tokens on pages of this size.
+    /// With a cache of 4096 tokens on pages of this size.
     pub fn with_pages(kernels: impl DynKernels + 'static, checkpoint: &Checkpoint, page_tokens: usize) -> Self {
         Self::build(kernels, checkpoint, page_tokens, checkpoint.trunk(), |id| checkpoint.expert(id))
     }
@@ -117,7 +118,7 @@ impl Whole {
         outputs
     }
 
-    /// Computes chunks together to their logits, collecting each call.
+    /// Computes the logits of several chunks together, and shows each call to `seen`.
     pub fn compute(&mut self, chunks: Vec<SequenceChunk>, mut seen: impl FnMut(&ExpertCall)) -> Vec<Vec<f32>> {
         let (mut batch, mut step) = self.context().begin(chunks).expect("valid chunks");
         loop {
@@ -133,7 +134,7 @@ impl Whole {
         }
     }
 
-    /// Advances one sequence alone, in batches as large as may be.
+    /// Advances one sequence alone, in batches as large as allowed.
     pub fn advance(
         &mut self,
         solo: &mut Solo,

@@ -14,6 +14,7 @@ use crate::import::{Importer, import};
 use crate::lifecycle::Lifecycle;
 use crate::mesh::admission::invite::token_hash;
 use crate::mesh::admission::protocol::new_invite;
+use crate::mesh::members::Departure;
 use crate::mesh::{self, MeshView, PROPOSE_DEADLINE, now_ms};
 use crate::placement::{MeshFacts, Unplaceable, can_hold, can_spare};
 use crate::status::StatusView;
@@ -22,8 +23,6 @@ use crate::status::StatusView;
 const HANDOVER_DEADLINE: Duration = Duration::from_secs(600);
 /// How long `leave` waits for answers that are being written here. Longer ones are cut off, and their clients are told.
 const ANSWERS_DEADLINE: Duration = Duration::from_secs(60);
-/// How often to look whether this node still votes: the log does not tell.
-const VOTE_PERIOD: Duration = Duration::from_millis(250);
 
 /// What commands need of the node.
 #[derive(Clone)]
@@ -36,6 +35,8 @@ pub struct CommandHandles {
     pub importer: Importer,
     /// Lets answers begin.
     pub answers: AnswerGate,
+    /// Held while the node leaves.
+    pub departure: Departure,
     /// How the node ends.
     pub lifecycle: Lifecycle,
 }
@@ -126,6 +127,7 @@ async fn leave(handles: &CommandHandles) -> Result<(), String> {
         let data = handles.importer.data.display();
         return Err(format!("this is the last node of the mesh; stop it, and delete {data} to end the mesh for good"));
     }
+    let _departure = handles.departure.lock().await;
     once_known(view, |facts| can_spare(facts, node)).await?;
     propose(log, Command::Leaving { node, leaving: true }).await?;
     let mut state = log.state();
@@ -155,9 +157,8 @@ async fn leave(handles: &CommandHandles) -> Result<(), String> {
         _ => {}
     }
     // A voter that stops before its vote has passed on could take the quorum with it.
-    let deadline = Instant::now() + PROPOSE_DEADLINE;
-    while log.voters().contains(&node) && Instant::now() < deadline {
-        tokio::time::sleep(VOTE_PERIOD).await;
-    }
+    let mut voters = log.voters();
+    // An error means that it still votes, or that the log has stopped: it has left all the same.
+    let _ = timeout(PROPOSE_DEADLINE, voters.wait_for(|voters| !voters.contains(&node))).await;
     Ok(())
 }

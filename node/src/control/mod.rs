@@ -7,13 +7,11 @@ pub mod commands;
 
 use std::path::{Path, PathBuf};
 
-use coel_store::Bounds;
+use coel_store::{Bounds, replace_file};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-
-use crate::system::replace_file;
 
 /// Longest request line.
 const REQUEST_BYTES_MAX: u64 = 64 << 10;

@@ -16,8 +16,6 @@ use coel_store::{NodeId, State};
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
-use rand::SeedableRng;
-use rand::rngs::SmallRng;
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
@@ -76,6 +74,25 @@ fn lock(hosts: &Mutex<HostTable>) -> MutexGuard<'_, HostTable> {
     hosts.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A call under way. Its rows do not count as in flight any more once it is dropped, whatever becomes of its task.
+struct Running<'a> {
+    call: LayerCall,
+    hosts: &'a Mutex<HostTable>,
+}
+
+impl Running<'_> {
+    fn handle(&mut self, input: CallInput) -> Vec<CallEffect> {
+        self.call.handle(input, &mut lock(self.hosts), Instant::now(), &mut rand::rng())
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        // Without effect if the call has finished.
+        self.handle(CallInput::Cancelled);
+    }
+}
+
 /// Runs one call to its end.
 async fn drive(
     handles: &CallerHandles,
@@ -87,12 +104,11 @@ async fn drive(
     let ExpertRequest { call, mut reply } = request;
     let layer = call.layer;
     let mut mesh = MeshWatch::new(&handles.view, loaded, &call);
-    let mut machine = LayerCall::new(model.meta.id, call, mesh.replicas());
+    let mut running = Running { call: LayerCall::new(model.meta.id, call, mesh.replicas()), hosts };
     let mut pending = FuturesUnordered::<BoxFuture<'static, CallInput>>::new();
-    let mut rng = SmallRng::from_os_rng();
     let mut input = CallInput::Start;
     loop {
-        let effects = machine.handle(input, &mut lock(hosts), Instant::now(), &mut rng);
+        let effects = running.handle(input);
         for effect in effects {
             match effect {
                 CallEffect::Send { attempt, host, frame, deadline } => {

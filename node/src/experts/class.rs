@@ -20,9 +20,19 @@ fn is_printable(text: &str, bytes_max: usize) -> bool {
     text.len() <= bytes_max && text.bytes().all(|byte| (b' '..=b'~').contains(&byte))
 }
 
-/// Whether a peer's class may be kept.
-pub fn check(class: &str) -> bool {
-    !class.is_empty() && is_printable(class, CLASS_BYTES_MAX)
+/// Whether `text` is a class that may be kept: it is short and printable, and says at which precisions its weights were held.
+/// What comes before the last precisions may be any name of a device.
+pub fn check(text: &str) -> bool {
+    let is_precision = |name: &str| name.parse::<Precision>().is_ok();
+    let names = text.rsplit_once('/').map(|(_, names)| names);
+    is_printable(text, CLASS_BYTES_MAX) && names.is_some_and(|names| names.split('+').all(is_precision))
+}
+
+/// The class that stands for others of the same precisions, without the device.
+pub fn unlisted(class: &str) -> String {
+    let precisions = precisions(class);
+    let names: Vec<_> = precisions.iter().map(|precision| precision.name()).collect();
+    format!("unlisted/{}", names.join("+"))
 }
 
 /// The first `bytes_max` characters of `text`, with `?` in place of everything that is not printable ASCII.
@@ -31,7 +41,7 @@ pub fn printable(text: &str, bytes_max: usize) -> String {
     text.chars().take(bytes_max).map(visible).collect()
 }
 
-/// The precisions that a class names. A class of an unknown form names none.
+/// The precisions that a class names. Text that is no class names none.
 pub fn precisions(class: &str) -> BTreeSet<Precision> {
     let named = class.split(AND).filter_map(|device| device.rsplit_once('/'));
     named.flat_map(|(_, names)| names.split('+')).filter_map(|name| name.parse().ok()).collect()
@@ -44,18 +54,27 @@ mod tests {
     #[test]
     fn classes_are_short_and_printable() {
         assert!(check("vulkan llvmpipe (LLVM 19.1.7, 256 bits)/q4+q8"));
-        assert!(check(&"x".repeat(CLASS_BYTES_MAX)));
-        for bad in [String::new(), "x".repeat(CLASS_BYTES_MAX + 1), "a\nb".into(), "a\u{7f}".into(), "caf\u{e9}".into()]
-        {
-            assert!(!check(&bad), "{bad:?}");
+        assert!(check("vulkan This and That/exact"), "a device may have any name");
+        let long = |bytes: usize| format!("{}/exact", "x".repeat(bytes - "/exact".len()));
+        assert!(check(&long(CLASS_BYTES_MAX)) && !check(&long(CLASS_BYTES_MAX + 1)));
+        for bad in ["a\nb/exact", "a\u{7f}/exact", "caf\u{e9}/exact"] {
+            assert!(!check(bad), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_class_without_precisions_is_none() {
+        for bad in ["", "cpu", "cpu/", "cpu/q5", "cpu/exact+q5", "cpu/exact and cuda", "unlisted"] {
+            assert!(!check(bad), "{bad:?}");
+        }
+        assert_eq!(unlisted("cpu-avx2/q4 and cuda/exact+q4"), "unlisted/q4+exact");
     }
 
     #[test]
     fn any_text_becomes_printable() {
         assert_eq!(printable("caf\u{e9}\n/exact", 64), "caf??/exact");
         assert_eq!(printable("abcdef", 3), "abc");
-        assert!(check(&printable(&"\u{1f600}".repeat(1000), CLASS_BYTES_MAX)));
+        assert!(is_printable(&printable(&"\u{1f600}".repeat(1000), CLASS_BYTES_MAX), CLASS_BYTES_MAX));
     }
 
     #[test]

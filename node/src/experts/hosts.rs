@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use coel_store::NodeId;
 
+use super::class;
+
 /// Weight of the newest answer in the running mean.
 const NEWEST: f64 = 0.1;
 /// A call may take this many times its estimate: hosts share their cores with other work.
@@ -35,8 +37,6 @@ const ROUND_TRIP_PRIOR: Duration = Duration::from_millis(1);
 const ROW_SECONDS_PRIOR: f64 = 1e-3;
 /// Kernel classes kept of one host. A host that computes on two devices at three precisions has at most 63.
 const CLASSES_MAX: usize = 64;
-/// What stands for the classes of a host that reports more than [`CLASSES_MAX`].
-const UNLISTED: &str = "unlisted";
 
 /// One host, from this home's side.
 #[derive(Debug, Clone, Default)]
@@ -133,14 +133,15 @@ impl HostTable {
         DEADLINE_MIN.saturating_add(patient).min(DEADLINE_MAX)
     }
 
-    /// The kernel class that the host reports, from what is kept of it. Beyond 64 classes of one host the answer is `unlisted`.
+    /// The kernel class that the host reports, from what is kept of it. Beyond 64 classes of one host the answer names
+    /// the precisions only.
     pub fn intern_class(&mut self, node: NodeId, class: &str) -> Arc<str> {
         let classes = &mut self.0.entry(node).or_default().classes;
         if let Some(known) = classes.iter().find(|known| ***known == *class) {
             return known.clone();
         }
         if classes.len() == CLASSES_MAX {
-            return UNLISTED.into();
+            return class::unlisted(class).into();
         }
         let class: Arc<str> = class.into();
         classes.push(class.clone());
@@ -266,11 +267,11 @@ mod tests {
         let first = hosts.intern_class(HOST, "cpu-avx2/exact");
         assert!(Arc::ptr_eq(&first, &hosts.intern_class(HOST, "cpu-avx2/exact")), "kept once");
         for number in 0..1000 {
-            hosts.intern_class(HOST, &format!("class {number}"));
+            hosts.intern_class(HOST, &format!("class {number}/q4"));
         }
         assert_eq!(hosts.0[&HOST].classes.len(), CLASSES_MAX);
-        assert_eq!(&*hosts.intern_class(HOST, "class 999"), UNLISTED);
+        assert_eq!(&*hosts.intern_class(HOST, "class 999/q4"), "unlisted/q4");
         assert_eq!(hosts.intern_class(HOST, "cpu-avx2/exact"), first, "what was known before stays");
-        assert_eq!(&*hosts.intern_class(OTHER, "class 999"), "class 999", "another host has its own");
+        assert_eq!(&*hosts.intern_class(OTHER, "class 999/q4"), "class 999/q4", "another host has its own");
     }
 }

@@ -149,7 +149,7 @@ pub fn decode_reply(frame: &Frame, pairs: usize, hidden_size: usize) -> Result<(
     }
     match &mut header {
         ReplyHeader::Done { class } if !class::check(class) => {
-            return Err(WireError::Invalid("the kernel class is empty, too long or not printable"));
+            return Err(WireError::Invalid("the kernel class is too long, not printable, or names no precision"));
         }
         ReplyHeader::NotHeld(experts) if experts.is_empty() || experts.len() > pairs => {
             return Err(WireError::Invalid("the list of experts that are not held is empty or longer than the call"));
@@ -212,7 +212,7 @@ mod tests {
 
     #[test]
     fn a_reply_brings_exactly_the_rows_asked_for() {
-        let done = ReplyHeader::Done { class: "avx2/bf16".into() };
+        let done = ReplyHeader::Done { class: "cpu-avx2/exact".into() };
         let frame = encode_reply(&done, &[1.0, 2.0]);
         assert_eq!(decode_reply(&frame, 1, 2), Ok((done, vec![1.0, 2.0])));
         assert!(matches!(decode_reply(&frame, 2, 2), Err(WireError::Payload { .. })));
@@ -236,8 +236,11 @@ mod tests {
     #[test]
     fn what_may_be_kept_of_a_reply_is_bounded() {
         let class = |class: String| decode_reply(&encode_reply(&ReplyHeader::Done { class }, &[1.0]), 1, 1);
-        assert!(class("x".repeat(class::CLASS_BYTES_MAX)).is_ok());
-        for bad in [String::new(), "x".repeat(class::CLASS_BYTES_MAX + 1), "x".repeat(60_000), "cpu\nfake log".into()] {
+        assert!(class("cpu-avx2/q4+q8".into()).is_ok());
+        let long = |bytes| format!("{}/exact", "x".repeat(bytes));
+        for bad in
+            [String::new(), long(class::CLASS_BYTES_MAX), long(60_000), "cpu\nfake log/exact".into(), "cpu".into()]
+        {
             assert!(matches!(class(bad), Err(WireError::Invalid(_))));
         }
         let refused = encode_reply(&ReplyHeader::Refused("\u{1b}[31m".repeat(10_000)), &[]);
@@ -324,7 +327,7 @@ mod tests {
     fn valid_reply() -> impl Strategy<Value = ReplyHeader> {
         let experts = (any::<u16>(), any::<u16>()).prop_map(|(layer, index)| ExpertId { layer, index });
         prop_oneof![
-            "[ -~]{1,64}".prop_map(|class| ReplyHeader::Done { class }),
+            "[ -~]{0,64}/(exact|q4|q4[+]q8)".prop_map(|class| ReplyHeader::Done { class }),
             proptest::collection::vec(experts, 1..3).prop_map(ReplyHeader::NotHeld),
             "[ -~]{0,64}".prop_map(ReplyHeader::Refused),
         ]

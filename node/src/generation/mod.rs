@@ -7,7 +7,6 @@ mod answers;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
 
 use coel_model::nn::batch::Want;
 use coel_model::serve::Advanced;
@@ -19,7 +18,7 @@ use coel_model::text::sequence::{Sequence, SequenceError};
 use coel_store::Precision;
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use tokio::sync::{Mutex, Notify, OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::{Instrument, info, info_span, warn};
 
 pub use answers::{AnswerGate, Answering};
@@ -40,9 +39,6 @@ use crate::system::run_blocking;
 
 /// Generations that may wait for a place.
 const WAITING_MAX: usize = 64;
-/// Longest pause before a full pool is tried again. The end of a generation ends the pause at once; pages that a batch was still
-/// writing when their session was dropped come free later, and the engine does not tell.
-const POOL_AGAIN: Duration = Duration::from_millis(100);
 /// Tokens a client may be behind before its generation waits for it.
 const EVENTS_BEHIND: usize = 64;
 
@@ -81,8 +77,6 @@ struct Queue {
     running: Semaphore,
     /// Held while waiting for a place in the KV pool: first come, first served, however small the others are.
     opening: Mutex<()>,
-    /// A generation has ended, and its pages are free.
-    ended: Notify,
 }
 
 /// One generation on its way.
@@ -111,7 +105,7 @@ impl From<ServiceError> for End {
 impl Generator {
     /// A generator for the node.
     pub fn new(node: GeneratorHandles) -> Self {
-        let queue = Queue { running: Semaphore::new(RUNNING_MAX), opening: Mutex::default(), ended: Notify::default() };
+        let queue = Queue { running: Semaphore::new(RUNNING_MAX), opening: Mutex::default() };
         Self {
             node,
             queue: Arc::new(queue),
@@ -193,8 +187,6 @@ impl Generation {
             () = events.closed() => Err(End::Cancelled),
             () = stopping.cancelled() => Err(ServiceError::NotReady("this node is stopping; ask another one".into()).into()),
         };
-        // Its session is gone by now.
-        queue.ended.notify_waiters();
         match ended {
             Ok(()) => {}
             Err(End::Cancelled) => info!("cancelled by the client"),
@@ -239,19 +231,8 @@ impl Generation {
     /// A session with room for prompt and answer, as soon as there is room and it is this generation's turn.
     async fn open(&self, queue: &Queue) -> Result<Session, End> {
         let _turn = queue.opening.lock().await;
-        loop {
-            let mut ended = std::pin::pin!(queue.ended.notified());
-            // Listens from now on: a generation may end before the pool is found full.
-            ended.as_mut().enable();
-            match self.model.engine.open_session(self.sequence.tokens_max()) {
-                Ok(session) => return Ok(session),
-                // Other generations end, and their pages come free.
-                Err(EngineError::Busy { .. }) => {
-                    let _ = tokio::time::timeout(POOL_AGAIN, ended).await;
-                }
-                Err(error) => return Err(internal(&error).into()),
-            }
-        }
+        let opened = self.model.engine.open_session_when_free(self.sequence.tokens_max()).await;
+        opened.map_err(|error| internal(&error).into())
     }
 
     fn count(&mut self, advanced: &Advanced) {

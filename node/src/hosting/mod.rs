@@ -280,7 +280,7 @@ impl Hosting {
             .and_then(|()| disk_bytes.map_or(Ok(()), |bytes| meta.sizes.check_disk(name, bytes, precision)));
         if let Err(short) = fits {
             let own = node.view.node();
-            if node.newcomer && !node.view.log().voters().contains(&own) {
+            if node.newcomer && !node.view.log().voters().borrow().contains(&own) {
                 // This node cannot be of any use, so it does not stay on as a member that never becomes ready. Once it votes it must not
                 // leave like this: its vote could be the quorum's.
                 self.propose(Command::Leave { node: own }).await?;

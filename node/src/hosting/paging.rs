@@ -10,6 +10,7 @@ use std::time::Duration;
 use coel_model::weights::memory::WeightBytes;
 use coel_model::weights::tensors::Tensors;
 use coel_store::{Blobs, ExpertId, Precision, Segment, State};
+use tokio::time::timeout;
 use tracing::info;
 
 use super::blobs::WantedPart;
@@ -19,10 +20,8 @@ use crate::ids;
 use crate::placement::Popularity;
 use crate::system::run_blocking;
 
-/// Pause between two looks at whether the cache has given memory back: the engine does not tell.
-const LOOK: Duration = Duration::from_millis(2);
-/// Looks at most: the batches that need the memory now are computed long before.
-const LOOKS_MAX: u32 = 5000;
+/// How long to wait until the cache has given memory back: the batches that need the memory now are computed long before.
+const SHRINK_DEADLINE: Duration = Duration::from_secs(10);
 
 impl Hosting {
     /// Bytes of memory for experts.
@@ -94,15 +93,13 @@ impl Hosting {
     /// Takes memory for `bytes` more of loaded experts from the cache, as soon as no batch needs it.
     pub(super) async fn take_from_paging(&self, model: &LoadedModel, bytes: u64) -> Result<(), HostingError> {
         let rest = self.paging_room(model, bytes);
-        for _ in 0..LOOKS_MAX {
-            self.resize_cache(model, rest).await?;
-            if model.engine.offload_stats().bytes_in_memory <= rest {
-                return Ok(());
+        match timeout(SHRINK_DEADLINE, self.resize_cache(model, rest)).await {
+            Ok(resized) => resized,
+            Err(_) => {
+                let why = format!("the experts on disk need more than {rest} bytes of memory all the time");
+                Err(HostingError::load("an expert that was on disk", why))
             }
-            tokio::time::sleep(LOOK).await;
         }
-        let why = format!("the experts on disk need more than {rest} bytes of memory all the time");
-        Err(HostingError::load("an expert that was on disk", why))
     }
 
     /// Ends paging once no expert is paged any more.

@@ -1,17 +1,19 @@
-//! Slices that are made here, of exact weights that lie here, instead of fetched.
+//! Slices that are made here, of exact weights that this node holds, instead of fetched.
 //!
-//! Owns [`make`]. Slicing is the same everywhere, to the byte, so whoever holds a part exactly can have its slices: they are what the
-//! manifest says, or they are not kept. So exact weights need not be verified before; they are when it went wrong, to tell why.
-//! Memory does not grow with the part. When a slice is made, and when it is fetched, is not known here.
+//! Owns [`make`]. Slicing gives the same bytes everywhere, so a node that holds a part exactly can make its slices itself: they are
+//! what the manifest says, or they are not kept. Exact weights need no verification beforehand; they are verified when slicing
+//! fails, to find the cause. Memory does not grow with the part. When a slice is made, and when it is fetched, is not known here.
 
 use std::cell::RefCell;
+use std::convert::Infallible;
 use std::io::{self, Write};
 
 use coel_model::weights::error::LoadError;
 use coel_model::weights::parts::{Part, PartKind};
 use coel_model::weights::slices::SliceError;
-use coel_model::weights::slicing::part_slices::write_part;
-use coel_model::weights::slicing::source::ReadAt;
+use coel_model::weights::slicing::ReadAt;
+use coel_model::weights::slicing::source::SourceError;
+use coel_model::weights::slicing::writer::{Kept, Made, PartError, SliceSink, slice_parts};
 use coel_store::{BlobEntry, BlobError, BlobReader, Blobs, Draft, Slice, Slices};
 
 /// Why slices were not made.
@@ -23,6 +25,8 @@ pub enum MakeError {
     Load(#[from] LoadError),
     #[error(transparent)]
     Slice(#[from] SliceError),
+    #[error(transparent)]
+    Source(#[from] SourceError),
 }
 
 /// Makes those `wanted` of a part's slices and keeps them. Blocks for as long as it takes to read the part and slice it.
@@ -40,16 +44,7 @@ pub fn make(blobs: &Blobs, part: PartKind, slices: &Slices, wanted: &[Slice]) ->
 fn try_make(blobs: &Blobs, part: PartKind, slices: &Slices, wanted: &[Slice]) -> Result<(), MakeError> {
     let source = Exact(RefCell::new(blobs.reader(&slices.exact)?));
     let part = Part::of_blob(part, slices.exact.bytes, |offset, into| source.read_at(0, offset, into))?;
-    let out = |slice, entry: &Option<BlobEntry>| match entry.clone().filter(|_| wanted.contains(&slice)) {
-        Some(entry) => blobs.draft().map(|draft| Out(Some((draft, entry)))),
-        None => Ok(Out(None)),
-    };
-    let (mut base, mut refine) = (out(Slice::Base, &slices.base)?, out(Slice::Refine, &slices.refine)?);
-    write_part(&part, &source, &mut base, &mut refine)?;
-    for (draft, entry) in [base, refine].into_iter().filter_map(|out| out.0) {
-        blobs.keep_as(draft, &entry)?;
-    }
-    Ok(())
+    slice_parts(&[part], &source, &mut ManifestSink { blobs, slices, wanted }, |_, _| Ok(()))
 }
 
 /// An exact blob as slicing reads it.
@@ -61,7 +56,52 @@ impl ReadAt for Exact {
     }
 }
 
-/// Where a slice goes, and what it should become; nowhere if it is not wanted.
+/// A sink that keeps those `wanted` of one part's slices, if they are what the manifest says.
+struct ManifestSink<'a> {
+    blobs: &'a Blobs,
+    slices: &'a Slices,
+    wanted: &'a [Slice],
+}
+
+impl SliceSink for ManifestSink<'_> {
+    type Writer = Out;
+    type Digest = Infallible;
+    type Error = MakeError;
+
+    fn digest(&self) -> Option<Infallible> {
+        None
+    }
+
+    fn kept(&mut self, _: usize) -> Result<Kept, MakeError> {
+        Ok(Kept::Nothing)
+    }
+
+    fn begin(&mut self, _: usize) -> Result<Option<[Out; 2]>, MakeError> {
+        let out = |slice, entry: &Option<BlobEntry>| match entry.clone().filter(|_| self.wanted.contains(&slice)) {
+            Some(entry) => self.blobs.draft().map(|draft| Out(Some((draft, entry)))),
+            None => Ok(Out(None)),
+        };
+        Ok(Some([out(Slice::Base, &self.slices.base)?, out(Slice::Refine, &self.slices.refine)?]))
+    }
+
+    fn finish(&mut self, _: usize, made: Made<Out>, _: Option<Infallible>) -> Result<(), MakeError> {
+        let Made::Slices(written) = made else { return Ok(()) };
+        for (draft, entry) in written.into_iter().filter_map(|out| out.0) {
+            self.blobs.keep_as(draft, &entry)?;
+        }
+        Ok(())
+    }
+
+    fn fail(&mut self, error: PartError<MakeError>) -> MakeError {
+        match error {
+            PartError::Slice { source, .. } => source.into(),
+            PartError::Source(error) => error.into(),
+            PartError::Sink(error) => error,
+        }
+    }
+}
+
+/// A slice's draft, and the blob that it should become; nothing if the slice is not wanted.
 struct Out(Option<(Draft, BlobEntry)>);
 
 impl Write for Out {
@@ -80,6 +120,7 @@ mod tests {
 
     use coel_model::weights::checkpoint::Checkpoint;
     use coel_model::weights::parts::parts;
+    use coel_model::weights::slicing::part_slices::write_part;
 
     use super::*;
 

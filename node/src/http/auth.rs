@@ -1,10 +1,10 @@
-//! Who may ask: the API key, and the rule that ties it to the address served.
+//! Access to the API: the key, and the rule that an address open to other machines needs one.
 //!
-//! The invariants: an address that other machines can reach is never served without a key, and a key is compared in time
-//! that does not depend on how much of it was right. A blank key counts as none everywhere, so that an empty variable in
+//! The invariants: an address that other machines can reach is never served without a key, and the time to compare a
+//! key does not depend on how much of it is right. A blank key counts as none everywhere, so that an empty variable in
 //! some environment file cannot open a node to the network.
 //!
-//! Only the key's hash is kept; it does not know users, quotas or where the key came from.
+//! Only the key's hash is kept. The module does not know users, quotas or where the key came from.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -14,12 +14,12 @@ use axum::http::header::AUTHORIZATION;
 
 use super::error::ApiError;
 
-/// The key that requests must carry, or that they need none.
+/// The key that requests must carry, if any.
 #[derive(Clone)]
 pub struct Auth(Option<blake3::Hash>);
 
 impl Auth {
-    /// Requires `key`, where it is given and not blank. White space around it is dropped, as a header's is.
+    /// Requires `key`, unless it is absent or blank. Surrounding white space is dropped, as in a header.
     pub fn new(key: Option<&str>) -> Self {
         Self(effective(key).map(|key| blake3::hash(key.as_bytes())))
     }
@@ -41,13 +41,11 @@ impl Auth {
                 "the Authorization header is not of the form `Bearer KEY`: send the API key in that form",
             ));
         };
-        // Hashes of equal length are compared in constant time, and tell nothing of the key's own length.
+        // Hashes have equal length and are compared in constant time, so nothing reveals the length of the key.
         if blake3::hash(key.trim().as_bytes()) == expected {
             Ok(())
         } else {
-            Err(ApiError::unauthorized(
-                "the API key is not this node's: check it against the one the node was started with",
-            ))
+            Err(ApiError::unauthorized("the API key is wrong: send the one that this node was started with"))
         }
     }
 }
@@ -62,13 +60,13 @@ impl fmt::Debug for Auth {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the API address {address} can be reached from other machines, but the API key is {key}: \
-     give one with --api-key (COEL_API_KEY), or serve --api 127.0.0.1:{port} instead",
+     give one with --api-key (COEL_API_KEY), or use --api 127.0.0.1:{port} instead",
     port = .address.port()
 )]
 pub struct BindRefused {
     /// The address asked for.
     pub address: SocketAddr,
-    /// What the key was, in words; never the key itself.
+    /// The state of the key, in words; never the key itself.
     pub key: &'static str,
 }
 

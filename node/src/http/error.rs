@@ -1,11 +1,11 @@
 //! Everything that can go wrong with a request, in OpenAI's error shape.
 //!
-//! Owns the shape `{"error": {"message", "type", "param", "code"}}` and the choice of HTTP status, code and `Retry-After`
-//! for each fault. The invariant: no reply with a status of 400 or above leaves this API in any other shape, so that a
-//! client needs one error path; and every message says what was wrong and what to do about it.
+//! Owns the shape `{"error": {"message", "type", "param", "code"}}` and the choice of HTTP status, code and
+//! `Retry-After` for each fault. The invariant: no reply with a status of 400 or above leaves this API in any other
+//! shape, so that a client needs only one error path; and every message says what was wrong and what to do about it.
 //!
-//! It does not know how a fault arose. Statuses follow what clients do with them: they retry 429 and 503 after the pause
-//! asked for, and report 400, 401 and 404 to their user.
+//! The module does not know how a fault arose. Statuses are chosen by how clients react to them: clients retry 429 and
+//! 503 after the requested pause, and report 400, 401 and 404 to their user.
 
 use axum::Json;
 use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
@@ -15,8 +15,8 @@ use serde::Serialize;
 
 use crate::service::{Readiness, ServiceError};
 
-/// Pauses asked for, in seconds. A place is free as soon as an answer ends; weights take longer to arrive; an expert
-/// without a replica waits for a node to be found dead and its experts to be moved.
+/// Values of `Retry-After`, in seconds. A place is free as soon as an answer ends; weights take longer to arrive; an
+/// expert without a replica waits until the mesh detects a dead node and moves its experts.
 pub(super) const RETRY_BUSY_S: u32 = 1;
 pub(super) const RETRY_NOT_READY_S: u32 = 2;
 const RETRY_MISSING_S: u32 = 5;
@@ -24,17 +24,17 @@ const RETRY_MISSING_S: u32 = 5;
 /// A refusal or failure, ready to be sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApiError {
-    /// HTTP status, where the reply has not begun yet.
+    /// HTTP status, if the reply has not begun yet.
     pub status: StatusCode,
-    /// OpenAI's coarse class.
+    /// OpenAI's error type, a coarse class.
     pub kind: &'static str,
     /// What was wrong and what to do, in words.
     pub message: String,
     /// The field at fault, as a path such as `messages[0].content`.
     pub param: Option<String>,
-    /// The fault's name for programs.
+    /// The fault's machine-readable name.
     pub code: Option<&'static str>,
-    /// Seconds after which trying again makes sense.
+    /// Seconds after which a retry makes sense.
     pub retry_after_s: Option<u32>,
 }
 
@@ -43,22 +43,22 @@ impl ApiError {
         Self { status, kind, message: message.into(), param: None, code: None, retry_after_s: None }
     }
 
-    /// A request at fault, as a whole.
+    /// A fault of the request as a whole.
     pub fn request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
     }
 
-    /// A field at fault.
+    /// A fault of one field.
     pub fn field(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self { param: Some(param.into()), ..Self::request(message) }
     }
 
-    /// A field that asks for what this API does not do.
+    /// A field that asks for something this API does not support.
     pub fn unsupported(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self::field(param, message).code("unsupported_parameter")
     }
 
-    /// A request refused before its body was looked at.
+    /// A request refused before its body is examined.
     pub fn refused(status: StatusCode, message: impl Into<String>) -> Self {
         Self::new(status, "invalid_request_error", message)
     }
@@ -68,14 +68,14 @@ impl ApiError {
         Self::refused(StatusCode::UNAUTHORIZED, message).code("invalid_api_key")
     }
 
-    /// The same, with a code.
+    /// The same error, with a code.
     #[must_use]
     pub fn code(self, code: &'static str) -> Self {
         Self { code: Some(code), ..self }
     }
 
-    /// What a service's refusal means over HTTP. `prompt` names the field that holds the prompt, and `readiness` tells how
-    /// far a node is that does not serve yet.
+    /// Maps an error of the service to HTTP. `prompt` names the field that holds the prompt, and `readiness` gives the
+    /// progress of a node that does not serve yet.
     pub fn from_service(error: &ServiceError, prompt: &str, readiness: impl FnOnce() -> Readiness) -> Self {
         let message = error.to_string();
         let server = |status, code, message: String| Self::new(status, "server_error", message).code(code);
@@ -122,8 +122,8 @@ impl ApiError {
     }
 }
 
-/// Adds how far a node is: what it waits for, unless that was said already, the share of experts held somewhere, and its
-/// own weights. A node that was ready is on its way out, and has no progress to tell.
+/// Adds the node's progress: what the node waits for, unless the message says so already; the share of experts held
+/// somewhere; and the node's own weights. A node that was ready is on its way out, and has no progress to report.
 fn with_progress(message: String, readiness: &Readiness) -> String {
     if readiness.ready {
         return message;

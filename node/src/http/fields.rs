@@ -1,10 +1,10 @@
 //! A JSON object read field by field, so that every refusal names the field, its value and what is accepted.
 //!
-//! The invariant: after [`Fields::finish`], every field of the object was read, or is known to change nothing. A field
-//! that is misspelt or that this API does not know is refused, since a parameter silently dropped gives a silently
-//! different answer. `null` counts as absent, as OpenAI's clients mean it.
+//! The invariant: after [`Fields::finish`], every field of the object was read, or is known to change nothing. A
+//! misspelt or unknown field is refused, since a silently dropped parameter would silently change the answer. `null`
+//! counts as absent, as OpenAI's clients intend.
 //!
-//! It knows JSON and OpenAI's error shape, and nothing about chats.
+//! The module knows JSON and OpenAI's error shape, and nothing about chats.
 
 use std::fmt::Display;
 
@@ -12,14 +12,14 @@ use serde_json::{Map, Value};
 
 use super::error::ApiError;
 
-/// Values of clients are quoted in messages up to this many characters.
+/// Messages quote at most this many characters of a client's value.
 const QUOTED_CHARS_MAX: usize = 60;
 
-/// What is left to read of an object.
+/// The fields of an object that are still to be read.
 #[derive(Debug)]
 pub(super) struct Fields {
     left: Map<String, Value>,
-    /// Put before field names in messages: empty, or such as `messages[0].`.
+    /// The prefix of field names in messages: empty, or for example `messages[0].`.
     path: String,
 }
 
@@ -27,7 +27,7 @@ impl Fields {
     /// Reads a request's body.
     ///
     /// # Errors
-    /// 400 with line and column where the body is not JSON, or saying what it is where it is no object.
+    /// 400: with line and column if the body is not JSON, or with the type of the value if it is not an object.
     pub fn parse(body: &[u8]) -> Result<Self, ApiError> {
         let value = serde_json::from_slice(body)
             .map_err(|error| ApiError::request(format!("the request body is not valid JSON: {error}")))?;
@@ -37,7 +37,7 @@ impl Fields {
         }
     }
 
-    /// Reads an object inside another, found at `path`.
+    /// Reads an object that is nested in another one, at `path`.
     pub fn nested(value: Value, path: &str) -> Result<Self, ApiError> {
         match value {
             Value::Object(left) => Ok(Self { left, path: format!("{path}.") }),
@@ -50,7 +50,7 @@ impl Fields {
         format!("{}{name}", self.path)
     }
 
-    /// The field's value as it is.
+    /// The field's raw value.
     pub fn take(&mut self, name: &str) -> Option<Value> {
         self.left.remove(name).filter(|value| !value.is_null())
     }
@@ -98,7 +98,7 @@ impl Fields {
         inside.map(Some).ok_or_else(|| outside(&path, &value, &range))
     }
 
-    /// A field that this API knows but does not do. Values that ask for nothing are accepted.
+    /// A field that this API knows but does not support. Values that ask for nothing (`harmless`) are accepted.
     pub fn unsupported(&mut self, name: &str, harmless: impl Fn(&Value) -> bool) -> Result<(), ApiError> {
         match self.take(name) {
             Some(value) if !harmless(&value) => {
@@ -110,14 +110,14 @@ impl Fields {
         }
     }
 
-    /// Fields that change nothing about the answer.
+    /// Drops fields that change nothing about the answer.
     pub fn ignore(&mut self, names: &[&str]) {
         for name in names {
             self.left.remove(*name);
         }
     }
 
-    /// Refuses what nobody read.
+    /// Refuses fields that were not read.
     pub fn finish(self) -> Result<(), ApiError> {
         match self.left.iter().find(|(_, value)| !value.is_null()) {
             None => Ok(()),
@@ -147,7 +147,7 @@ pub(super) fn missing(path: &str, what: &str) -> ApiError {
     ApiError::field(path, format!("`{path}` is required: {what}")).code("missing_required_parameter")
 }
 
-/// A value as JSON, at a length fit for a message.
+/// A value as JSON, shortened for a message.
 pub(super) fn quote(value: &Value) -> String {
     shorten(&value.to_string())
 }

@@ -1,16 +1,16 @@
 //! Log-probabilities in OpenAI's two shapes: a list of objects for chats, four parallel lists for completions.
 //!
-//! The invariants: one entry per token that was given log-probabilities, in order; and every number is finite, as JSON
-//! has no infinities. Tokens are parts of text and not always of whole characters, so each is shown as text where it is
-//! valid UTF-8, and otherwise by its bytes, escaped as OpenAI escapes them.
+//! The invariants: each token with log-probabilities has one entry, in order; and every number is finite, as JSON has
+//! no infinities. A token may hold part of a character, so it is shown as text if it is valid UTF-8, and otherwise as
+//! its bytes, escaped as OpenAI escapes them.
 //!
-//! It does not know tokenizers: what a token stands for is an argument.
+//! The module does not know tokenizers: an argument gives the bytes of a token.
 
 use coel_model::text::sampling::Logprobs;
 use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 
-/// What OpenAI sends for a token that cannot occur.
+/// The log-probability that OpenAI sends for a token that cannot occur.
 const LOGPROB_MIN: f32 = -9999.0;
 
 /// The log-probabilities of one part of an answer.
@@ -21,7 +21,7 @@ pub(super) enum Listed {
     Text(TextTokens),
 }
 
-/// A token of a chat, with its likeliest alternatives.
+/// A token of a chat, with its most likely alternatives.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct ChatToken {
     #[serde(flatten)]
@@ -73,15 +73,15 @@ pub(super) fn chat_token(token: u32, logprobs: &Logprobs, spell: impl Fn(u32) ->
 }
 
 impl TextTokens {
-    /// Adds one token before which the answer has `offset` characters. The chosen token is listed among the likeliest even
-    /// where it is not one of them.
+    /// Adds one token, which begins after `offset` characters of the answer. The chosen token is listed with the most
+    /// likely ones even if it is not among them.
     pub fn push(&mut self, token: u32, logprobs: &Logprobs, offset: usize, spell: impl Fn(u32) -> Vec<u8>) {
         let chosen = show(&spell(token), "bytes:");
         let chosen_logprob = finite(logprobs.chosen);
         let mut ranked: Vec<(String, f32)> = Vec::with_capacity(logprobs.top.len() + 1);
         let top = logprobs.top.iter().map(|&(token, logprob)| (show(&spell(token), "bytes:"), finite(logprob)));
         for (name, logprob) in top.chain([(chosen.clone(), chosen_logprob)]) {
-            // Two tokens may be spelled alike; an object has each name once, and the likelier came first.
+            // Two tokens may be spelled alike. An object has each name once, and the more likely token comes first.
             if ranked.iter().all(|(known, _)| *known != name) {
                 ranked.push((name, logprob));
             }
@@ -93,7 +93,7 @@ impl TextTokens {
     }
 }
 
-/// How many characters begin in these bytes of UTF-8: those that do not continue one.
+/// The number of characters that begin in these UTF-8 bytes: continuation bytes do not count.
 pub(super) fn characters(bytes: &[u8]) -> usize {
     bytes.iter().filter(|byte| **byte & 0b1100_0000 != 0b1000_0000).count()
 }
@@ -103,7 +103,7 @@ fn finite(logprob: f32) -> f32 {
     logprob.max(LOGPROB_MIN)
 }
 
-/// Bytes as text, or escaped after `prefix` where they are no text.
+/// Bytes as text, or escaped after `prefix` if they are not valid UTF-8.
 fn show(bytes: &[u8], prefix: &str) -> String {
     match std::str::from_utf8(bytes) {
         Ok(text) => text.to_owned(),

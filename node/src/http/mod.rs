@@ -1,18 +1,18 @@
 //! The node over HTTP: OpenAI's API, health and metrics.
 //!
-//! Owns the translation between OpenAI's words and [`Service`], and nothing else: it keeps no state of a generation that
-//! outlives its connection, and sees a node only through that trait. The invariants: every fault leaves in OpenAI's error
-//! shape; a connection that goes away cancels its generation, because the receiver lives in the reply's body; and what a
-//! client may send is bounded (body, time to send it) before it is looked at.
+//! Owns the translation between OpenAI's API and [`Service`], and nothing else: the module keeps no state of a
+//! generation that outlives its connection, and sees a node only through that trait. The invariants: every fault is
+//! reported in OpenAI's error shape; a closed connection cancels its generation, because the receiver lives in the
+//! reply's body; and a request body is limited in size and in time before it is parsed.
 //!
 //! - [`openai`]: requests read and checked, pure.
 //! - `reply`, `logprobs`: replies and stream chunks built from tokens, pure.
 //! - `stream`: the events of one generation as one reply or as server-sent events.
-//! - `routes`: which path does what, and the reading of bodies.
+//! - `routes`: the table of routes, and the reading of bodies.
 //! - `error`: every fault in OpenAI's shape. `fields`: a JSON object read strictly.
-//! - `auth`: the API key, and which addresses may do without.
+//! - `auth`: the API key, and the addresses that may do without one.
 //!
-//! It deliberately does not know TLS, browsers (no CORS) or quotas: a reverse proxy does those.
+//! TLS, browsers (no CORS) and quotas are deliberately left to a reverse proxy.
 
 mod auth;
 mod error;
@@ -39,25 +39,25 @@ pub use error::ApiError;
 
 use crate::service::Service;
 
-/// How long answers may go on once the server stops. A service ends its generations itself when its node stops; this is for
-/// one that does not, and for clients that do not read.
+/// How long answers may go on once the server stops. A service ends its own generations when its node stops; these
+/// limits are for a service that does not, and for clients that do not read.
 #[derive(Debug, Clone, Copy)]
 struct Patience {
     /// From the shutdown until running answers are ended with an error.
     drain: Duration,
-    /// From then until connections are no longer waited for.
+    /// From then until the server stops waiting for connections.
     farewell: Duration,
 }
 
 const PATIENCE: Patience = Patience { drain: Duration::from_secs(10), farewell: Duration::from_secs(1) };
 
-/// Serves the API on `listener` until `shutdown` is done.
+/// Serves the API on `listener` until `shutdown` completes.
 ///
-/// From then on no connection is accepted, idle ones are closed, and running answers may end; those that do not within ten
-/// seconds are ended with an error. Returns at the latest a second after that, whatever the clients do.
+/// From then on no connection is accepted, idle ones are closed, and running answers may finish. Answers that do not
+/// finish within ten seconds are ended with an error. Returns at most a second later, whatever the clients do.
 ///
 /// # Errors
-/// The listener's; a connection's own faults end that connection only.
+/// Errors of the listener. An error on one connection ends only that connection.
 pub async fn serve(
     listener: TcpListener,
     service: Arc<dyn Service>,
@@ -78,7 +78,8 @@ async fn serve_with(
     tracing::info!(%address, ?auth, "serving the API");
     let closing = CancellationToken::new();
     let app = routes::router(service, auth, closing.clone());
-    // A token is a small write that nothing follows at once: without this it could wait for the client's delayed ack.
+    // A token is a small write with no other right behind it: without this option it could wait for the client's
+    // delayed ACK.
     let listener = listener.tap_io(|connection| {
         if let Err(error) = connection.set_nodelay(true) {
             tracing::debug!(%error, "TCP_NODELAY not set");
@@ -93,7 +94,7 @@ async fn serve_with(
     });
     let limit = async {
         stopping.cancelled().await;
-        tracing::debug!(%address, "the API stops; running answers may end");
+        tracing::debug!(%address, "the API is stopping; running answers may finish");
         tokio::time::sleep(patience.drain).await;
         closing.cancel();
         tokio::time::sleep(patience.farewell).await;

@@ -1,11 +1,12 @@
-//! Requests in OpenAI's words, read and checked: bytes in, a [`GenerateRequest`] or a refusal out.
+//! Reads and checks requests in OpenAI's format: bytes in, a [`GenerateRequest`] or a refusal out.
 //!
-//! The invariant: what a request asks for is either done or refused by name. Fields fall in three groups: those that
-//! shape the answer, checked against their ranges; those that this API knows but does not do (tools, penalties, several
-//! choices), refused unless their value asks for nothing; and those that only label a request, accepted unread.
+//! The invariant: everything that a request asks for is either done or refused by name. Fields fall into three groups:
+//! those that shape the answer are checked against their ranges; those that this API knows but does not support (tools,
+//! penalties, several choices) are refused unless their value asks for nothing; and those that only label a request are
+//! accepted unread.
 //!
-//! It is pure: the seed for a request without one is an argument. It does not know the model, so whether a prompt fits the
-//! context, or a token id the vocabulary, is the service's to say.
+//! The module is pure: the seed for a request without one is an argument. It does not know the model, so the service
+//! checks whether a prompt fits the context and a token id the vocabulary.
 
 use coel_model::text::chat::Message;
 use coel_model::text::sampling::SamplingParams;
@@ -20,11 +21,12 @@ use crate::service::{GenerateRequest, Prompt};
 const STOPS_MAX: usize = 4;
 const CHAT_TOP_LOGPROBS_MAX: i64 = 20;
 const TEXT_LOGPROBS_MAX: i64 = 5;
-/// What `/v1/completions` generates where `max_tokens` is absent, as OpenAI does; a chat runs to the end of the context.
+/// The limit of `/v1/completions` if `max_tokens` is absent, the same as OpenAI's. A chat runs to the end of the
+/// context.
 const TEXT_MAX_TOKENS: usize = 16;
-/// A stop string is searched for after every token; no use was seen for one longer than a line.
+/// The answer is searched for stop strings after every token, and a stop string longer than a line has no known use.
 const STOP_BYTES_MAX: usize = 1024;
-/// A bound for arithmetic only: the service ends an answer where the context ends.
+/// Only bounds the arithmetic: the service ends an answer at the end of the context.
 const MAX_TOKENS_MAX: i64 = u32::MAX as i64;
 
 /// Fields that label a request, or that ask for what happens anyway.
@@ -39,10 +41,10 @@ const HARMLESS: &[&str] = &[
     "parallel_tool_calls",
 ];
 
-/// A request understood.
+/// A parsed request.
 #[derive(Debug, Clone)]
 pub struct Asked {
-    /// What the service is to do.
+    /// The request to the service.
     pub generate: GenerateRequest,
     /// Whether tokens are sent as they come.
     pub stream: bool,
@@ -123,10 +125,10 @@ fn model(fields: &mut Fields) -> Result<String, ApiError> {
     fields
         .string("model")?
         .filter(|name| !name.is_empty())
-        .ok_or_else(|| missing("model", "name one of those that GET /v1/models lists"))
+        .ok_or_else(|| missing("model", "name a model that GET /v1/models lists"))
 }
 
-/// What both endpoints share. `max_tokens` stays absent where it was.
+/// Reads the fields that both endpoints share. `max_tokens` stays absent if the request has none.
 fn common(fields: &mut Fields, seed: u64) -> Result<GenerateParams, ApiError> {
     let defaults = SamplingParams::default();
     let unit = |value| (0.0..=1.0).contains(&value);
@@ -135,7 +137,7 @@ fn common(fields: &mut Fields, seed: u64) -> Result<GenerateParams, ApiError> {
             .number("temperature", "from 0 to 2", |value| (0.0..=2.0).contains(&value))?
             .unwrap_or(defaults.temperature),
         top_p: fields.number("top_p", "from 0 to 1", unit)?.unwrap_or(defaults.top_p),
-        // -1 is how vLLM's clients say "all", 0 how the others do.
+        // vLLM's clients send -1 for "all"; the others send 0.
         top_k: fields.integer("top_k", -1, i64::from(u32::MAX))?.map_or(defaults.top_k, |k| k.max(0) as usize),
         min_p: fields.number("min_p", "from 0 to 1", unit)?.unwrap_or(defaults.min_p),
         repetition_penalty: fields
@@ -155,7 +157,7 @@ fn common(fields: &mut Fields, seed: u64) -> Result<GenerateParams, ApiError> {
     Ok(GenerateParams { sampling, max_tokens, stop: stops(fields)?, ..GenerateParams::default() })
 }
 
-/// Any 64-bit number, signed or not: OpenAI's are signed.
+/// Any 64-bit integer, signed or unsigned: OpenAI's seeds are signed.
 fn read_seed(fields: &mut Fields) -> Result<Option<u64>, ApiError> {
     let Some(value) = fields.take("seed") else {
         return Ok(None);
@@ -189,7 +191,7 @@ fn stops(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
     given.into_iter().map(text).collect()
 }
 
-/// `(stream, include_usage)`. Without a stream the usage is always part of the reply.
+/// `(stream, include_usage)`. A reply that is not streamed always holds the usage.
 fn streaming(fields: &mut Fields) -> Result<(bool, bool), ApiError> {
     let stream = fields.boolean("stream")?.unwrap_or(false);
     let include_usage = match fields.take("stream_options") {
@@ -219,7 +221,7 @@ fn prompt(fields: &mut Fields) -> Result<Prompt, ApiError> {
         Some(Value::Number(_)) => Ok(Prompt::Tokens(token_ids(&items)?)),
         Some(Value::String(_) | Value::Array(_)) if items.len() > 1 => {
             let message =
-                format!("`prompt` holds {} prompts, but one is served per request: send them one by one", items.len());
+                format!("`prompt` holds {} prompts, but a request takes only one: send them one by one", items.len());
             Err(ApiError::unsupported("prompt", message))
         }
         Some(Value::String(text)) => Ok(Prompt::Text(text.clone())),
@@ -254,7 +256,7 @@ fn message(item: Value, path: &str) -> Result<Message, ApiError> {
     let mut fields = Fields::nested(item, path)?;
     let role = fields.string("role")?.ok_or_else(|| missing(&fields.path("role"), ROLES))?;
     let role = match role.as_str() {
-        // The newer name of the same role, which templates do not know.
+        // `developer` is the newer name of the role, and templates do not know it.
         "developer" => "system",
         "system" | "user" | "assistant" | "tool" => role.as_str(),
         other => return Err(outside(&fields.path("role"), format_args!("\"{other}\""), ROLES)),
@@ -262,7 +264,7 @@ fn message(item: Value, path: &str) -> Result<Message, ApiError> {
     fields.unsupported("tool_calls", is_empty)?;
     fields.unsupported("function_call", |_| false)?;
     fields.unsupported("audio", |_| false)?;
-    // Labels: what a tool's answer belongs to, and who of several users speaks.
+    // Labels, such as the call that a tool's answer belongs to, or the name of the speaker.
     fields.ignore(&["name", "tool_call_id", "refusal", "annotations"]);
     let content_path = fields.path("content");
     let content = fields.take("content").ok_or_else(|| missing(&content_path, "give the message's text"))?;
@@ -271,7 +273,7 @@ fn message(item: Value, path: &str) -> Result<Message, ApiError> {
     Ok(Message::new(role, content))
 }
 
-/// A message's text: a string, or text parts joined as they are.
+/// A message's text: a string, or text parts joined without a separator.
 fn content_text(content: Value, path: &str) -> Result<String, ApiError> {
     let parts = match content {
         Value::String(text) => return Ok(text),

@@ -1,10 +1,10 @@
 //! Replies in OpenAI's shapes, built from the tokens of one generation: whole, or chunk by chunk.
 //!
-//! The invariant: the chunks of a stream, put together, say what the whole reply would have said, with the same id: the same
-//! text, the same log-probabilities, the same finish reason, the same usage. Both are made by [`Answer`] from the same
-//! events, and nothing here depends on how the events were timed.
+//! The invariant: the chunks of a stream share one id and add up to the whole reply: the same text, the same
+//! log-probabilities, the same finish reason, the same usage. [`Answer`] makes both from the same events, and nothing
+//! here depends on the timing of the events.
 //!
-//! It is pure, and does not know how a reply travels.
+//! The module is pure, and does not know how a reply is sent.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -17,10 +17,10 @@ use serde::Serialize;
 use super::logprobs::{ChatToken, Listed, TextTokens, characters, chat_token};
 use crate::service::Usage;
 
-/// The bytes that a token of the model asked for stands for.
+/// Gives the bytes of a token of the requested model.
 pub(super) type Spell = Arc<dyn Fn(u32) -> Vec<u8> + Send + Sync>;
 
-/// Which of the two endpoints answers.
+/// The endpoint that answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Shape {
     Chat,
@@ -28,7 +28,7 @@ pub(super) enum Shape {
 }
 
 impl Shape {
-    /// The request's field that holds the prompt.
+    /// The request field that holds the prompt.
     pub fn prompt_field(self) -> &'static str {
         match self {
             Self::Chat => "messages",
@@ -37,7 +37,7 @@ impl Shape {
     }
 }
 
-/// What is the same in every part of a reply.
+/// The fields that are the same in every part of a reply.
 #[derive(Debug, Clone)]
 pub(super) struct Head {
     pub id: String,
@@ -47,7 +47,7 @@ pub(super) struct Head {
 }
 
 impl Head {
-    /// `entropy` makes the id unique, `created` is in Unix seconds.
+    /// `entropy` makes the id unique; `created` is in Unix seconds.
     pub fn new(shape: Shape, model: &str, entropy: u128, created: u64) -> Self {
         let prefix = match shape {
             Shape::Chat => "chatcmpl",
@@ -69,7 +69,7 @@ impl Head {
     }
 }
 
-/// A reply or a chunk of one, as JSON has it.
+/// A reply, or a chunk of one, as it is serialised to JSON.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Envelope {
     id: String,
@@ -105,7 +105,7 @@ struct UsageCounts {
     coel: CoelUsage,
 }
 
-/// Where an answer was computed and how exactly: coel's own addition.
+/// Where an answer was computed, and at which precisions: coel's own addition.
 #[derive(Debug, Clone, Serialize)]
 struct CoelUsage {
     rows_local: u64,
@@ -155,12 +155,12 @@ struct Delta {
 pub(super) struct Answer {
     head: Head,
     spell: Spell,
-    /// Characters whose first byte was in a token before: where the next token begins.
+    /// The position of the next token: the number of characters whose first byte is in an earlier token.
     offset: usize,
     text: String,
     chat: Vec<ChatToken>,
     listed: TextTokens,
-    /// Whether any token brought log-probabilities since the last part was taken.
+    /// Whether any token since the last part was taken has log-probabilities.
     with_logprobs: bool,
 }
 
@@ -177,7 +177,7 @@ impl Answer {
         }
     }
 
-    /// Adds what one step brought.
+    /// Adds the output of one step.
     pub fn push(&mut self, emitted: &Emitted) {
         self.text.push_str(&emitted.text);
         let Some(logprobs) = &emitted.logprobs else { return };
@@ -192,7 +192,8 @@ impl Answer {
         }
     }
 
-    /// The whole reply. `logprobs` tells whether they were asked for: then they are listed even where there was no token.
+    /// The whole reply. `logprobs` says whether log-probabilities were requested: if so, the list is there even without
+    /// tokens.
     pub fn whole(mut self, reason: FinishReason, usage: Usage, logprobs: bool) -> Envelope {
         self.with_logprobs |= logprobs;
         let (text, listed) = self.take();
@@ -234,7 +235,7 @@ impl Chunks {
         Self { answer, include_usage }
     }
 
-    /// What comes before the first token: a chat says who speaks.
+    /// The chunk before the first token: in a chat, it names the role.
     pub fn opening(&self) -> Option<Envelope> {
         let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
         match self.answer.head.shape {
@@ -243,7 +244,7 @@ impl Chunks {
         }
     }
 
-    /// What one step brought, where there is anything to show.
+    /// The chunk for one step, if there is anything to show.
     pub fn token(&mut self, emitted: &Emitted) -> Option<Envelope> {
         self.answer.push(emitted);
         let (text, listed) = self.answer.take();
@@ -257,7 +258,7 @@ impl Chunks {
         Some(self.chunk(said, listed, None))
     }
 
-    /// What comes after the last token.
+    /// The chunks after the last token.
     pub fn closing(&self, reason: FinishReason, usage: Usage) -> Vec<Envelope> {
         let said = match self.answer.head.shape {
             Shape::Chat => Said::Delta(Delta::default()),

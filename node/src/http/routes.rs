@@ -1,8 +1,8 @@
-//! Which path does what: the table of routes, what guards them, and the reading of bodies.
+//! Routing: the table of routes, the check of the key, and the reading of bodies.
 //!
-//! The invariants: the key is checked before anything else about a request, the existence of its path included; a body is
-//! read within a bound of bytes and of time before it is parsed; and a request is handed to the service only after
-//! [`openai`] accepted every field of it.
+//! The invariants: the key is checked before anything else about a request, including whether its path exists; a body
+//! is read within a limit of bytes and of time before it is parsed; and a request reaches the service only after
+//! [`openai`] has accepted every field of it.
 //!
 //! Handlers decide nothing: they read, call the service, and hand its events to `stream`.
 
@@ -31,21 +31,21 @@ use crate::service::{ModelInfo, Service, ServiceError};
 
 /// A context of a million tokens in plain text is about this long.
 const BODY_BYTES_MAX: usize = 4 << 20;
-/// A body over the limit is read this far, so that a client which sends it whole gets to read the refusal.
+/// A body over the limit is read this far, so that a client that sends all of it still gets to read the refusal.
 const BODY_BYTES_DISCARDED: usize = 16 * BODY_BYTES_MAX;
-/// The whole body must arrive within this.
+/// The whole body must arrive within this time.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// What every handler sees.
+/// The state that all handlers share.
 #[derive(Clone)]
 pub(super) struct App {
     service: Arc<dyn Service>,
     auth: Auth,
     /// Cancelled when running answers must end.
     closing: CancellationToken,
-    /// Unix seconds; stands for the date of models, which have none.
+    /// Unix seconds. Stands for the creation date of models, which have none.
     started: u64,
 }
 
@@ -93,7 +93,7 @@ async fn unknown_route(request: Request) -> ApiError {
 }
 
 async fn wrong_method(request: Request) -> ApiError {
-    let message = format!("{} does not take {}: see the Allow header", request.uri().path(), request.method());
+    let message = format!("{} does not accept {}: see the Allow header", request.uri().path(), request.method());
     ApiError::refused(StatusCode::METHOD_NOT_ALLOWED, message).code("method_not_allowed")
 }
 
@@ -126,7 +126,7 @@ async fn model(State(app): State<App>, Path(asked): Path<String>) -> Result<Resp
     Ok(Json(describe(model, &asked, app.started)).into_response())
 }
 
-/// What clients are shown: the name, unless another model has the same.
+/// The id shown to clients: the model's name, unless it is empty or another model has the same.
 fn public_id<'a>(model: &'a ModelInfo, all: &[ModelInfo]) -> &'a str {
     let same = all.iter().filter(|other| other.name == model.name).count();
     if model.name.is_empty() || same > 1 { &model.id } else { &model.name }
@@ -155,7 +155,7 @@ async fn completion(State(app): State<App>, request: Request) -> Result<Response
 async fn answer(app: &App, shape: Shape, asked: Asked) -> Result<Response, ApiError> {
     let Asked { generate, stream, include_usage } = asked;
     let head = Head::new(shape, &generate.model, rand::random(), unix_seconds());
-    tracing::debug!(id = head.id, model = generate.model, stream, "a generation was asked for");
+    tracing::debug!(id = head.id, model = generate.model, stream, "generation requested");
     let answer = Answer::new(head, spell(app, &generate.model));
     let logprobs = generate.params.logprobs.is_some();
     let submitted = app.service.submit(generate).await;
@@ -185,7 +185,7 @@ fn refusal(app: &App, shape: Shape, error: &ServiceError) -> ApiError {
     refused
 }
 
-/// The body of a JSON request, within its bounds.
+/// The body of a JSON request, read within the limits.
 async fn read_body(request: Request) -> Result<Vec<u8>, ApiError> {
     check_content_type(request.headers())?;
     let too_large = || {
@@ -193,7 +193,7 @@ async fn read_body(request: Request) -> Result<Vec<u8>, ApiError> {
         ApiError::refused(StatusCode::PAYLOAD_TOO_LARGE, message).code("body_too_large")
     };
     let announced = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    // A client that asks before it sends reads the answer at once.
+    // A client that sends `Expect` waits for the answer before it sends the body.
     if request.headers().contains_key(EXPECT) && announced.is_some_and(|length: usize| length > BODY_BYTES_MAX) {
         return Err(too_large());
     }
@@ -209,7 +209,7 @@ async fn read_body(request: Request) -> Result<Vec<u8>, ApiError> {
     }
 }
 
-/// The body, or `None` where it is larger than allowed.
+/// The body, or `None` if it is larger than allowed.
 async fn collect(body: Body) -> Result<Option<Vec<u8>>, axum::Error> {
     let mut frames = body.into_data_stream();
     let mut body = Vec::new();

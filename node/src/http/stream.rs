@@ -1,11 +1,11 @@
 //! The events of one generation, as one reply or as server-sent events.
 //!
-//! The invariants: the receiver lives in the reply's future or body, so that a connection that goes away drops it and the
-//! generation is cancelled; and a stream ends in exactly one of two ways, `data: [DONE]` after the last chunk, or an `error`
-//! event after which nothing comes. A service that falls silent (its channel closes without a last event) is an error,
-//! never an answer that looks complete.
+//! The invariants: the receiver lives in the reply's future or body, so that a closed connection drops the receiver and
+//! cancels the generation; and a stream ends in exactly one of two ways: with `data: [DONE]` after the last chunk, or
+//! with an `error` event and nothing after it. A service that falls silent (its channel closes without a last event) is
+//! an error, never an answer that looks complete.
 //!
-//! It does not know what the chunks say.
+//! The module does not know what the chunks contain.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -22,16 +22,16 @@ use super::error::ApiError;
 use super::reply::{Answer, Chunks};
 use crate::service::{Event, ServiceError};
 
-/// How long a stream's headers wait for the first event: a fault before the first token then has a status of its own. A
-/// longer prompt than this takes to read begins with the headers, so that no client gives up on silence.
+/// How long a stream's headers wait for the first event, so that a fault before the first token has a status of its
+/// own. If the prompt takes longer, the headers go out first, so that no client gives up on a silent connection.
 const FIRST_EVENT: Duration = Duration::from_secs(5);
-/// A comment is sent this often where no token comes, so that proxies keep the connection.
+/// A comment is sent this often while no token comes, so that proxies keep the connection open.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// One reply with everything, once the generation ended.
+/// One reply with everything, once the generation has ended.
 ///
 /// # Errors
-/// Why it ended badly, or was ended.
+/// The failure that ended the generation, or the shutdown that cut it short.
 pub(super) async fn whole(
     mut answer: Answer,
     logprobs: bool,
@@ -49,10 +49,10 @@ pub(super) async fn whole(
     }
 }
 
-/// A stream of chunks. `fault` says a failure in OpenAI's shape.
+/// A stream of chunks. `fault` puts a failure in OpenAI's shape.
 ///
 /// # Errors
-/// A failure that came before the first token.
+/// A failure before the first token.
 pub(super) async fn server_sent(
     chunks: Chunks,
     mut events: mpsc::Receiver<Event>,
@@ -94,17 +94,17 @@ struct State<F> {
     chunks: Chunks,
     events: mpsc::Receiver<Event>,
     closing: CancellationToken,
-    /// Read while the headers waited.
+    /// The event that was read while the headers waited.
     first: Option<Event>,
     fault: F,
 }
 
-/// The next event; a generation that is cut short ends with a failure as any other.
+/// The next event. A generation that is cut short ends with a failure event, like any other failure.
 async fn next(events: &mut mpsc::Receiver<Event>, closing: &CancellationToken) -> Event {
     tokio::select! {
         biased;
         event = events.recv() => event.unwrap_or_else(|| {
-            let silent = "the generation ended without a result; ask again, and look into the node's log if it repeats";
+            let silent = "the generation ended without a result; try again, and check the node's log if it recurs";
             Event::Failed(ServiceError::Internal(silent.into()))
         }),
         () = closing.cancelled() => {
@@ -114,7 +114,7 @@ async fn next(events: &mut mpsc::Receiver<Event>, closing: &CancellationToken) -
 }
 
 fn data(part: &impl Serialize) -> sse::Event {
-    // Parts are structs of strings and finite numbers, for which serialising does not fail.
+    // Parts are structs of strings and finite numbers, so serialising them does not fail.
     let json = serde_json::to_string(part).expect("a reply is valid JSON");
     sse::Event::default().data(json)
 }

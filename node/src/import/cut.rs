@@ -1,25 +1,22 @@
 //! Cuts a checkpoint into blobs: the exact ones in place, the slices as files of their own.
 //!
-//! Owns [`Cut`]. A part is read once, in pieces, and hashed and sliced as it goes by, so memory grows neither with the parts nor
-//! with their number; a trunk part whose tensors lie in another order than its slices have them is read a second time. Parts
-//! are kept in batches, each with a note: an import that was interrupted finds them again and goes on. The invariant: what is
-//! noted was on the disk before the note, and notes hold for the very files they were made from (paths, lengths, times).
+//! Owns [`Cut`], and the sink of slices that is a node's blob store. The loop that reads, hashes and slices parts is
+//! [`slice_parts`]. Parts are kept in batches, each with a note, so an interrupted import finds them again and goes on. The
+//! invariant: what is noted was on the disk before the note, and notes hold only for the very files they were made from (paths,
+//! lengths, times).
 
-use std::cell::RefCell;
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
 
 use coel_model::weights::checkpoint::Checkpoint;
 use coel_model::weights::parts::{Part, PartKind, parts};
-use coel_model::weights::slices::encode::first_not_finite;
-use coel_model::weights::slices::{FORMAT, SliceError};
-use coel_model::weights::slicing::part_slices::{PartBytes, part_bytes, write_part};
-use coel_model::weights::slicing::source::ReadAt;
+use coel_model::weights::slices::SliceError;
+use coel_model::weights::slicing::part_slices::{PartBytes, part_bytes};
+use coel_model::weights::slicing::source::{SourceError, SourceFiles};
+use coel_model::weights::slicing::writer::{Kept, Made, PartError, SliceSink, slice_parts};
+use coel_model::weights::slicing::{Digest, ReadAt};
 use coel_store::{
-    BlobEntry, BlobError, BlobHasher, Blobs, CHUNK_BYTES, Manifest, NewPart, NewSlices, PartKey, Segment, Slices,
+    BlobEntry, BlobError, BlobHasher, Blobs, CHUNK_BYTES, Draft, Manifest, NewPart, NewSlices, PartKey, Segment, Slices,
 };
 use tracing::warn;
 
@@ -32,8 +29,6 @@ use crate::system::free_disk_bytes;
 const BATCH_BYTES: u64 = 64 << 20;
 /// Parts of a batch at most: each has two files open.
 const BATCH_PARTS: usize = 32;
-/// Bytes read at once where a part is only hashed.
-const READ_BYTES: usize = 1 << 20;
 /// Room beyond the slices that the disk must have: for the index of the blobs.
 const INDEX_BYTES: u64 = 4 << 20;
 
@@ -43,9 +38,9 @@ pub enum CutError {
     /// The weights cannot be what they should be.
     #[error("{part}: {source}")]
     Slice { part: PartKind, source: SliceError },
-    /// A weight file cannot be read.
-    #[error("{}: {source}", .path.display())]
-    Read { path: PathBuf, source: io::Error },
+    /// A weight file, or the folder of the blobs, cannot be read; or a weight file changed.
+    #[error(transparent)]
+    Source(#[from] SourceError),
     /// The blobs cannot be kept.
     #[error(transparent)]
     Keep(#[from] BlobError),
@@ -73,8 +68,11 @@ pub enum CutError {
 enum Known {
     /// An earlier import kept all of it.
     Whole(Slices),
-    /// These slices are here; whether they are of this part its exact weights will tell.
-    Slices(Slices),
+    /// Its base and its refine slice are here, made of the exact blob `of`. Whether that is this part, its weights will tell.
+    Slices {
+        of: BlobEntry,
+        slices: [BlobEntry; 2],
+    },
     Nothing,
 }
 
@@ -89,7 +87,7 @@ fn slices_in<'a>(manifest: &'a Manifest, part: &PartKind) -> Option<&'a Slices> 
 /// A checkpoint on its way into blobs.
 pub struct Cut<'a> {
     checkpoint: &'a Checkpoint,
-    files: Vec<File>,
+    source: SourceFiles,
     parts: Vec<Part>,
     /// What the slices of each part take; `None` where weights are held exactly only.
     sizes: Vec<Option<PartBytes>>,
@@ -103,28 +101,13 @@ impl<'a> Cut<'a> {
     /// Opens the weight files of `checkpoint`, to be cut into `blobs`, which lie in `folder`.
     ///
     /// # Errors
-    /// [`CutError::Read`].
+    /// [`CutError::Source`].
     pub fn new(checkpoint: &'a Checkpoint, blobs: &'a Blobs, folder: &'a Path) -> Result<Self, CutError> {
-        let mut identity = blake3::Hasher::new();
-        identity.update(FORMAT.as_bytes());
-        let mut files = Vec::new();
-        for path in checkpoint.weight_files() {
-            let named = |source| CutError::Read { path: path.clone(), source };
-            let file = File::open(path).map_err(named)?;
-            let metadata = file.metadata().map_err(named)?;
-            let changed = metadata.modified().map_err(named)?.duration_since(UNIX_EPOCH).unwrap_or_default();
-            let path = path.canonicalize().map_err(named)?;
-            identity.update(format!("\0{}\0{}\0{}", path.display(), metadata.len(), changed.as_nanos()).as_bytes());
-            files.push(file);
-        }
+        let source = SourceFiles::open(checkpoint.weight_files())?;
         let parts = parts(checkpoint);
-        let key = |part: &Part| {
-            let mut key = identity.clone();
-            key.update(format!("\0{}\0", part.kind).as_bytes()).update(&part.header());
-            *key.finalize().as_bytes()
-        };
+        let keys = source.part_keys(&parts);
         let sizes = parts.iter().map(|part| part_bytes(part).ok()).collect();
-        Ok(Self { checkpoint, files, keys: parts.iter().map(key).collect(), sizes, parts, blobs, folder })
+        Ok(Self { checkpoint, source, keys, sizes, parts, blobs, folder })
     }
 
     /// The parts.
@@ -136,7 +119,7 @@ impl<'a> Cut<'a> {
     /// megabyte of each; two models that differ in experts only look the same from here.
     ///
     /// # Errors
-    /// [`CutError::Read`].
+    /// [`CutError::Source`].
     pub fn could_be(&self, manifest: &Manifest) -> Result<bool, CutError> {
         if self.parts.len() != manifest.trunk.len() + manifest.experts.len() {
             return Ok(false);
@@ -156,9 +139,9 @@ impl<'a> Cut<'a> {
                 let start = first.len();
                 let wanted = (CHUNK_BYTES.saturating_sub(start) as u64).min(tensor.bytes) as usize;
                 first.resize(start + wanted, 0);
-                let read = self.files[tensor.file].read_exact_at(&mut first[start..], tensor.offset);
+                let read = self.source.read_at(tensor.file, tensor.offset, &mut first[start..]);
                 let path = || self.checkpoint.weight_files()[tensor.file].clone();
-                read.map_err(|source| CutError::Read { path: path(), source })?;
+                read.map_err(|source| SourceError::Io { path: path(), source })?;
             }
             first.truncate(CHUNK_BYTES);
             if !entry.chunk_matches(0, &first) {
@@ -180,86 +163,28 @@ impl<'a> Cut<'a> {
         stopped: &dyn Fn() -> bool,
     ) -> Result<Vec<Slices>, CutError> {
         let noted = self.keys.iter().map(|key| self.blobs.noted(key)).collect::<Result<Vec<_>, _>>()?;
-        let of_manifest = |part: &Part| slices_in(could_be?, &part.kind).filter(|slices| self.holds(slices)).cloned();
+        let held = |part: &Part| self.held(slices_in(could_be?, &part.kind)?);
         let known: Vec<_> = noted
             .into_iter()
             .zip(&self.parts)
             .map(|(noted, part)| match noted {
                 Some(slices) => Known::Whole(slices),
-                None => of_manifest(part).map_or(Known::Nothing, Known::Slices),
+                None => held(part).unwrap_or(Known::Nothing),
             })
             .collect();
-        let mut cut = Vec::with_capacity(self.parts.len());
         self.check_room(&known, 0)?;
-        let total: u64 = self.parts.iter().map(Part::data_bytes).sum();
-        let mut done = 0;
-        let mut batch = Batch::default();
-        for (index, part) in self.parts.iter().enumerate() {
+        let mut sink = BlobSink { cut: self, known, kept: vec![None; self.parts.len()], batch: Batch::default() };
+        slice_parts(&self.parts, &self.source, &mut sink, |done, total| {
             progress("cutting weights, bytes", done, total);
-            if stopped() {
-                return Err(CutError::Stopped);
-            }
-            match &known[index] {
-                Known::Whole(slices) => cut.push(Some(slices.clone())),
-                before => {
-                    let kept = self.cut(index, before).and_then(|part| {
-                        if matches!(part.slices, NewSlices::Made(_)) {
-                            batch.bytes += self.sizes[index].map_or(0, |sizes| sizes.base + sizes.refine);
-                        }
-                        batch.parts.push((index, part));
-                        cut.push(None);
-                        if batch.is_full() { batch.keep(self.blobs, &mut cut) } else { Ok(()) }
-                    });
-                    if let Err(error) = kept {
-                        // What was finished is kept if it can be, and what was not makes room for the next try.
-                        let _ = batch.keep(self.blobs, &mut cut);
-                        drop(batch);
-                        return Err(self.explain(error, &known, &cut));
-                    }
-                }
-            }
-            done += part.data_bytes();
-        }
-        batch.keep(self.blobs, &mut cut).map_err(|error| self.explain(error, &known, &cut))?;
-        progress("cutting weights, bytes", total, total);
-        Ok(cut.into_iter().map(|slices| slices.expect("every part was noted or kept")).collect())
+            if stopped() && done < total { Err(CutError::Stopped) } else { Ok(()) }
+        })?;
+        Ok(sink.kept.into_iter().map(|slices| slices.expect("every part was noted or kept")).collect())
     }
 
-    /// Whether both slices lie here whole, as far as a look at the files tells.
-    fn holds(&self, slices: &Slices) -> bool {
-        let held = |slice: &Option<BlobEntry>| slice.as_ref().is_some_and(|entry| self.blobs.lies_in(entry).is_ok());
-        held(&slices.base) && held(&slices.refine)
-    }
-
-    /// One part, hashed and, unless its slices are here, sliced.
-    fn cut(&self, index: usize, before: &Known) -> Result<NewPart, CutError> {
-        let part = &self.parts[index];
-        let failed = |source| CutError::Slice { part: part.kind.clone(), source };
-        if let Known::Slices(Slices { exact, base: Some(base), refine: Some(refine) }) = before {
-            let found = ByTheWay::new(&self.files, part).finish(true).map_err(failed)?;
-            if found == *exact {
-                return Ok(self.part(index, found, NewSlices::Held([base.clone(), refine.clone()])));
-            }
-        }
-        let by_the_way = ByTheWay::new(&self.files, part);
-        let mut slices = NewSlices::None;
-        if self.sizes[index].is_some() {
-            let [mut base, mut refine] = [self.blobs.draft()?, self.blobs.draft()?];
-            match write_part(part, &by_the_way, &mut base, &mut refine) {
-                Ok(()) => slices = NewSlices::Made([base, refine]),
-                // Such weights are rare and not damaged: they are only held exactly. What slicing did not come to was looked
-                // through by nobody.
-                Err(range @ SliceError::Range { .. }) => {
-                    warn!(part = %part.kind, %range, "no slices of this part");
-                    let again = ByTheWay::new(&self.files, part);
-                    let exact = again.finish(true).map_err(failed)?;
-                    return Ok(self.part(index, exact, NewSlices::None));
-                }
-                Err(error) => return Err(failed(error)),
-            }
-        }
-        let exact = by_the_way.finish(matches!(slices, NewSlices::None)).map_err(failed)?;
-        Ok(self.part(index, exact, slices))
+    /// The slices of a part, if both lie here whole, as far as a look at the files tells.
+    fn held(&self, slices: &Slices) -> Option<Known> {
+        let held = |slice: &Option<BlobEntry>| slice.clone().filter(|entry| self.blobs.lies_in(entry).is_ok());
+        Some(Known::Slices { of: slices.exact.clone(), slices: [held(&slices.base)?, held(&slices.refine)?] })
     }
 
     /// A part whose exact blob stays where it is.
@@ -280,7 +205,7 @@ impl<'a> Cut<'a> {
         let needed: u64 = open.filter_map(|(sizes, _)| sizes.map(|sizes| sizes.base + sizes.refine)).sum();
         let needed_bytes = if needed == 0 { 0 } else { needed + INDEX_BYTES };
         let free_bytes =
-            free_disk_bytes(self.folder).map_err(|source| CutError::Read { path: self.folder.to_owned(), source })?;
+            free_disk_bytes(self.folder).map_err(|source| SourceError::Io { path: self.folder.to_owned(), source })?;
         let usage = self.blobs.usage();
         let room = usage.budget_bytes.zip(usage.room_bytes()).filter(|(_, room)| needed > *room);
         let (done, total) =
@@ -340,69 +265,99 @@ impl Batch {
     }
 }
 
-/// The weight files, hashed as a part's exact blob while they are read for something else.
-struct ByTheWay<'a> {
-    files: &'a [File],
-    part: &'a Part,
-    state: RefCell<Hashed>,
+/// The blob store, as a sink of slices.
+struct BlobSink<'c, 'a> {
+    cut: &'c Cut<'a>,
+    known: Vec<Known>,
+    /// The slices of each part that is kept.
+    kept: Vec<Option<Slices>>,
+    batch: Batch,
 }
 
-/// How far the exact blob is hashed.
-struct Hashed {
-    hasher: BlobHasher,
-    /// The tensor that comes next, and how much of it is hashed.
-    tensor: usize,
-    bytes: u64,
-}
+/// The entry of an exact blob.
+#[derive(Default)]
+struct ExactHash(BlobHasher);
 
-impl<'a> ByTheWay<'a> {
-    fn new(files: &'a [File], part: &'a Part) -> Self {
-        let mut hasher = BlobHasher::new();
-        hasher.update(&part.header());
-        Self { files, part, state: RefCell::new(Hashed { hasher, tensor: 0, bytes: 0 }) }
+impl Digest for ExactHash {
+    type Output = BlobEntry;
+
+    fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
     }
 
-    /// The entry of the exact blob: whatever was not read yet is read now, and looked through for what is no number if
-    /// `check` is set.
-    fn finish(self, check: bool) -> Result<BlobEntry, SliceError> {
-        let mut state = self.state.into_inner();
-        let mut buffer = vec![0; READ_BYTES];
-        for tensor in &self.part.tensors[state.tensor..] {
-            let mut done = std::mem::take(&mut state.bytes);
-            while done < tensor.bytes {
-                let piece = &mut buffer[..(tensor.bytes - done).min(READ_BYTES as u64) as usize];
-                let read = self.files[tensor.file].read_exact_at(piece, tensor.offset + done);
-                read.map_err(|source| SliceError::Read { tensor: tensor.name.clone(), source })?;
-                if let Some(index) = first_not_finite(tensor.dtype, piece).filter(|_| check) {
-                    let index = done as usize / tensor.dtype.size() + index;
-                    let columns = tensor.shape.last().copied().unwrap_or(1).max(1);
-                    let (row, column) = (index / columns, index % columns);
-                    return Err(SliceError::NotFinite { tensor: tensor.name.clone(), row, column });
-                }
-                state.hasher.update(piece);
-                done += piece.len() as u64;
-            }
-        }
-        Ok(state.hasher.finish())
+    fn finish(self) -> BlobEntry {
+        self.0.finish()
     }
 }
 
-impl ReadAt for ByTheWay<'_> {
-    fn read_at(&self, file: usize, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        let opened = self.files.get(file).ok_or(io::ErrorKind::NotFound)?;
-        opened.read_exact_at(into, offset)?;
-        let mut state = self.state.borrow_mut();
-        if let Some(tensor) = self.part.tensors.get(state.tensor)
-            && (tensor.file, tensor.offset + state.bytes) == (file, offset)
-            && state.bytes + into.len() as u64 <= tensor.bytes
-        {
-            state.hasher.update(into);
-            state.bytes += into.len() as u64;
-            if state.bytes == tensor.bytes {
-                (state.tensor, state.bytes) = (state.tensor + 1, 0);
+impl SliceSink for BlobSink<'_, '_> {
+    type Writer = Draft;
+    type Digest = ExactHash;
+    type Error = CutError;
+
+    fn digest(&self) -> Option<ExactHash> {
+        Some(ExactHash::default())
+    }
+
+    fn kept(&mut self, index: usize) -> Result<Kept, CutError> {
+        Ok(match &self.known[index] {
+            Known::Whole(slices) => {
+                self.kept[index] = Some(slices.clone());
+                Kept::Whole
             }
+            Known::Slices { .. } => Kept::Slices,
+            Known::Nothing => Kept::Nothing,
+        })
+    }
+
+    fn belongs(&mut self, index: usize, exact: &BlobEntry) -> bool {
+        matches!(&self.known[index], Known::Slices { of, .. } if of == exact)
+    }
+
+    fn begin(&mut self, index: usize) -> Result<Option<[Draft; 2]>, CutError> {
+        match self.cut.sizes[index] {
+            Some(_) => Ok(Some([self.cut.blobs.draft()?, self.cut.blobs.draft()?])),
+            None => Ok(None),
         }
-        Ok(())
+    }
+
+    /// Weights beyond what slices express are rare and not damaged.
+    fn holds_exactly(&mut self, index: usize, why: &SliceError) -> bool {
+        let beyond = matches!(why, SliceError::Range { .. });
+        if beyond {
+            warn!(part = %self.cut.parts[index].kind, %why, "no slices of this part");
+        }
+        beyond
+    }
+
+    fn finish(&mut self, index: usize, made: Made<Draft>, exact: Option<BlobEntry>) -> Result<(), CutError> {
+        let slices = match (made, &self.known[index]) {
+            (Made::Slices(drafts), _) => {
+                self.batch.bytes += self.cut.sizes[index].map_or(0, |sizes| sizes.base + sizes.refine);
+                NewSlices::Made(drafts)
+            }
+            (Made::Kept, Known::Slices { slices, .. }) => NewSlices::Held(slices.clone()),
+            (Made::Kept | Made::ExactOnly, _) => NewSlices::None,
+        };
+        let exact = exact.expect("the sink asks for a digest");
+        self.batch.parts.push((index, self.cut.part(index, exact, slices)));
+        if self.batch.is_full() { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> Result<(), CutError> {
+        self.batch.keep(self.cut.blobs, &mut self.kept)
+    }
+
+    fn fail(&mut self, error: PartError<CutError>) -> CutError {
+        let error = match error {
+            PartError::Slice { part, source } => CutError::Slice { part, source },
+            PartError::Source(error) => error.into(),
+            PartError::Sink(error) => error,
+        };
+        // Finished parts are kept if possible; the others make room for the next try.
+        let _ = self.flush();
+        self.batch = Batch::default();
+        self.cut.explain(error, &self.known, &self.kept)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Who is admitted: the log says it, gossip enforces it. Keeps the two equal, and this node's own entry in the log true.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use coel_gossip::{Handle, Multiaddr, PeerId};
@@ -12,10 +13,11 @@ use super::admission::handshake::ADDRESSES_MAX;
 use super::{ProposalError, propose};
 use crate::ids;
 
-/// How often to look whether a node that left still votes: the log does not tell.
-const VOTERS_PERIOD: Duration = Duration::from_secs(1);
-/// How often to look at this node's addresses: gossip does not tell.
-const ADDRESSES_PERIOD: Duration = Duration::from_secs(5);
+/// How long to wait before a change of this node's entry that failed is proposed again.
+const AGAIN_AFTER: Duration = Duration::from_secs(5);
+
+/// Held while this node hands over what it holds and leaves: until then its entry does not say that it is leaving.
+pub type Departure = Arc<tokio::sync::Mutex<()>>;
 
 /// The addresses that parse. Others were written by a newer coel, or made up.
 pub fn parse_addresses(addresses: &[String]) -> Vec<Multiaddr> {
@@ -62,13 +64,13 @@ impl AdmissionCache {
 /// not pass it on. And a node that was down may be called by a leader it has never heard of: after an unauthorized attempt the members
 /// it does know are asked to vouch for the caller.
 pub async fn follow(gossip: Handle, log: Log) {
-    let mut state = log.state();
+    let (mut state, mut voters) = (log.state(), log.voters());
     let mut unauthorized = gossip.unauthorized_attempts();
     let mut told = BTreeMap::new();
     let mut cache = AdmissionCache::default();
     loop {
         let now = state.borrow_and_update().clone();
-        let admitted = cache.update(&now, &log.voters());
+        let admitted = cache.update(&now, &voters.borrow_and_update());
         let caught_up = now.members.contains_key(&log.node_id()) || !told.is_empty();
         if caught_up && told != admitted {
             gossip.set_members(admitted.clone());
@@ -76,6 +78,7 @@ pub async fn follow(gossip: Handle, log: Log) {
         }
         tokio::select! {
             changed = state.changed() => if changed.is_err() { return },
+            changed = voters.changed() => if changed.is_err() { return },
             attempt = unauthorized.recv() => match attempt {
                 // Before its own admission this node knows nobody who could vouch.
                 Ok(peer) if caught_up && log.admits(&ids::peer_key(peer)).await => {
@@ -84,28 +87,48 @@ pub async fn follow(gossip: Handle, log: Log) {
                 Ok(_) | Err(RecvError::Lagged(_)) => {}
                 Err(RecvError::Closed) => return,
             },
-            () = tokio::time::sleep(VOTERS_PERIOD) => {}
         }
     }
 }
 
-/// Keeps the log's entry of this node's name and addresses true: a restart may have changed them.
-pub async fn keep_own_entry(gossip: Handle, log: Log, name: String) {
+/// Keeps the log's entry of this node true: a restart may have changed its name and addresses, or interrupted its departure.
+pub async fn keep_own_entry(gossip: Handle, log: Log, name: String, departure: Departure) {
     let node = log.node_id();
-    let mut state = log.state();
+    let (mut state, mut listening) = (log.state(), gossip.listen_address_changes());
     loop {
+        listening.mark_unchanged();
         let addresses = own_addresses(&gossip);
         let known = state.borrow_and_update().members.get(&node).cloned();
-        if known.is_some_and(|member| member.name != name || member.addresses != addresses) {
-            match propose(&log, Command::Readdress { node, name: name.clone(), addresses }).await {
-                Ok(_) => {}
-                Err(ProposalError::Refused { refusal }) => warn!(%refusal, "the log refuses this node's addresses"),
-                Err(error) => warn!(%error, "the log does not have this node's addresses yet; trying again"),
+        let mut is_true = true;
+        if let Some(member) = known {
+            if member.name != name || member.addresses != addresses {
+                is_true &= correct(&log, Command::Readdress { node, name: name.clone(), addresses }).await;
+            }
+            if member.leaving
+                && let Ok(_stays) = departure.try_lock()
+            {
+                is_true &= correct(&log, Command::Leaving { node, leaving: false }).await;
             }
         }
         tokio::select! {
             changed = state.changed() => if changed.is_err() { return std::future::pending().await },
-            () = tokio::time::sleep(ADDRESSES_PERIOD) => {}
+            changed = listening.changed() => if changed.is_err() { return std::future::pending().await },
+            () = tokio::time::sleep(AGAIN_AFTER), if !is_true => {}
+        }
+    }
+}
+
+/// Proposes a change of this node's entry; whether the log has it or will never have it.
+async fn correct(log: &Log, command: Command) -> bool {
+    match propose(log, command).await {
+        Ok(_) => true,
+        Err(ProposalError::Refused { refusal }) => {
+            warn!(%refusal, "the log refuses a change of this node's entry");
+            true
+        }
+        Err(error) => {
+            warn!(%error, "the log does not have this node's entry as it is yet; trying again");
+            false
         }
     }
 }

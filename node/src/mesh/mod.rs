@@ -2,6 +2,7 @@
 //!
 //! - [`raft_network`]: the placement log's calls over gossip's streams.
 //! - [`admission`]: how a stranger becomes a member.
+//! - [`identity`]: this node's key on disk.
 //! - [`members`]: keeps gossip's members equal to the log's, and this node's own entry true.
 //! - [`advert`]: a node's offer as gossip carries it, and this node's own.
 //! - [`view`]: the mesh as this node sees it.
@@ -11,6 +12,7 @@
 
 pub mod admission;
 pub mod advert;
+pub mod identity;
 pub mod leader;
 pub mod members;
 pub mod raft_network;

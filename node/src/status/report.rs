@@ -88,7 +88,7 @@ impl StatusView {
     }
 
     fn members(&self, state: &State) -> Vec<NodeStatus> {
-        let (peers, voters) = (self.view.peers(), self.view.log().voters());
+        let (peers, voters) = (self.view.peers(), self.view.log().voters().borrow().clone());
         let placement = state.placement.as_ref();
         let meta = placement.and_then(|placement| self.registry.get(placement.model));
         let each = state.members.iter().map(|(&node_id, member)| {

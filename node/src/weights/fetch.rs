@@ -157,7 +157,13 @@ impl Fetcher {
     pub fn has(&self, entry: &BlobEntry) -> bool {
         match self.blobs.lies_in(entry) {
             Ok(_) if !self.damaged().contains_key(&entry.id) => true,
-            Ok(_) => self.blobs.verify(entry).is_ok() && self.note_repaired(entry),
+            Ok(_) => {
+                let is_whole = self.blobs.verify(entry).is_ok();
+                if is_whole {
+                    self.note_repaired(entry);
+                }
+                is_whole
+            }
             Err(fault) => {
                 if fault.is_source_changed() {
                     self.damaged().insert(entry.id, fault.to_string());

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -35,10 +35,23 @@ impl Renames {
 /// # Errors
 /// Whatever the system refuses. The temporary file beside `path` may remain then; the next call overwrites it.
 pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    replace(path, bytes, File::options().write(true).create(true).truncate(true))
+}
+
+/// Like [`replace_file`], and only the file's owner may read it.
+///
+/// # Errors
+/// Those of [`replace_file`].
+pub fn replace_secret_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    replace(path, bytes, File::options().write(true).create(true).truncate(true).mode(0o600))
+}
+
+fn replace(path: &Path, bytes: &[u8], options: &OpenOptions) -> io::Result<()> {
     let mut name = path.file_name().map_or_else(OsString::new, ToOwned::to_owned);
     name.push(".tmp");
     let temporary = path.with_file_name(name);
-    let mut file = File::create(&temporary)?;
+    let mut file = options.open(&temporary)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     let mut renames = Renames::default();
@@ -65,5 +78,14 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"second");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file is left");
         assert!(replace_file(&folder.path().join("nowhere/member"), b"x").is_err());
+    }
+
+    #[test]
+    fn a_secret_file_is_readable_by_its_owner_only() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("key");
+        replace_secret_file(&path, b"secret").unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     }
 }

@@ -15,8 +15,8 @@
 
 mod files;
 
-pub use files::replace_file;
 pub(crate) use files::{Renames, sync_folder};
+pub use files::{replace_file, replace_secret_file};
 
 use crate::sync::lock;
 use std::fs::{self, File};

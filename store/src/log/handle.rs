@@ -1,4 +1,7 @@
 //! The handle on this node's log: opening, proposing, following, closing.
+//!
+//! Futures are boxed. An async function is compiled in the crate that awaits it, and with it all of the consensus library that
+//! it reaches.
 
 use super::admission;
 use super::admission_cache::AdmissionCache;
@@ -17,6 +20,8 @@ use crate::ids::{MeshId, NodeId, Peer};
 use crate::state::command::{Command, Outcome};
 use crate::state::{MemberInfo, State};
 use crate::sync::lock;
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use openraft::{ChangeMembers, LogIdOptionExt, Raft, ServerState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -76,13 +81,22 @@ impl Log {
     }
 
     /// Creates a mesh with a random id; this node is its first member and its leader.
-    pub async fn create(
+    pub fn create(
         dir: impl AsRef<Path>,
         me: MemberInfo,
         transport: Arc<dyn Transport>,
         timing: Timing,
+    ) -> BoxFuture<'static, Result<Self, LogError>> {
+        Self::create_in(dir.as_ref().to_owned(), me, transport, timing).boxed()
+    }
+
+    async fn create_in(
+        dir: PathBuf,
+        me: MemberInfo,
+        transport: Arc<dyn Transport>,
+        timing: Timing,
     ) -> Result<Self, LogError> {
-        let dir = dir.as_ref();
+        let dir = &dir;
         let identity = Identity { node: NodeId(1), mesh: MeshId(rand::random()) };
         let disk = open_fresh(dir)?;
         let log = Self::start(disk, Some(identity), dir, transport, timing).await?;
@@ -100,8 +114,16 @@ impl Log {
     }
 
     /// Opens the log of a folder that belongs to a member already.
-    pub async fn open(dir: impl AsRef<Path>, transport: Arc<dyn Transport>, timing: Timing) -> Result<Self, LogError> {
-        let dir = dir.as_ref();
+    pub fn open(
+        dir: impl AsRef<Path>,
+        transport: Arc<dyn Transport>,
+        timing: Timing,
+    ) -> BoxFuture<'static, Result<Self, LogError>> {
+        Self::open_in(dir.as_ref().to_owned(), transport, timing).boxed()
+    }
+
+    async fn open_in(dir: PathBuf, transport: Arc<dyn Transport>, timing: Timing) -> Result<Self, LogError> {
+        let dir = &dir;
         if !Self::exists(dir) {
             return Err(LogError::NotAMember { path: dir.into() });
         }
@@ -111,14 +133,24 @@ impl Log {
 
     /// Creates the empty log of a node that a member has just admitted as `node` of `mesh`. It fills as soon as the
     /// leader knows the node.
-    pub async fn join(
+    pub fn join(
         dir: impl AsRef<Path>,
         node: NodeId,
         mesh: MeshId,
         transport: Arc<dyn Transport>,
         timing: Timing,
+    ) -> BoxFuture<'static, Result<Self, LogError>> {
+        Self::join_in(dir.as_ref().to_owned(), node, mesh, transport, timing).boxed()
+    }
+
+    async fn join_in(
+        dir: PathBuf,
+        node: NodeId,
+        mesh: MeshId,
+        transport: Arc<dyn Transport>,
+        timing: Timing,
     ) -> Result<Self, LogError> {
-        let dir = dir.as_ref();
+        let dir = &dir;
         let identity = Identity { node, mesh };
         let disk = open_fresh(dir)?;
         let log = Self::start(disk, Some(identity), dir, transport, timing).await?;
@@ -149,6 +181,7 @@ impl Log {
             .await
             .map_err(|error| LogError::Fatal(error.to_string()))?;
         let leader = follow_leader(raft.metrics(), timing);
+        let voters = follow_voters(raft.metrics());
         Ok(Self(Arc::new(LocalMember {
             raft,
             disk: Mutex::new(Some(disk)),
@@ -157,6 +190,7 @@ impl Log {
             timing,
             state,
             leader,
+            voters,
             admissions: AdmissionCache::default(),
         })))
     }
@@ -192,9 +226,9 @@ impl Log {
         self.0.raft.metrics().borrow().current_term
     }
 
-    /// The members whose votes count at present.
-    pub fn voters(&self) -> BTreeSet<NodeId> {
-        self.0.raft.metrics().borrow().membership_config.voter_ids().collect()
+    /// The members whose votes count.
+    pub fn voters(&self) -> watch::Receiver<BTreeSet<NodeId>> {
+        self.0.voters.clone()
     }
 
     /// Puts a command of this node's into the log and returns its outcome. Forwards it where another node leads, and
@@ -203,20 +237,20 @@ impl Log {
     /// # Errors
     /// [`ProposeError`]. A refusal is an outcome, not an error. After an error the command may still happen; commands are
     /// harmless when repeated.
-    pub async fn propose(&self, command: Command, deadline: Duration) -> Result<Outcome, ProposeError> {
-        propose::propose(&self.0, command, deadline).await
+    pub fn propose(&self, command: Command, deadline: Duration) -> BoxFuture<'_, Result<Outcome, ProposeError>> {
+        propose::propose(&self.0, command, deadline).boxed()
     }
 
     /// Answers an rpc, whatever its bytes are. `from` is the identity that the sender has proved on its connection: it
     /// becomes the author of what it proposes.
-    pub async fn handle(&self, from: Peer, rpc: Vec<u8>) -> Vec<u8> {
-        serve::handle(&self.0, &from, &rpc).await.encode()
+    pub fn handle(&self, from: Peer, rpc: Vec<u8>) -> BoxFuture<'_, Vec<u8>> {
+        async move { serve::handle(&self.0, &from, &rpc).await.encode() }.boxed()
     }
 
     /// Whether `peer` is a member, as far as this node can find out: by its own copy of the state or, since that may be
     /// behind, by the word of a member it knows.
-    pub async fn admits(&self, peer: &Peer) -> bool {
-        admission::admits(&self.0, peer).await
+    pub fn admits<'a>(&'a self, peer: &'a Peer) -> BoxFuture<'a, bool> {
+        admission::admits(&self.0, peer).boxed()
     }
 
     /// Brings the consensus group in line with the members: replicates to newcomers, promotes learners that caught up,
@@ -225,7 +259,11 @@ impl Log {
     ///
     /// # Errors
     /// [`LogError::Fatal`] if the log has stopped.
-    pub async fn reconcile(&self, down: &BTreeSet<NodeId>) -> Result<(), LogError> {
+    pub fn reconcile<'a>(&'a self, down: &'a BTreeSet<NodeId>) -> BoxFuture<'a, Result<(), LogError>> {
+        self.reconcile_group(down).boxed()
+    }
+
+    async fn reconcile_group(&self, down: &BTreeSet<NodeId>) -> Result<(), LogError> {
         // Newcomers, voters, leavers: after one change of each kind another look at the world is due.
         for _ in 0..3 {
             let metrics = self.0.raft.metrics().borrow().clone();
@@ -277,7 +315,11 @@ impl Log {
 
     /// Stops the log and closes its files; returns when they are free for another process. Other handles on this log are
     /// useless afterwards.
-    pub async fn shutdown(self) {
+    pub fn shutdown(self) -> BoxFuture<'static, ()> {
+        self.stop().boxed()
+    }
+
+    async fn stop(self) {
         // An error means that the log has stopped already.
         let _ = self.0.raft.shutdown().await;
         let Some(disk) = lock(&self.0.disk).take() else { return };
@@ -305,6 +347,23 @@ fn follow_leader(mut metrics: watch::Receiver<Metrics>, timing: Timing) -> watch
             }
         }
         publish.send_replace(None);
+    });
+    follow
+}
+
+/// Publishes the voters, until the log stops.
+fn follow_voters(mut metrics: watch::Receiver<Metrics>) -> watch::Receiver<BTreeSet<NodeId>> {
+    let voters = |metrics: &Metrics| metrics.membership_config.voter_ids().collect::<BTreeSet<_>>();
+    let (publish, follow) = watch::channel(voters(&metrics.borrow()));
+    tokio::spawn(async move {
+        while metrics.changed().await.is_ok() {
+            let now = voters(&metrics.borrow_and_update());
+            publish.send_if_modified(|published| {
+                let is_new = *published != now;
+                *published = now;
+                is_new
+            });
+        }
     });
     follow
 }

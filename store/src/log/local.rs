@@ -9,6 +9,7 @@ use crate::disk::Disk;
 use crate::ids::{NodeId, Peer};
 use crate::state::State;
 use openraft::Raft;
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
 
@@ -22,6 +23,7 @@ pub(super) struct LocalMember {
     pub timing: Timing,
     pub state: watch::Receiver<Arc<State>>,
     pub leader: watch::Receiver<Option<NodeId>>,
+    pub voters: watch::Receiver<BTreeSet<NodeId>>,
     pub admissions: AdmissionCache,
 }
 

@@ -55,7 +55,7 @@ async fn the_author_of_an_entry_is_whoever_sent_it() {
                 assert!(planner == author && leader != author, "{planner} planned under {leader}");
                 plans_refused += 1;
             }
-            // Only the leader's plan is looked at.
+            // Only the leader's plan is examined.
             outcome => assert_eq!(outcome, Outcome::Refused(Refusal::UnknownModel(ModelId([1; 32])))),
         }
         assert_eq!(mesh.propose(name, rename(author, "its own word")).await, Outcome::Done);
@@ -157,7 +157,7 @@ async fn strangers_other_meshes_and_garbage_get_nothing() {
     let said = |reply: Vec<u8>| String::from_utf8_lossy(&reply).into_owned();
     let log = mesh.log("a");
 
-    // A real request of the other mesh's, caught on the wire.
+    // A real request of another mesh, caught on the wire.
     let caught: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
     struct Catch(Arc<Mutex<Vec<Vec<u8>>>>);
     impl Transport for Catch {
@@ -184,7 +184,7 @@ async fn strangers_other_meshes_and_garbage_get_nothing() {
     let reply = said(log.handle(peer("stranger"), question.clone()).await);
     assert!(reply.contains("OtherMesh"), "{reply}");
 
-    // The same question, addressed to this mesh, from nobody it knows.
+    // The same request, addressed to this mesh by a peer that it does not know.
     let mut forged = question.clone();
     let theirs = other.log("x").mesh_id();
     assert_ne!(theirs, log.mesh_id());
@@ -211,21 +211,21 @@ async fn strangers_other_meshes_and_garbage_get_nothing() {
 async fn members_leave_and_voters_follow() {
     let mut mesh = Mesh::of(&["a", "b", "c", "d"]).await;
     assert_eq!(mesh.voters(), 3);
-    // A voter stays down: the fourth takes its place.
+    // A voter stays down, and the fourth member takes its place.
     let leader = mesh.leader().await;
-    let voting = mesh.log(&leader).voters();
+    let voting = mesh.log(&leader).voters().borrow().clone();
     let is_voter = |name: &&String| **name != leader && voting.contains(&mesh.nodes[*name].node_id());
     let lost = mesh.nodes.keys().find(is_voter).unwrap().clone();
     let lost_id = mesh.log(&lost).node_id();
     mesh.stop(&lost).await;
     let down = BTreeSet::from([lost_id]);
-    let of_leader = |mesh: &Mesh| mesh.log(&leader).voters();
+    let of_leader = |mesh: &Mesh| mesh.log(&leader).voters().borrow().clone();
     mesh.reconcile_until("the voter is replaced", &down, |m| {
         let voters = of_leader(m);
         voters.len() == 3 && !voters.contains(&lost_id)
     })
     .await;
-    // It comes back, leaves for good by its own word, and nobody waits for it.
+    // The lost member comes back and leaves for good by its own proposal. Nobody waits for it.
     mesh.start(&lost).await;
     assert_eq!(mesh.propose(&lost, Command::Leave { node: lost_id }).await, Outcome::Done);
     mesh.stop(&lost).await;
@@ -240,7 +240,7 @@ async fn the_only_voter_hands_over_and_leaves() {
     let mut mesh = Mesh::of(&["a", "b"]).await;
     assert_eq!(mesh.propose("a", Command::Leave { node: NodeId(1) }).await, Outcome::Done);
     let nobody = BTreeSet::new();
-    let b_alone = |mesh: &Mesh| mesh.log("b").voters() == BTreeSet::from([NodeId(2)]);
+    let b_alone = |mesh: &Mesh| *mesh.log("b").voters().borrow() == BTreeSet::from([NodeId(2)]);
     mesh.reconcile_until("b votes alone", &nobody, |m| b_alone(m) && m.voters() == 1).await;
     mesh.stop("a").await;
     assert_eq!(mesh.propose("b", rename(NodeId(2), "heir")).await, Outcome::Done);
@@ -252,7 +252,7 @@ async fn the_only_voter_hands_over_and_leaves() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_was_away_accepts_a_leader_it_never_met() {
     let mut mesh = Mesh::of(&["a", "b", "c"]).await;
-    // c is away while d joins; then d and b are all that c can hear of.
+    // c is away while d joins, so c can learn of d only from the other members.
     mesh.until_equal().await;
     mesh.stop("c").await;
     let token = TokenHash::of(b"d");

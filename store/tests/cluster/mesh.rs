@@ -7,14 +7,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Only hangs get here.
+/// Only a hang takes this long.
 pub const GUARD: Duration = Duration::from_secs(60);
 
 pub fn timing() -> Timing {
     Timing { heartbeat_ms: 100, election_min_ms: 400, election_max_ms: 800, ..Timing::default() }
 }
 
-/// Who can be called: by identity, unless cut off.
+/// The nodes that can be called, by identity, and those that are cut off.
 #[derive(Clone, Default)]
 pub struct Wires(Arc<Mutex<BTreeMap<Peer, Log>>>, Arc<Mutex<BTreeSet<Peer>>>);
 
@@ -123,10 +123,10 @@ impl Mesh {
         self.nodes[name].state().borrow().clone()
     }
 
-    /// How many voters the leader counts; zero without a leader.
+    /// The number of voters that the leader counts; zero without a leader.
     pub fn voters(&self) -> usize {
         let leads = |log: &&Log| *log.leader().borrow() == Some(log.node_id());
-        self.nodes.values().find(leads).map_or(0, |log| log.voters().len())
+        self.nodes.values().find(leads).map_or(0, |log| log.voters().borrow().len())
     }
 
     pub async fn propose(&self, name: &str, command: Command) -> Outcome {
@@ -175,7 +175,7 @@ impl Mesh {
         self.nodes.insert(name.into(), log);
     }
 
-    /// The name of the leader that everyone who is up agrees on.
+    /// The name of the leader that all running nodes agree on.
     pub async fn leader(&self) -> String {
         let agreed = |mesh: &Self| {
             let said: BTreeSet<_> = mesh.nodes.values().map(|log| *log.leader().borrow()).collect();

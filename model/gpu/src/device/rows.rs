@@ -1,4 +1,4 @@
-//! Norm and rotary embedding of rows: the arithmetic of `kernels::cpu` and `kernels::packed`.
+//! Sums, bounds, selections, norms and rotary embeddings of rows, with the arithmetic of the CPU's kernels.
 
 use cubecl::prelude::*;
 
@@ -74,5 +74,33 @@ pub fn rotate(
         let second = first + half;
         out[first] = x[first] * cos[angle] - x[second] * sin[angle];
         out[second] = x[second] * cos[angle] + x[first] * sin[angle];
+    }
+}
+
+/// `a + b`, elementwise.
+#[cube(launch_unchecked)]
+pub fn add(a: &Array<f32>, b: &Array<f32>, out: &mut Array<f32>, values: u32) {
+    let index = ABSOLUTE_POS;
+    if index < values as usize {
+        out[index] = a[index] + b[index];
+    }
+}
+
+/// Every value into `-limit..=limit`.
+#[cube(launch_unchecked)]
+pub fn clamped(x: &Array<f32>, out: &mut Array<f32>, values: u32, limit: f32) {
+    let index = ABSOLUTE_POS;
+    if index < values as usize {
+        out[index] = clamp(x[index], -limit, limit);
+    }
+}
+
+/// The rows of `x [n, width]` that `selected` names, in its order.
+#[cube(launch_unchecked)]
+pub fn select(x: &Array<f32>, selected: &Array<u32>, out: &mut Array<f32>, values: u32, width: u32) {
+    let index = ABSOLUTE_POS;
+    if index < values as usize {
+        let width = width as usize;
+        out[index] = x[selected[index / width] as usize * width + index % width];
     }
 }

@@ -13,7 +13,6 @@ use coel_kernels::{
     cpu::CpuKernels,
     cpu::activations::{Values, quantize},
     cpu::isa::Isa,
-    download,
     kv::CacheShape,
     kv::Span,
 };
@@ -186,7 +185,7 @@ fn several_matrices_and_biases_at_once() {
         for ((output, weight), bias) in outputs.into_iter().zip(&weights).zip(&biases) {
             let mut expected = order.linear(&x, weight);
             expected.chunks_mut(37).for_each(|row| row.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias));
-            check(&download(output), &expected, &format!("{}, {n} rows", weight.precision()));
+            check(&kernels.download(output), &expected, &format!("{}, {n} rows", weight.precision()));
         }
     }
 }
@@ -253,7 +252,8 @@ fn norms_and_rotations_are_the_cpus() {
     for (n, width) in [(1, 32), (3, 52), (7, 256), (2, 4099)] {
         let (x, weight) = (rows(n, width, &mut rng), rows(1, width, &mut rng));
         let (vector, input) = (kernels.vector(weight.clone()), kernels.upload(x.clone(), width));
-        let found = download(kernels.rms_norm(&input, &vector, 1e-6));
+        let found = kernels.rms_norm(&input, &vector, 1e-6);
+        let found = kernels.download(found);
         let expected = x.chunks(width).flat_map(|x| {
             let scale = 1.0 / (order.dot(x, x) / width as f32 + 1e-6).sqrt();
             x.iter().zip(&weight).map(move |(x, weight)| weight * (x * scale))
@@ -269,10 +269,36 @@ fn norms_and_rotations_are_the_cpus() {
     let [cos, sin] = [cos, sin].map(|values| values.into_iter().map(|value| value as f32).collect());
     let (x, angles) = (rows(n, width, &mut rng), Angles::new(half, cos, sin));
     let input = kernels.upload(x.clone(), width);
-    let found = download(kernels.rotate(input, &angles));
+    let found = kernels.rotate(input, &angles);
+    let found = kernels.download(found);
     let mut cpu = oracle();
     let input = cpu.upload(x, width);
-    assert!(distance(&found, &download(cpu.rotate(input, &angles))) < 1e-6);
+    let expected = cpu.rotate(input, &angles);
+    assert!(distance(&found, &cpu.download(expected)) < 1e-6);
+}
+
+#[test]
+fn sums_bounds_selections_and_norms_of_heads_are_the_cpus() {
+    fn outputs<K: Kernels>(kernels: &mut K, [a, b]: &[Vec<f32>; 2], weight: &[f32], width: usize) -> [Vec<f32>; 4] {
+        let rows = |values: &Vec<f32>| kernels.upload(values.clone(), width);
+        let (sum, bounded) = (kernels.add(rows(a), rows(b)), kernels.clamp(rows(a), 1.5));
+        let selected = kernels.select(&rows(a), &[(3, 2), (0, 1), (3, 1)]);
+        let (input, weight) = (rows(b), kernels.vector(weight.to_vec()));
+        let normed = kernels.rms_norm(&input, &weight, 1e-6);
+        assert_eq!((selected.dims(), normed.dims()), ([4, width], input.dims()));
+        [sum, bounded, selected, normed].map(|rows| kernels.download(rows))
+    }
+    let Some(mut kernels) = vulkan() else { return };
+    let mut rng = rng(6);
+    let (n, width) = (5, 96);
+    let inputs = [0, 1].map(|_| rows(n, width, &mut rng));
+    let weight = rows(1, 32, &mut rng);
+    let found = outputs(&mut kernels, &inputs, &weight, width);
+    let expected = outputs(&mut oracle(), &inputs, &weight, width);
+    for index in 0..3 {
+        assert_eq!(bits(&found[index]), bits(&expected[index]), "output {index}");
+    }
+    assert!(distance(&found[3], &expected[3]) < 1e-6);
 }
 
 /// Attention of the last rows of sessions `(past, rows)` on pages of this size, all in one batch.
@@ -296,7 +322,8 @@ fn attend<K: Kernels>(
     }
     let spans = sessions.iter().zip(&tables).map(|((past, n), pages)| Span { rows: *n, past: *past, pages });
     let q = kernels.upload(q, width);
-    download(kernels.attention(q, &cache, 1, &spans.collect::<Vec<_>>()))
+    let out = kernels.attention(q, &cache, 1, &spans.collect::<Vec<_>>());
+    kernels.download(out)
 }
 
 #[test]
@@ -385,7 +412,8 @@ fn what_one_matrix_leaves_the_next_one_takes() {
         }
         for (matrix, weight) in held.iter().zip(&weights) {
             let input = kernels.upload(x.clone(), 96);
-            let found = download(kernels.linear(&input, matrix.as_ref().expect("held again"), None));
+            let found = kernels.linear(&input, matrix.as_ref().expect("held again"), None);
+            let found = kernels.download(found);
             assert!(bits(&found) == bits(&linear(&mut vulkan().expect("it is open"), &x, weight)));
         }
     }

@@ -6,7 +6,7 @@
 
 use burn::{
     backend::flex::{Flex, FlexDevice, FlexTensor},
-    tensor::{Tensor, TensorData},
+    tensor::{Tensor, TensorData, TensorPrimitive},
 };
 use coel_weights::slices::Weight;
 
@@ -22,7 +22,6 @@ use self::{
 use crate::{
     ExpertWork, Kernels,
     angles::Angles,
-    download,
     kv::{CacheShape, Span},
 };
 
@@ -73,9 +72,21 @@ impl Default for CpuKernels {
 
 type FlexRows = Tensor<Flex, 2>;
 
-/// The tensor's memory, row-major.
+/// The tensor's memory, row-major: every tensor here is made by [`tensor`].
 fn storage(rows: &FlexRows) -> FlexTensor {
-    rows.clone().into_primitive().tensor().to_contiguous()
+    primitive(rows.clone())
+}
+
+fn primitive(rows: FlexRows) -> FlexTensor {
+    match rows.into_primitive() {
+        TensorPrimitive::Float(rows) => rows,
+        TensorPrimitive::QFloat(_) => unreachable!("rows are not quantized"),
+    }
+}
+
+/// The values, without a copy where this is the tensor's only handle.
+fn values(rows: FlexRows) -> Vec<f32> {
+    primitive(rows).into_data().into_vec().expect("rows are f32")
 }
 
 fn tensor(values: Vec<f32>, width: usize) -> FlexRows {
@@ -109,6 +120,34 @@ impl Kernels for CpuKernels {
         tensor(values, width)
     }
 
+    fn download(&self, rows: FlexRows) -> Vec<f32> {
+        values(rows)
+    }
+
+    fn add(&self, a: FlexRows, b: FlexRows) -> FlexRows {
+        let width = a.dims()[1];
+        let (mut sum, b) = (values(a), storage(&b));
+        let b: &[f32] = b.storage();
+        assert_eq!(sum.len(), b.len());
+        sum.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+        tensor(sum, width)
+    }
+
+    fn clamp(&self, rows: FlexRows, limit: f32) -> FlexRows {
+        let width = rows.dims()[1];
+        let mut values = values(rows);
+        values.iter_mut().for_each(|value| *value = value.clamp(-limit, limit));
+        tensor(values, width)
+    }
+
+    fn select(&self, rows: &FlexRows, ranges: &[(usize, usize)]) -> FlexRows {
+        let width = rows.dims()[1];
+        let rows = storage(rows);
+        let values: &[f32] = rows.storage();
+        let each = ranges.iter().map(|(first, count)| &values[first * width..(first + count) * width]);
+        tensor(each.collect::<Vec<_>>().concat(), width)
+    }
+
     fn linears(&mut self, x: &FlexRows, matrices: &[(&Weight, Option<&Vec<f32>>)]) -> Vec<FlexRows> {
         let work: Vec<_> = matrices.iter().map(|(weight, bias)| (*weight, bias.map(Vec::as_slice))).collect();
         let outputs = linears(&mut self.pool, self.isa, &mut self.quantized, storage(x).storage(), &work);
@@ -116,16 +155,17 @@ impl Kernels for CpuKernels {
     }
 
     fn rms_norm(&mut self, x: &FlexRows, weight: &Vec<f32>, eps: f32) -> FlexRows {
+        let width = x.dims()[1];
         let x = storage(x);
         let x: &[f32] = x.storage();
         let mut out = vec![0.0; x.len()];
         primitives::rms_norm(self.isa, x, weight, eps, &mut out);
-        tensor(out, weight.len())
+        tensor(out, width)
     }
 
     fn rotate(&mut self, x: FlexRows, angles: &Angles) -> FlexRows {
         let width = x.dims()[1];
-        let mut values = download(x);
+        let mut values = values(x);
         for (row, values) in values.chunks_exact_mut(width).enumerate() {
             let (cos, sin) = angles.row(row);
             for head in values.chunks_exact_mut(2 * cos.len()) {

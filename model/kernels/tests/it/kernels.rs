@@ -1,8 +1,6 @@
 //! CPU kernels on shapes that do not divide nicely, against plain sums in the documented order.
 
-use coel_kernels::{
-    Kernels, cpu::CpuKernels, cpu::isa::Isa, cpu::primitives, download, kv::CacheShape, kv::Span, math,
-};
+use coel_kernels::{Kernels, cpu::CpuKernels, cpu::isa::Isa, cpu::primitives, kv::CacheShape, kv::Span, math};
 use coel_weights::matrix::{DType, Matrix};
 use half::{bf16, f16};
 use proptest::{collection::vec, prelude::*};
@@ -120,7 +118,8 @@ impl Attended {
             q.extend_from_slice(&queries[(n - rows) * width..]);
         }
         let q = kernels.upload(q, width);
-        let out = download(kernels.attention(q, &cache, 1, &spans));
+        let out = kernels.attention(q, &cache, 1, &spans);
+        let out = kernels.download(out);
         let mut out = out.chunks(width);
         spans.iter().map(|span| out.by_ref().take(span.rows).flat_map(bits).collect()).collect()
     }
@@ -168,11 +167,13 @@ proptest! {
             let mut kernels = CpuKernels::new(isa, 2);
             let weight = kernels.matrix(matrix.clone().into());
             let rows = kernels.upload(x.clone(), len);
-            let found = download(kernels.linear(&rows, &weight, Some(&bias)));
+            let found = kernels.linear(&rows, &weight, Some(&bias));
+            let found = kernels.download(found);
             prop_assert_eq!(bits(&found), bits(&expected), "{}", isa.name());
             // The first row alone: the decode path.
             let row = kernels.upload(x[..len].to_vec(), len);
-            let alone = download(kernels.linear(&row, &weight, Some(&bias)));
+            let alone = kernels.linear(&row, &weight, Some(&bias));
+            let alone = kernels.download(alone);
             prop_assert_eq!(bits(&alone), bits(&expected[..out]), "{} alone", isa.name());
         }
     }

@@ -5,7 +5,6 @@ use coel_kernels::{
     cpu::CpuKernels,
     cpu::activations::{Values, quantize},
     cpu::isa::Isa,
-    download,
 };
 use coel_weights::{
     matrix::{DType, Matrix},
@@ -61,7 +60,8 @@ pub fn oracle() -> CpuKernels {
 
 pub fn linear<K: Kernels>(kernels: &mut K, x: &[f32], weight: &Weight) -> Vec<f32> {
     let (matrix, x) = (kernels.matrix(weight.clone()), kernels.upload(x.to_vec(), weight.cols()));
-    download(kernels.linear(&x, &matrix, None))
+    let product = kernels.linear(&x, &matrix, None);
+    kernels.download(product)
 }
 
 /// What a row means to a matrix of `precision`: itself, or its int8 values times their scales.
@@ -134,5 +134,6 @@ pub fn experts<K: Kernels>(
         .collect();
     let work: Vec<_> = work.iter().map(|(index, rows)| ExpertWork { expert: &matrices[*index], rows }).collect();
     let x = kernels.upload(x.to_vec(), d);
-    download(kernels.experts(&x, &work)).chunks(d).map(<[f32]>::to_vec).collect()
+    let outputs = kernels.experts(&x, &work);
+    kernels.download(outputs).chunks(d).map(<[f32]>::to_vec).collect()
 }

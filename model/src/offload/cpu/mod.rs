@@ -14,7 +14,6 @@ use std::{collections::HashMap, time::Instant};
 use coel_kernels::{
     DynKernels, ExpertWork, Gated, Kernels,
     cpu::{CpuKernels, isa::Isa},
-    download,
 };
 use coel_weights::{
     layout::ExpertId,
@@ -263,7 +262,8 @@ impl CpuOffload {
         }
         let since = Instant::now();
         let input = Kernels::upload(kernels, rows, hidden);
-        let outputs = download(Kernels::experts(kernels, &input, &work));
+        let outputs = Kernels::experts(kernels, &input, &work);
+        let outputs = Kernels::download(kernels, outputs);
         let (mut bytes, mut bytes_by_rows) = (0, 0);
         for ExpertWork { expert, rows } in &work {
             let each: u64 = expert.each().map(|weight| weight.bytes() as u64).iter().sum();

@@ -112,6 +112,11 @@ impl DiskOffload {
         self.carry_out(sink);
     }
 
+    /// The capacity in bytes.
+    pub(crate) fn capacity(&self) -> u64 {
+        self.cache.capacity()
+    }
+
     /// Bytes of all buffers, in use or free.
     pub(crate) fn bytes(&self) -> u64 {
         self.buffers.bytes()

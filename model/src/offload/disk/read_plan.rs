@@ -194,12 +194,9 @@ fn failed(path: &Path, error: &io::Error) -> ReadError {
 
 /// Tells the system that it need not cache what was read of a file.
 fn drop_cached(file: &File, offset: u64, bytes: u64) {
+    // A file system that does not take the advice costs memory of the page cache only.
     #[cfg(target_os = "linux")]
-    {
-        use std::os::fd::AsRawFd;
-        // SAFETY: `file` keeps the descriptor open during the call, and the call takes no pointers.
-        unsafe { libc::posix_fadvise(file.as_raw_fd(), offset as i64, bytes as i64, libc::POSIX_FADV_DONTNEED) };
-    }
+    let _ = rustix::fs::fadvise(file, offset, std::num::NonZeroU64::new(bytes), rustix::fs::Advice::DontNeed);
     #[cfg(not(target_os = "linux"))]
     let _ = (file, offset, bytes);
 }

@@ -188,6 +188,13 @@ impl Executor {
         self.note_disk();
     }
 
+    /// Whether the experts on disk take no more memory than they may. They do while a computation needs them. What they take
+    /// is in the ledger then.
+    pub(crate) fn is_disk_cache_within_budget(&self) -> bool {
+        self.note_disk();
+        self.disk.as_ref().is_none_or(|disk| disk.bytes() <= disk.capacity())
+    }
+
     /// Drops an expert; whether it was held.
     pub(crate) fn drop_expert(&mut self, id: ExpertId) -> bool {
         self.state.expert_dropped(id);

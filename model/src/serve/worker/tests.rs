@@ -551,8 +551,8 @@ impl DynKernels for Faulty {
         self.inner.linears(x, matrices)
     }
 
-    fn rms_norm(&mut self, x: &DeviceRows, weight: &DeviceVector, width: usize, eps: f32) -> DeviceRows {
-        self.inner.rms_norm(x, weight, width, eps)
+    fn rms_norm(&mut self, x: &DeviceRows, weight: &DeviceVector, eps: f32) -> DeviceRows {
+        self.inner.rms_norm(x, weight, eps)
     }
 
     fn rotate(&mut self, x: DeviceRows, angles: &Angles) -> DeviceRows {

@@ -1,4 +1,4 @@
-//! Answers: exact shapes, whole and streamed, and that both say the same.
+//! Answers: their exact shapes, whole and streamed, and the agreement of the two.
 
 use coel_model::text::sequence::FinishReason;
 use reqwest::header::CONTENT_TYPE;
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::service::Prompt;
 
-/// The reply without what differs from run to run, after checking that.
+/// Checks the fields that differ from run to run, and returns the reply without them.
 fn settled(mut reply: Value, prefix: &str) -> Value {
     let fields = reply.as_object_mut().unwrap();
     let id = fields.remove("id").unwrap();
@@ -131,7 +131,7 @@ async fn usage_ends_a_stream_where_asked_for() {
     }
 }
 
-/// The pieces of a stream put together, as its whole reply would have them.
+/// The text of a stream, joined as in its whole reply, and the log-probabilities of its chunks.
 fn joined(all: &[Value], text: impl Fn(&Value) -> &Value) -> (String, Vec<Value>) {
     let choices = all.iter().map(|chunk| &chunk["choices"][0]);
     let said = choices.clone().filter_map(|choice| text(choice).as_str()).collect();
@@ -145,7 +145,7 @@ async fn logprobs_of_a_chat() {
     let whole = json_of(server.post(CHAT, &chat_body(fields.clone())).await).await;
     let listed = &whole["choices"][0]["logprobs"];
     assert_eq!(listed["refusal"], Value::Null);
-    // One for each token but the end of the text.
+    // One entry for each token but the end of the text.
     assert_eq!(listed["content"].as_array().unwrap().len(), 5);
     let exclamation = json!({"token": "!", "logprob": -1.5, "bytes": [33]});
     assert_eq!(
@@ -155,7 +155,7 @@ async fn logprobs_of_a_chat() {
             "top_logprobs": [{"token": "Par", "logprob": -0.25, "bytes": [80, 97, 114]}, exclamation],
         })
     );
-    // Half a character is shown by its byte.
+    // Half a character is shown as its byte.
     assert_eq!(listed["content"][2]["token"], "\\xc3");
     assert_eq!(listed["content"][2]["bytes"], json!([195]));
 
@@ -174,7 +174,7 @@ async fn logprobs_of_a_completion() {
     let listed = &whole["choices"][0]["logprobs"];
     assert_eq!(listed["tokens"], json!(["Par", "is", "bytes:\\xc3", "bytes:\\xa9", "!"]));
     assert_eq!(listed["token_logprobs"], json!([-0.25, -0.25, -0.25, -0.25, -0.25]));
-    // In characters: "é" is one, though two tokens long.
+    // Offsets count characters: "é" is one, though it takes two tokens.
     assert_eq!(listed["text_offset"], json!([0, 3, 5, 6, 6]));
     assert_eq!(listed["top_logprobs"][0], json!({"Par": -0.25, "!": -1.5, "is": -9999.0}));
 

@@ -1,4 +1,4 @@
-//! Every fault: its status, its code, and that it has OpenAI's shape.
+//! Every fault: its status, its code, and its OpenAI shape.
 
 use reqwest::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER};
 use serde_json::{Value, json};
@@ -151,7 +151,7 @@ async fn what_the_service_refuses_keeps_its_field() {
     assert_eq!(refused(response, 400, Value::Null, json!("messages")).await, "roles must alternate");
 }
 
-/// The service's own faults, each with status, code, `Retry-After` and words of the message.
+/// The service's own faults, each with its status, its code, its `Retry-After` and some words of its message.
 fn troubles() -> Vec<(ServiceError, u16, &'static str, Option<&'static str>, &'static str)> {
     use ServiceError as E;
     vec![
@@ -165,7 +165,7 @@ fn troubles() -> Vec<(ServiceError, u16, &'static str, Option<&'static str>, &'s
 #[tokio::test]
 async fn troubles_before_the_answer_have_their_status() {
     for (error, status, code, retry, words) in troubles() {
-        // Refused at once, or failing before the first token: the client sees the same, streamed or not.
+        // A refusal and a failure before the first token look the same to the client, streamed or not.
         for script in [Script::refusing(error.clone()), Script::saying(vec![Event::Failed(error.clone())])] {
             let server = Server::start(script).await;
             for more in [json!({}), json!({"stream": true})] {

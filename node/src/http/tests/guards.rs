@@ -19,7 +19,7 @@ async fn a_key_guards_everything_but_health() {
         (Method::GET, "/v1/models"),
         (Method::GET, "/v1/models/tiny"),
         (Method::GET, "/metrics"),
-        // Not even whether a path exists is told.
+        // Without the key, a client does not even learn whether a path exists.
         (Method::GET, "/v1/nothing"),
         (Method::GET, CHAT),
         (Method::GET, "/healthz/"),
@@ -105,7 +105,7 @@ async fn models_are_listed_and_found() {
         assert!(model.as_object_mut().unwrap().remove("created").unwrap().as_u64().unwrap() > 1_700_000_000);
     }
     let entry = |id: &str, hash: &str, name: &str| json!({"id": id, "object": "model", "owned_by": "coel", "coel": {"id": hash, "name": name}});
-    // A name that two models share names neither.
+    // A name that two models share identifies neither.
     let data = [
         entry("tiny", "5eed", "tiny"),
         entry("owner/large", "0b0e", "owner/large"),

@@ -1,4 +1,4 @@
-//! Ends: of a connection, which cancels its generation, and of the server, which waits for answers but not for ever.
+//! The end of a connection, which cancels its generation; and of the server, which waits for answers, but not for ever.
 
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -25,7 +25,7 @@ async fn connect(server: &Server, more: Value) -> TcpStream {
     connection
 }
 
-/// Reads until `words` have come.
+/// Reads until `words` have arrived.
 async fn read_until(connection: &mut TcpStream, words: &str) -> String {
     let mut seen = Vec::new();
     let mut buffer = [0; 4096];
@@ -63,7 +63,7 @@ async fn a_dropped_request_cancels_its_generation() {
 #[tokio::test]
 async fn a_generation_outlives_nothing_of_a_finished_answer() {
     let server = Server::start(Script { holds: true, ..Script::default() }).await;
-    // The reply is complete as soon as the last event came, though the channel stays open.
+    // The last event completes the reply, although the channel stays open.
     let reply = json_of(server.post(CHAT, &chat_body(json!({}))).await).await;
     assert_eq!(reply["choices"][0]["message"]["content"], "Parisé!");
     timeout(HANG, server.script.cancelled.notified()).await.expect("the receiver is dropped");

@@ -1,7 +1,8 @@
-//! The API over real sockets, served by a scripted service: what goes in reaches the service, what comes out is OpenAI's.
+//! The API over real sockets, in front of a scripted service: requests reach the service, and replies have OpenAI's
+//! shape.
 //!
-//! [`Script`] plays a fixed list of events and records what it was asked; it knows no model. Time is never measured: waits
-//! end with an event, and [`HANG`] only turns a hang into a failure.
+//! [`Script`] plays a fixed list of events and records the requests; it has no model. The tests measure no time: every
+//! wait ends with an event, and [`HANG`] only turns a hang into a failure.
 
 mod answers;
 mod faults;
@@ -32,7 +33,7 @@ const HANG: Duration = Duration::from_secs(60);
 const VOCABULARY: [&[u8]; 6] = [b"Par", b"is", &[0xc3], &[0xa9], b"!", b"<end>"];
 const END: u32 = 5;
 
-/// A service that says what it was told to say.
+/// A service that follows a script.
 struct Script {
     models: Vec<ModelInfo>,
     readiness: Readiness,
@@ -41,7 +42,7 @@ struct Script {
     /// Whether the channel stays open after the last event, until the receiver is dropped.
     holds: bool,
     asked: Mutex<Vec<GenerateRequest>>,
-    /// Told when a held receiver was dropped.
+    /// Notified once the receiver of a held channel is dropped.
     cancelled: Arc<Notify>,
 }
 
@@ -129,7 +130,7 @@ fn model(id: &str, name: &str) -> ModelInfo {
     ModelInfo { id: id.into(), name: name.into() }
 }
 
-/// A step that shows `text`, with log-probabilities of `token` and of the `top` tokens where asked for.
+/// A step that shows `text`; with `top`, also with log-probabilities of `token` and of that many top tokens.
 fn step(token: u32, text: &str, top: Option<usize>) -> Event {
     let logprobs = top.filter(|_| token != END).map(|count| {
         let others = [(token, -0.25), (4, -1.5), (1, f32::NEG_INFINITY)];
@@ -149,7 +150,7 @@ fn usage() -> Usage {
     }
 }
 
-/// "Parisé!", where a token is held back and a character takes two of them.
+/// "Parisé!": the text of one token is held back, and one character takes two tokens.
 fn paris(top: Option<usize>) -> Vec<Event> {
     let steps = [(0, ""), (1, "Paris"), (2, ""), (3, "é"), (4, "!"), (END, "")];
     let mut events: Vec<_> = steps.map(|(token, text)| step(token, text, top)).into();
@@ -157,7 +158,7 @@ fn paris(top: Option<usize>) -> Vec<Event> {
     events
 }
 
-/// A server of its own for one test.
+/// The server of one test.
 struct Server {
     base: String,
     script: Arc<Script>,
@@ -195,7 +196,7 @@ impl Server {
         self.request(Method::POST, path).json(body).send().await.unwrap()
     }
 
-    /// The request handed to the service last.
+    /// The last request that reached the service.
     fn asked(&self) -> GenerateRequest {
         self.script.asked.lock().unwrap().last().cloned().expect("the service was asked")
     }
@@ -214,7 +215,7 @@ fn text_body(more: Value) -> Value {
     merge(json!({"model": "tiny", "prompt": "The capital of France is"}), more)
 }
 
-/// `more` over `base`; where `more` has null, the field is left out.
+/// `base` with the fields of `more`; a null in `more` removes the field.
 fn merge(mut base: Value, more: Value) -> Value {
     let (Value::Object(fields), Value::Object(more)) = (&mut base, more) else { panic!("objects") };
     for (name, value) in more {

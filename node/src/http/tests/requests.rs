@@ -1,4 +1,4 @@
-//! Every field of a request: what the service is asked, or what the client is told.
+//! Every field of a request: the request that reaches the service, or the error that the client gets.
 
 use coel_model::text::chat::Message;
 use coel_model::text::sampling::SamplingParams;
@@ -26,7 +26,7 @@ fn messages(list: Value) -> Vec<Message> {
     }
 }
 
-/// `more` must be refused, naming `param`, with a message that holds all of `words`.
+/// Checks that `more` is refused with an error that names `param` and whose message holds all `words`.
 #[track_caller]
 fn refused(more: Value, param: &str, words: &[&str]) {
     let body = more.to_string();
@@ -230,7 +230,7 @@ fn what_asks_for_nothing_is_accepted() {
         "safety_identifier": "x", "prompt_cache_key": "y", "parallel_tool_calls": true,
     }));
     text(json!({"echo": false, "best_of": 1, "suffix": "", "user": "someone", "n": 1}));
-    // A null is an absent field, known or not.
+    // A null counts as an absent field, known or not.
     let nulls = r#"{"model": "tiny", "messages": [{"role": "user", "content": "Hi", "name": null}], "tools": null,
         "temperature": null, "stop": null, "seed": null, "stream_options": null, "logprobs": null, "later": null}"#;
     openai::chat(nulls.as_bytes(), SEED).unwrap();
