@@ -16,6 +16,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::config::{Config, Size};
@@ -30,12 +31,12 @@ use crate::http::{self, Auth};
 use crate::ids;
 use crate::import::{Importer, Imports};
 use crate::lifecycle::Lifecycle;
-use crate::mesh::admission::handshake::Greeted;
+use crate::mesh::admission::handshake::{Greeted, Newcomer};
 use crate::mesh::admission::invite::Invite;
-use crate::mesh::admission::protocol;
+use crate::mesh::admission::protocol::{self, Admitted, JoinError};
 use crate::mesh::identity::IdentityError;
 use crate::mesh::members::Departure;
-use crate::mesh::{MeshView, OwnOffer, advert, identity, leader, members, raft_network};
+use crate::mesh::{MeshView, OwnOffer, advert, identity, leader, members, raft_network, succession, suspicion};
 use crate::metrics::Metrics;
 use crate::placement::LeaderReport;
 use crate::registry::ModelRegistry;
@@ -46,6 +47,8 @@ use crate::weights::{self, wire as weight_wire};
 
 /// How often load is sampled; gossip decides when a change is worth sending.
 const LOAD_PERIOD: Duration = Duration::from_millis(250);
+/// How long a node that is a member already waits for the word of the member that invited it.
+const REJOIN_DEADLINE: Duration = Duration::from_secs(5);
 /// Longest path of a Unix socket that every system accepts.
 const SOCKET_PATH_MAX: usize = 100;
 
@@ -101,7 +104,7 @@ pub enum RunError {
     Blobs(#[from] coel_store::BlobError),
     /// Not admitted.
     #[error("{0}")]
-    Join(#[from] protocol::JoinError),
+    Join(#[from] JoinError),
     /// A task of the running node failed for good.
     #[error("{0}")]
     Fatal(String),
@@ -123,12 +126,12 @@ pub async fn run(config: Config, origin: Origin, started: impl FnOnce(&NodeFile)
     if let (Some(vram), Device::Cpu) = (config.limits.vram_bytes, config.device.resolve()?) {
         return Err(RunError::VramOfCpu { vram: Size(vram), device: config.device.to_string() });
     }
-    let newcomer = matches!(origin, Origin::Join(_));
     match (&origin, Log::exists(&data)) {
-        (Origin::New | Origin::Join(_), true) => return Err(RunError::HasMesh(data)),
+        (Origin::New, true) => return Err(RunError::HasMesh(data)),
         (Origin::Existing, false) => return Err(RunError::NoMesh(data)),
         _ => {}
     }
+    let newcomer = matches!(origin, Origin::Join(_)) && !Log::exists(&data);
     let api = TcpListener::bind(config.api).await.map_err(|source| RunError::Api { address: config.api, source })?;
     let api_url = format!("http://{}", api.local_addr().map_err(io("HTTP"))?);
     let identity = identity::load_or_create(&data.join("identity.key"))?;
@@ -167,7 +170,11 @@ fn forget_mesh(data: &Path) -> Result<(), RunError> {
     std::fs::remove_dir_all(&log).map_err(io(log.display().to_string()))
 }
 
-fn lock(data: &Path) -> Result<File, RunError> {
+/// Takes the data folder for this process, until the file is dropped.
+///
+/// # Errors
+/// [`RunError::InUse`] where another process has it.
+pub fn lock(data: &Path) -> Result<File, RunError> {
     let file = File::create(data.join("lock")).map_err(io(format!("the data folder {}", data.display())))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
@@ -188,31 +195,66 @@ async fn open(config: &Config, origin: Origin, gossip: &Handle, data: &Path) -> 
             };
             Log::create(data, me, transport, timing).await?
         }
-        Origin::Existing => {
-            let log = Log::open(data, transport, timing).await?;
-            let (state, node) = (log.state().borrow().clone(), log.node_id());
-            let admitted = state.members.contains_key(&node);
-            if !admitted && state.next_node_id > node.0 {
-                // It left, and was stopped before it could forget the mesh.
-                log.shutdown().await;
-                forget_mesh(data)?;
-                return Err(RunError::NoMesh(data.to_owned()));
-            }
-            if !admitted {
-                // It was stopped before its log had reached its own admission: the welcome is all it knows.
-                welcome(gossip, &read_welcome(data));
-            }
-            log
-        }
+        Origin::Existing => open_existing(gossip, data, transport, timing).await?,
         Origin::Join(invite) => {
-            let admitted = protocol::join(gossip, &invite, &config.name, members::own_addresses(gossip)).await?;
-            write_welcome(data, &admitted.members).map_err(io("the members of the mesh"))?;
-            welcome(gossip, &admitted.members);
-            Log::join(data, admitted.node, invite.mesh, transport, timing).await?
+            let own = if Log::exists(data) { Some(Log::membership(data).await?) } else { None };
+            let former = own.map(|(_, mesh)| mesh).filter(|mesh| *mesh != invite.mesh);
+            let me = Newcomer { name: config.name.clone(), addresses: members::own_addresses(gossip), former };
+            let joining = protocol::join(gossip, &invite, me);
+            // A member that starts again can do without an answer.
+            let joined = match own {
+                Some(_) if former.is_none() => timeout(REJOIN_DEADLINE, joining)
+                    .await
+                    .unwrap_or_else(|_| Err(JoinError::Broken("no answer in time".into()))),
+                _ => joining.await,
+            };
+            match (joined, own) {
+                // A restart with the same command line; the mesh may not be there, and the invite may be used up.
+                (Ok(Admitted { node, .. }), Some((same, mesh))) if (node, invite.mesh) == (same, mesh) => {
+                    open_existing(gossip, data, transport, timing).await?
+                }
+                (Err(error), Some((_, mesh))) if mesh == invite.mesh => {
+                    info!(%error, "this node is a member already; it goes on as one");
+                    open_existing(gossip, data, transport, timing).await?
+                }
+                (Err(error), _) => return Err(error.into()),
+                (Ok(admitted), own) => {
+                    if own.is_some() {
+                        let kept = Log::set_aside(data).await?;
+                        info!(kept = %kept.display(), "this node joins anew; its former log is kept");
+                    }
+                    write_welcome(data, &admitted.members).map_err(io("the members of the mesh"))?;
+                    welcome(gossip, &admitted.members);
+                    Log::join(data, admitted.node, invite.mesh, transport, timing).await?
+                }
+            }
         }
     };
     info!(node = %log.node_id(), mesh = %log.mesh_id(), peer = %gossip.local_peer_id(), "in the mesh");
     Ok((log, Arc::new(Blobs::open_within(data, config.limits.disk_bytes)?)))
+}
+
+/// Opens the log of a node that is a member already.
+async fn open_existing(
+    gossip: &Handle,
+    data: &Path,
+    transport: Arc<raft_network::RaftNetwork>,
+    timing: Timing,
+) -> Result<Log, RunError> {
+    let log = Log::open(data, transport, timing).await?;
+    let (state, node) = (log.state().borrow().clone(), log.node_id());
+    let admitted = state.members.contains_key(&node);
+    if !admitted && state.next_node_id > node.0 {
+        // It left, and was stopped before it could forget the mesh.
+        log.shutdown().await;
+        forget_mesh(data)?;
+        return Err(RunError::NoMesh(data.to_owned()));
+    }
+    if !admitted {
+        // It was stopped before its log had reached its own admission: the welcome is all it knows.
+        welcome(gossip, &read_welcome(data));
+    }
+    Ok(log)
 }
 
 /// Admits the members that the welcome named, until the log names them.
@@ -360,14 +402,17 @@ async fn serve(
     let weights_in = accept(weight_wire::PROTOCOL)?;
     let join_in = gossip.serve(protocol::PROTOCOL, coel_gossip::Access::Anyone).map_err(fatal)?;
     let load = sample_load(gossip.clone(), parts.loaded.clone(), config.limits.memory_bytes, lifecycle.clone());
+    task("suspicion", Box::pin(suspicion::follow(parts.view.clone())));
+    task("succession", Box::pin(succession::follow(parts.view.clone())));
     task("members", Box::pin(members::follow(gossip.clone(), log.clone())));
     task("raft", Box::pin(raft_network::serve(raft_in, log.clone())));
     task("admission", Box::pin(protocol::serve(join_in, log.clone(), gossip.local_peer_id())));
     task(
         "experts",
-        Box::pin(host::serve(experts_in, HostHandles { loaded: parts.loaded, metrics: parts.metrics.clone() })),
+        Box::pin(host::serve(experts_in, HostHandles { loaded: parts.loaded.clone(), metrics: parts.metrics.clone() })),
     );
     task("weights", Box::pin(weights::serve::serve(weights_in, blobs, parts.metrics)));
+    task("claims", Box::pin(hosting::claims::follow(parts.view.clone(), parts.loaded)));
     task("hosting", Box::pin(hosting::run(parts.hosting)));
     task("leader", Box::pin(leader::run(parts.view, parts.leader_report)));
     task("offer", Box::pin(advert::publish(gossip.clone(), parts.offer)));

@@ -41,10 +41,11 @@ pub use cbor::CborError;
 pub use disk::{DiskError, OpenError, replace_file, replace_secret_file};
 pub use ids::{BlobId, Epoch, ExpertId, MeshId, ModelId, NodeId, ParseIdError, Peer, TokenHash};
 pub use log::{
-    Log, LogError, ProposeError, RPC_BYTES_MAX, RpcRefusal, Timing, Transport, Unreachable, VOTERS_MAX, voters,
+    Log, LogError, Presence, ProposeError, RPC_BYTES_MAX, Recovery, RpcRefusal, Timing, Transport, Unreachable,
+    VOTERS_MAX, majority, voters, voters_among,
 };
 pub use manifest::{BlobEntry, BlobHasher, CHUNK_BYTES, FileEntry, Manifest, ManifestError, PartEntry, Slice, Slices};
 pub use precision::{Bounds, Precision};
 pub use state::apply::apply;
 pub use state::command::{Assignment, Command, Origin, Outcome, Refusal};
-pub use state::{Invite, Loss, Member, MemberInfo, Model, Placement, Replica, State};
+pub use state::{FormerMesh, Invite, Loss, Member, MemberInfo, Model, Placement, Replica, State};

@@ -5,6 +5,7 @@
 //! replicated placement shows it; neither alone is believed. It asks nobody and waits for nothing.
 
 use coel_node::status::Status;
+use coel_store::voters_among;
 
 /// Rounds for which there must be a fault before it is believed to last: a node that has just joined may lack a
 /// peer, and a leader may not have heard of a budget yet.
@@ -67,6 +68,11 @@ pub fn judge(statuses: &[Status], wanted: Wanted) -> Verdict {
     if have < all || fewest < wanted.replicas {
         let (have, all) = (have / statuses.len(), all / statuses.len());
         return Verdict::Waiting(format!("{have} of {all} replicas are ready, each expert has at least {fewest}"));
+    }
+    let voters = statuses.iter().map(|status| status.nodes.iter().filter(|node| node.voter).count()).min().unwrap_or(0);
+    let enough = voters_among(wanted.nodes);
+    if voters < enough {
+        return Verdict::Waiting(format!("{voters} of {enough} voters have been up for long enough to vote"));
     }
     if statuses.iter().any(|status| (status.applied, status.epoch) != (first.applied, first.epoch)) {
         return Verdict::Waiting("the log is on its way to everybody".into());
@@ -187,6 +193,8 @@ pub(crate) mod tests {
 
     #[test]
     fn whatever_is_missing_is_waited_for_by_name() {
+        let mut lone_voter = serde_json::to_value(&status("node-3", &json!({})).nodes).unwrap();
+        (1..3).for_each(|node| lone_voter[node]["voter"] = false.into());
         for (changes, named) in [
             (json!({"nodes": []}), "0 of 3 nodes"),
             (json!({"readiness": {"ready": false, "waiting_for": "weights"}}), "node-3: weights"),
@@ -196,6 +204,7 @@ pub(crate) mod tests {
                 json!({"placement": {"a": [{"node": 1, "precision": "exact", "serves": null, "ready": false}]}}),
                 "replicas are ready",
             ),
+            (json!({"nodes": lone_voter}), "1 of 3 voters"),
             (json!({"applied": 39}), "log"),
         ] {
             let verdict = check(&changes);

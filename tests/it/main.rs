@@ -14,6 +14,7 @@ mod membership;
 mod paging;
 mod policies;
 mod precision;
+mod recovery;
 mod strangers;
 mod support;
 mod tidy;

@@ -78,7 +78,7 @@ pub async fn get_nothing(mesh: &mut Mesh) {
         let future = Message::Hello { version: VERSION + 1, mesh: before.mesh.parse().unwrap() };
         let said = handshake(&stranger, peer, &future).await;
         assert!(matches!(&said[..], [Message::Refused { reason }] if reason.contains("version")), "{said:?}");
-        let proof = Message::Proof { proof: [7; 32], name: "x".into(), addresses: Vec::new() };
+        let proof = Message::Proof { proof: [7; 32], name: "x".into(), addresses: Vec::new(), former: None };
         let said = handshake(&stranger, peer, &proof).await;
         assert!(matches!(&said[..], [Message::Refused { .. }]), "{said:?}");
         let garbage = Frame::new(Bytes::new(), Bytes::from_static(b"\xff\x00 no message"));

@@ -30,6 +30,13 @@ pub async fn leave(data: DataArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// `coel forget`.
+pub async fn forget(node: String, data: DataArgs) -> Result<(), Failure> {
+    ask::<()>(&data.data, &Request::Forget { node: node.clone() }, |_, _, _| ()).await?;
+    eprintln!("node {node} is no member any more");
+    Ok(())
+}
+
 /// `coel status`.
 pub async fn status(data: DataArgs, output: Output) -> Result<(), Failure> {
     let status: Status = ask(&data.data, &Request::Status, |_, _, _| ()).await?;

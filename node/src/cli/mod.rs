@@ -7,6 +7,7 @@ mod folders;
 mod local;
 mod policies;
 mod print;
+mod recover;
 mod telemetry;
 
 use std::ffi::OsString;
@@ -72,6 +73,21 @@ enum Command {
     Leave {
         #[command(flatten)]
         data: DataArgs,
+    },
+    /// Remove a member that is down for good.
+    Forget {
+        /// Its id or its name, as `coel status` shows them.
+        node: String,
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Go on with this node alone after the mesh has lost most of its voters for good. The node must be stopped.
+    Recover {
+        #[command(flatten)]
+        data: DataArgs,
+        /// Do it, instead of saying what would be done.
+        #[arg(long)]
+        yes: bool,
     },
     /// Nodes, placement, readiness.
     Status {
@@ -203,6 +219,8 @@ fn execute(cli: Cli) -> Result<(), Failure> {
         }
         Command::Invite { data, uses, ttl, output } => block_on(client::invite(data, uses, ttl, output)),
         Command::Leave { data } => block_on(client::leave(data)),
+        Command::Forget { node, data } => block_on(client::forget(node, data)),
+        Command::Recover { data, yes } => block_on(recover::recover(&data.data, yes)),
         Command::Status { data, output } => block_on(client::status(data, output)),
         Command::Chat { prompt, data, temperature, max_tokens, api_key } => {
             block_on(chat::chat(data, prompt, chat::Options { temperature, max_tokens, api_key }))

@@ -52,6 +52,9 @@ pub fn status(status: &Status) -> Result<(), Failure> {
         status.replicas_min
     )?;
     writeln!(std::io::stdout(), "this node {} ({}), {}", status.name, status.api, status.readiness)?;
+    for warning in &status.warnings {
+        writeln!(std::io::stdout(), "warning   {warning}")?;
+    }
     if let Some(importing) = &status.importing {
         writeln!(std::io::stdout(), "import    {importing}")?;
     }

@@ -2,9 +2,10 @@
 //!
 //! Invariant: a command that is refused has changed nothing, and says why and what to do.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use coel_store::{Bounds, Command, Log};
+use coel_store::{Bounds, Command, Log, NodeId, State};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::warn;
 
@@ -23,6 +24,9 @@ use crate::status::StatusView;
 const HANDOVER_DEADLINE: Duration = Duration::from_secs(600);
 /// How long `leave` waits for answers that are being written here. Longer ones are cut off, and their clients are told.
 const ANSWERS_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How long a command waits for a majority of the voters: connections may still be being made.
+const QUORUM_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What commands need of the node.
 #[derive(Clone)]
@@ -64,6 +68,7 @@ pub async fn converse(mut conversation: Conversation, node: CommandHandles) {
             }
             (&mut task).await.unwrap_or_else(|error| Err(error.to_string())).and_then(|model| json(&model))
         }
+        Request::Forget { node: name } => forget(&node.view, &name).await.and_then(|()| json(&())),
         Request::Precision { bounds } => precision(&node.view, bounds).await.and_then(|()| json(&())),
         Request::Leave => match leave(&node).await {
             Ok(()) => {
@@ -89,7 +94,52 @@ async fn propose(log: &Log, command: Command) -> Result<(), String> {
     mesh::propose(log, command).await.map(drop).map_err(|error| error.to_string())
 }
 
+/// Refuses at once what no majority could agree on.
+async fn once_quorum(view: &MeshView) -> Result<(), String> {
+    let deadline = Instant::now() + QUORUM_DEADLINE;
+    let mut changes = view.changes();
+    while let Some(missing) = view.quorum().missing() {
+        if !matches!(timeout_at(deadline, changes.changed()).await, Ok(true)) {
+            return Err(view.successor().unwrap_or(missing));
+        }
+    }
+    Ok(())
+}
+
+/// Removes a member that is down for good.
+async fn forget(view: &MeshView, name: &str) -> Result<(), String> {
+    once_quorum(view).await?;
+    let node = to_forget(&view.state(), view.node(), &view.down(), name)?;
+    propose(view.log(), Command::Forget { node }).await
+}
+
+/// The member that `name` means (its id, or its name), if it may be forgotten.
+fn to_forget(state: &State, own: NodeId, down: &BTreeSet<NodeId>, name: &str) -> Result<NodeId, String> {
+    let by_id = name.parse().ok().map(NodeId).filter(|node| state.members.contains_key(node));
+    let named = state.members.iter().filter(|(_, member)| member.name == name).map(|(&node, _)| node);
+    let found: BTreeSet<NodeId> = by_id.map_or_else(|| named.collect(), |node| BTreeSet::from([node]));
+    let mut former = state.former.iter().flat_map(|former| &former.members);
+    if found.is_empty()
+        && let Some((node, _)) = former.find(|(node, member)| member.name == name || node.to_string() == name)
+    {
+        return Ok(*node);
+    }
+    match found.iter().collect::<Vec<_>>()[..] {
+        [] => Err(format!("no member is called '{name}'; `coel status` lists them")),
+        [node] if *node == own => Err("this node cannot forget itself; `coel leave` leaves the mesh".into()),
+        [node] if !down.contains(node) => {
+            Err(format!("node {node} is not down; run `coel leave` on it, or stop it and try again"))
+        }
+        [node] => Ok(*node),
+        _ => {
+            let ids: Vec<_> = found.iter().map(ToString::to_string).collect();
+            Err(format!("several members are called '{name}'; give one of their ids: {}", ids.join(", ")))
+        }
+    }
+}
+
 async fn invite(view: &MeshView, uses: u32, ttl_s: u64) -> Result<String, String> {
+    once_quorum(view).await?;
     let invite = new_invite(view.log().mesh_id(), view.gossip());
     let token = token_hash(&invite.token);
     let expires_at_ms = now_ms().saturating_add(ttl_s.saturating_mul(1000));
@@ -115,6 +165,7 @@ async fn once_known(view: &MeshView, asked: impl Fn(&MeshFacts) -> Result<(), Un
 
 /// Says at which precisions the mesh is to hold experts. Refused where not every expert would fit.
 async fn precision(view: &MeshView, bounds: Bounds) -> Result<(), String> {
+    once_quorum(view).await?;
     once_known(view, |facts| can_hold(facts, bounds)).await?;
     propose(view.log(), Command::Precisions { bounds }).await
 }
@@ -128,6 +179,7 @@ async fn leave(handles: &CommandHandles) -> Result<(), String> {
         return Err(format!("this is the last node of the mesh; stop it, and delete {data} to end the mesh for good"));
     }
     let _departure = handles.departure.lock().await;
+    once_quorum(view).await?;
     once_known(view, |facts| can_spare(facts, node)).await?;
     propose(log, Command::Leaving { node, leaving: true }).await?;
     let mut state = log.state();
@@ -161,4 +213,38 @@ async fn leave(handles: &CommandHandles) -> Result<(), String> {
     // An error means that it still votes, or that the log has stopped: it has left all the same.
     let _ = timeout(PROPOSE_DEADLINE, voters.wait_for(|voters| !voters.contains(&node))).await;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use coel_store::{Member, Peer};
+
+    use super::*;
+
+    #[test]
+    fn only_a_member_that_is_down_and_named_without_doubt_is_forgotten() {
+        let member = |id: u8, name: &str| Member {
+            peer: Peer(vec![id]),
+            name: name.into(),
+            addresses: Vec::new(),
+            leaving: false,
+        };
+        let members = [(1, "attic"), (2, "cellar"), (3, "cellar"), (4, "2")];
+        let members = members.map(|(id, name)| (NodeId(id.into()), member(id, name)));
+        let state = State { members: members.into(), ..State::default() };
+        let down = BTreeSet::from([NodeId(1), NodeId(2), NodeId(3), NodeId(4)]);
+        let chosen = |name, down: &BTreeSet<NodeId>| to_forget(&state, NodeId(1), down, name);
+        assert_eq!(chosen("2", &down), Ok(NodeId(2)), "an id comes before a name");
+        assert_eq!(chosen("4", &down), Ok(NodeId(4)));
+        for (name, down, why) in [
+            ("attic", &down, "coel leave"),
+            ("cellar", &down, "2, 3"),
+            ("roof", &down, "no member"),
+            ("9", &down, "no member"),
+            ("3", &BTreeSet::new(), "is not down"),
+        ] {
+            let refused = chosen(name, down).unwrap_err();
+            assert!(refused.contains(why), "{name}: {refused}");
+        }
+    }
 }

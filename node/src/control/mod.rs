@@ -26,6 +26,8 @@ pub enum Request {
     Invite { uses: u32, ttl_s: u64 },
     /// Registers a checkpoint directory (absolute path); answers with a [`crate::service::ModelInfo`].
     Import { dir: PathBuf, name: Option<String> },
+    /// Removes a member that is down, by its id or its name; answers with nothing.
+    Forget { node: String },
     /// Says at which precisions the mesh is to hold experts; answers with nothing.
     Precision { bounds: Bounds },
     /// Hands over what this node holds, leaves the mesh and stops.

@@ -88,6 +88,11 @@ impl Loaded {
         self.0.held.borrow().clone()
     }
 
+    /// Changes of the model.
+    pub fn model_changes(&self) -> watch::Receiver<Option<LoadedModel>> {
+        self.0.model.subscribe()
+    }
+
     /// Changes of the held experts.
     pub fn held_changes(&self) -> watch::Receiver<Arc<HeldExperts>> {
         self.0.held.subscribe()

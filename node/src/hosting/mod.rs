@@ -1,21 +1,23 @@
-//! Follows the placement: gets what this node was assigned, loads it, reports it ready, and drops what it no longer holds.
+//! Follows the placement: gets what this node was assigned, loads it, and drops what it no longer holds. [`claims`] reports what is
+//! ready.
 //!
 //! One pass ([`Hosting::reconcile`]) goes as far as it can towards the present placement and says whether it arrived. It is
 //! idempotent: after a restart, a lost peer or a new epoch the next pass starts from what is there.
 //!
 //! A node that was given more than its memory holds keeps its experts on disk and pages them ([`paging`]); others load them.
 //!
-//! Invariants: nothing is held unverified; nothing is reported ready before it is held, nor at another precision than it is held at.
+//! Invariants: nothing is held unverified; loading never waits for the log.
 //! What is to be dropped or made smaller goes before anything is loaded in its place, so that both budgets hold at every moment. An
 //! expert that is wanted at another precision is served at the old one until the new one is loaded.
 
 mod blobs;
-mod claims;
+pub mod claims;
 mod discard;
 mod disk_room;
 mod experts;
 mod loaded;
 mod paging;
+mod progress;
 mod reservations;
 mod slicing;
 
@@ -37,7 +39,7 @@ use crate::budget::LOADS_MAX;
 use crate::config::{Limits, Size};
 use crate::import::Imports;
 use crate::lifecycle::Lifecycle;
-use crate::mesh::{MeshView, OwnOffer};
+use crate::mesh::{self, MeshView, OwnOffer, ProposalError};
 use crate::metrics::Metrics;
 use crate::placement::model_to_serve;
 use crate::registry::{ModelMeta, ModelRegistry, RegistryError};
@@ -45,8 +47,6 @@ use crate::system::{run_blocking, trim_heap};
 use crate::weights::fetch::{FetchError, Fetcher};
 use blobs::WantedPart;
 
-/// Experts reported in one log entry at most, so that others can use the first while the last are being loaded.
-const REPORT_BATCH: usize = 32;
 /// Pause before another pass after one that failed.
 const RETRY: Duration = Duration::from_secs(1);
 /// Pause before another pass after one that arrived: blobs may have been damaged or deleted meanwhile.
@@ -113,8 +113,8 @@ enum HostingError {
          for a larger budget; the leader plans a new one"
     )]
     Room { what: String, total: u64, budget: u64 },
-    #[error("the log cannot be told what is ready: {0}")]
-    Report(String),
+    #[error("the log cannot be told that this node leaves: {0}")]
+    Leave(#[from] ProposalError),
 }
 
 impl HostingError {
@@ -128,7 +128,7 @@ impl HostingError {
         match self {
             Self::Fetch(fetch) | Self::Registry(RegistryError::Fetch(fetch)) => fetch.is_lasting(),
             Self::Load { .. } | Self::Room { .. } | Self::Registry(RegistryError::Unusable(_)) => true,
-            Self::Report(_) => false,
+            Self::Leave(_) => false,
         }
     }
 }
@@ -174,9 +174,6 @@ impl Hosting {
         let Some((id, registered)) = model_to_serve(state) else {
             return Ok(());
         };
-        // After a restart the log still claims what was loaded before. That is taken back first, so that nobody asks in vain. Without a
-        // leader it has to wait; loading does not.
-        let retracted = self.retract().await;
         let model = match node.loaded.model() {
             Some(model) => model,
             None => match self.start_engine(state, id, registered).await? {
@@ -219,10 +216,8 @@ impl Hosting {
             run_blocking(trim_heap).await;
         }
         self.end_paging(&model).await?;
-        // Also what an earlier pass could not report, because the mesh was at another epoch by then.
-        pass.claimed = self.claim().await;
         self.take_inventory(&model.meta).await;
-        pass.error.map_or(retracted.and(pass.claimed), Err)
+        pass.error.map_or(Ok(()), Err)
     }
 
     /// Looks at the disk for what lies there of the model, and offers it to the mesh.
@@ -232,7 +227,7 @@ impl Hosting {
         self.node.offer.set_inventory(meta.id, complete, holds);
     }
 
-    /// Gets and loads experts, and tells the log of them batch by batch.
+    /// Gets and loads experts.
     async fn load_all(
         &self,
         state: &State,
@@ -244,15 +239,10 @@ impl Hosting {
         let each = experts
             .into_iter()
             .map(|(expert, precision)| self.get_expert(state, model, expert, precision, pass.paging));
-        let mut loads = stream::iter(each).buffer_unordered(LOADS_MAX).ready_chunks(REPORT_BATCH);
+        let mut loads = stream::iter(each).buffer_unordered(LOADS_MAX).ready_chunks(LOADS_MAX);
         while let Some(loaded) = loads.next().await {
-            pass.unclaimed += loaded.len();
             pass.error = loaded.into_iter().find_map(Result::err).or(pass.error.take());
             self.count(&model.meta, assigned);
-            if pass.unclaimed >= REPORT_BATCH {
-                pass.claimed = self.claim().await;
-                pass.unclaimed = 0;
-            }
         }
     }
 
@@ -283,7 +273,7 @@ impl Hosting {
             if node.newcomer && !node.view.log().voters().borrow().contains(&own) {
                 // This node cannot be of any use, so it does not stay on as a member that never becomes ready. Once it votes it must not
                 // leave like this: its vote could be the quorum's.
-                self.propose(Command::Leave { node: own }).await?;
+                mesh::propose(node.view.log(), Command::Leave { node: own }).await?;
                 node.lifecycle.set_left();
             }
             node.lifecycle.fail(short.to_string());
@@ -327,17 +317,9 @@ impl Hosting {
 }
 
 /// How far a pass has come.
+#[derive(Default)]
 struct ReconcilePass {
     /// Whether experts are held on disk.
     paging: bool,
     error: Option<HostingError>,
-    /// Experts that were loaded and that the log has not been told of.
-    unclaimed: usize,
-    claimed: Result<(), HostingError>,
-}
-
-impl Default for ReconcilePass {
-    fn default() -> Self {
-        Self { paging: false, error: None, unclaimed: 0, claimed: Ok(()) }
-    }
 }

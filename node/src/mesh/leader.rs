@@ -35,8 +35,8 @@ pub async fn run(view: MeshView, report: Arc<watch::Sender<LeaderReport>>) {
 
 async fn carry_out(view: &MeshView, effect: Effect, report: &watch::Sender<LeaderReport>) {
     match effect {
-        Effect::ReconcileVoters { down } => {
-            if let Err(error) = view.log().reconcile(&down).await {
+        Effect::ReconcileVoters(presence) => {
+            if let Err(error) = view.log().reconcile(presence).await {
                 warn!(%error, "the voters could not be brought up to date; trying again");
             }
         }

@@ -6,6 +6,8 @@
 //! - [`members`]: keeps gossip's members equal to the log's, and this node's own entry true.
 //! - [`advert`]: a node's offer as gossip carries it, and this node's own.
 //! - [`view`]: the mesh as this node sees it.
+//! - [`suspicion`]: tells the log when the leader is gone.
+//! - [`succession`]: notices that the mesh was recovered without this node.
 //! - [`leader`]: drives the leader's state machine, which is [`crate::placement`]'s.
 //!
 //! Nothing here decides where experts go.
@@ -16,6 +18,8 @@ pub mod identity;
 pub mod leader;
 pub mod members;
 pub mod raft_network;
+pub mod succession;
+pub mod suspicion;
 pub mod view;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -23,7 +27,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use coel_store::{Command, Log, Outcome, ProposeError, Refusal};
 
 pub use advert::OwnOffer;
-pub use view::MeshView;
+pub use view::{MeshView, Quorum};
 
 /// How long a proposal may take, an election included.
 pub const PROPOSE_DEADLINE: Duration = Duration::from_secs(15);

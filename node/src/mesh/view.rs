@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use coel_gossip::{Handle, PeerId, PeerView};
-use coel_store::{ExpertId, Log, ModelId, NodeId, Placement, Precision, Slice, State};
+use coel_store::{ExpertId, Log, ModelId, NodeId, Placement, Precision, Slice, State, majority};
 use tokio::sync::watch;
 
 use super::advert::{OwnOffer, offer_of};
@@ -16,6 +16,43 @@ use crate::placement::{Liveness, MemberFacts, MeshFacts, ModelFacts, model_to_se
 use crate::registry::{ModelMeta, ModelRegistry};
 use crate::weights::sources::{BlobSource, Likelihood, ranked};
 
+/// The voters of the log, and those of them that can be reached.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Quorum {
+    /// The members whose votes count.
+    pub voters: BTreeSet<NodeId>,
+    /// Of these, the ones that are not down.
+    pub up: BTreeSet<NodeId>,
+}
+
+impl Quorum {
+    /// Voters that must be up for anything to be agreed.
+    pub fn needed(&self) -> usize {
+        majority(self.voters.len())
+    }
+
+    /// How many more voters may fail; `None` where too many have already.
+    pub fn spare(&self) -> Option<usize> {
+        self.up.len().checked_sub(self.needed())
+    }
+
+    /// Why nothing can be agreed, if so, and what to do.
+    pub fn missing(&self) -> Option<String> {
+        let Self { voters, up } = self;
+        // A node that has just joined does not know the voters yet.
+        let is_known = !voters.is_empty();
+        (is_known && self.spare().is_none()).then(|| {
+            format!(
+                "{} of {} voters can be reached, and {} must be; start the others, or name one with --peer if it has moved. If \
+                 they are lost for good, stop this node and run `coel recover`",
+                up.len(),
+                voters.len(),
+                self.needed()
+            )
+        })
+    }
+}
+
 /// Handles on what this node knows of the mesh. Cloning is cheap.
 #[derive(Clone)]
 pub struct MeshView {
@@ -23,12 +60,13 @@ pub struct MeshView {
     gossip: Handle,
     offer: OwnOffer,
     registry: ModelRegistry,
+    successor: Arc<watch::Sender<Option<String>>>,
 }
 
 impl MeshView {
     /// The view through these handles.
     pub fn new(log: Log, gossip: Handle, offer: OwnOffer, registry: ModelRegistry) -> Self {
-        Self { log, gossip, offer, registry }
+        Self { log, gossip, offer, registry, successor: Arc::default() }
     }
 
     /// The log.
@@ -51,9 +89,28 @@ impl MeshView {
         self.log.state().borrow().clone()
     }
 
-    /// The leader, if one is known.
+    /// The leader, if one is known that is not down.
     pub fn leader(&self) -> Option<NodeId> {
-        *self.log.leader().borrow()
+        let leader = *self.log.leader().borrow();
+        leader.filter(|leader| !self.down().contains(leader))
+    }
+
+    /// The voters, and those that can be reached.
+    pub fn quorum(&self) -> Quorum {
+        let (voters, down) = (self.log.voters().borrow().clone(), self.down());
+        let members = &self.state().members;
+        let up = voters.difference(&down).filter(|node| members.contains_key(node)).copied().collect();
+        Quorum { voters, up }
+    }
+
+    /// What to do where the mesh was recovered without this node; `None` as far as is known it was not.
+    pub fn successor(&self) -> Option<String> {
+        self.successor.borrow().clone()
+    }
+
+    /// Notes whether the mesh was recovered without this node.
+    pub(super) fn set_successor(&self, successor: Option<String>) {
+        self.successor.send_replace(successor);
     }
 
     /// What gossip says of the peers.

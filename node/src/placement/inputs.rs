@@ -70,6 +70,14 @@ impl MeshFacts {
         self.leader == Some(self.node)
     }
 
+    /// Members that are up, this node among them.
+    pub fn up(&self) -> BTreeSet<NodeId> {
+        let is_up = |node: &NodeId| {
+            *node == self.node || self.members.get(node).is_some_and(|facts| facts.liveness == Liveness::Up)
+        };
+        self.state.members.keys().copied().filter(is_up).collect()
+    }
+
     /// Members that are down.
     pub fn down(&self) -> BTreeSet<NodeId> {
         let is_down = |node: &NodeId| self.members.get(node).is_none_or(|facts| facts.liveness == Liveness::Down);

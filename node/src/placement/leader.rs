@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use coel_store::{Assignment, Command, ModelId, NodeId, Placement};
+use coel_store::{Assignment, Command, ModelId, NodeId, Placement, Presence};
 
 use super::inputs::{expected_loss, why_unobtainable};
 use super::{
@@ -18,17 +18,17 @@ use crate::budget::ExpertSizes;
 
 /// A voter that is down this long gives its vote to a learner, if there is one.
 const UNSEAT_AFTER: Duration = Duration::from_secs(30);
+/// A member that is up this long may be given a vote. Gossip notices within a quarter of a second that a process is gone: one that
+/// joins and dies at once is not up any more by then.
+const STEADY_AFTER: Duration = Duration::from_secs(2);
 /// A member that is up and has not said what it can hold for this long speaks another version: the others do not wait for it.
 const MUTE_AFTER: Duration = Duration::from_secs(15);
 
 /// What a leader asks of its driver.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
-    /// Bring the consensus group in line with the members; a voter in `down` may lose its vote.
-    ReconcileVoters {
-        /// Members that are down for long.
-        down: BTreeSet<NodeId>,
-    },
+    /// Bring the consensus group in line with the members that are there.
+    ReconcileVoters(Presence),
     /// Put this command into the log.
     Propose {
         /// The placement.
@@ -54,6 +54,7 @@ pub struct LeaderReport {
 /// The leader's state: what it has seen of the members, and what it aims at.
 #[derive(Debug, Default)]
 pub struct Leader {
+    up_since: Since,
     down_since: Since,
     mute_since: Since,
     /// Inputs that gave nothing to propose.
@@ -83,6 +84,7 @@ struct Target {
 impl Leader {
     /// Takes note of the facts and says what is to be done now. To be called when facts change, and now and then on the leader.
     pub fn handle(&mut self, facts: &MeshFacts, now: Instant) -> Vec<Effect> {
+        self.up_since.update(&facts.up(), now);
         self.down_since.update(&facts.down(), now);
         self.mute_since.update(&facts.mute(), now);
         let mut effects = Vec::new();
@@ -96,7 +98,11 @@ impl Leader {
                 effects.extend(self.place(facts, unavailable, &mut report));
             }
             // After the plan, which is made of these facts: to bring voters up to date takes time, and facts age.
-            effects.push(Effect::ReconcileVoters { down: self.down_since.longer_than(UNSEAT_AFTER, now) });
+            effects.push(Effect::ReconcileVoters(Presence {
+                up: facts.up(),
+                steady: self.up_since.longer_than(STEADY_AFTER, now),
+                lost: self.down_since.longer_than(UNSEAT_AFTER, now),
+            }));
         } else {
             (self.settled, self.target) = (None, None);
         }

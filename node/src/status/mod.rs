@@ -5,6 +5,7 @@
 
 mod readiness;
 mod report;
+mod warnings;
 
 use std::collections::BTreeMap;
 
@@ -57,6 +58,9 @@ pub struct Status {
     /// Members that are down and expected back, so that their experts stay placed on them; from the leader only.
     #[serde(default)]
     pub awaited: Vec<NodeId>,
+    /// What could go wrong next with the quorum, and what a person can do about it.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// The import that runs on this node.
     #[serde(default)]
     pub importing: Option<ImportProgress>,

@@ -57,12 +57,11 @@ impl ReadinessView {
         let (leaderless, loaded) = (self.view.leader().is_none(), self.loaded.model().is_some());
         let down = self.view.down();
         if leaderless && (state.placement.is_none() || !absent.is_empty() || !loaded) {
-            let members = state.members.len();
-            return Some(format!(
-                "no leader: {} of {members} members are reachable, and a majority must be; start the others, or name one with \
-                 --peer if it has moved",
-                members - down.len()
-            ));
+            if let Some(successor) = self.view.successor() {
+                return Some(successor);
+            }
+            let electing = || "the voters are electing a leader".to_owned();
+            return Some(self.view.quorum().missing().map_or_else(electing, |missing| format!("no leader: {missing}")));
         }
         if state.models.is_empty() {
             return Some(match self.imports.progress() {

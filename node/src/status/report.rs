@@ -6,6 +6,7 @@ use std::sync::Arc;
 use coel_gossip::Liveness;
 use coel_store::{Blobs, Member, NodeId, Placement, State, cbor};
 
+use super::warnings::warnings;
 use super::{Counts, NodeStatus, OwnStatus, ReadinessView, ReplicaStatus, Status, expert_key};
 use crate::hosting::Loaded;
 use crate::ids;
@@ -79,12 +80,18 @@ impl StatusView {
             replicas_min: live.into_values().min().unwrap_or(0),
             planner: leader_report.problem,
             awaited: leader_report.awaited.into_iter().collect(),
+            warnings: self.warnings(&state),
             importing: self.readiness.imports.progress(),
             readiness,
             nodes: self.members(&state),
             own: self.own(),
             placement: table.collect::<BTreeMap<_, _>>(),
         }
+    }
+
+    fn warnings(&self, state: &State) -> Vec<String> {
+        let successor = self.view.successor();
+        successor.into_iter().chain(warnings(state, &self.view.quorum())).collect()
     }
 
     fn members(&self, state: &State) -> Vec<NodeStatus> {

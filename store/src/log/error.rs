@@ -22,6 +22,14 @@ pub enum LogError {
         /// The data folder.
         path: PathBuf,
     },
+    /// The log does not list this node as a member, so no mesh can go on from it.
+    #[error(
+        "the log in {path} does not list this node as a member, so there is nothing to go on from; join a mesh (coel join INVITE)"
+    )]
+    NothingToRecover {
+        /// The data folder.
+        path: PathBuf,
+    },
     /// The times contradict each other.
     #[error("the log's timing makes no sense: {0}")]
     Timing(String),

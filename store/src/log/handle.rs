@@ -5,17 +5,20 @@
 
 use super::admission;
 use super::admission_cache::AdmissionCache;
+use super::elections::{self, Elections};
 use super::error::LogError;
+use super::folder::{self, close, mark, open_fresh, open_member};
 use super::local::LocalMember;
-use super::network::{RaftNetwork, Transport};
+use super::network::{RaftNetwork, Transport, call};
 use super::propose::{self, ProposeError};
+use super::rpc::RpcRequest;
 use super::serve;
 use super::sled_log::{Identity, SledLog};
 use super::state_machine::StateMachine;
 use super::timing::Timing;
 use super::types::{Metrics, RaftNode};
-use super::voters::{Change, Group};
-use crate::disk::{Disk, OpenError, replace_file};
+use super::voters::{Change, Group, Presence, majority};
+use crate::disk::Disk;
 use crate::ids::{MeshId, NodeId, Peer};
 use crate::state::command::{Command, Outcome};
 use crate::state::{MemberInfo, State};
@@ -24,7 +27,6 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use openraft::{ChangeMembers, LogIdOptionExt, Raft, ServerState};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -32,6 +34,8 @@ use tokio::sync::watch;
 
 /// How long one change of the consensus group may take before the next attempt takes over.
 const CHANGE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a member may take to answer before it is promoted.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
 /// How long the creator of a mesh waits until it leads. It is alone, so only a stalled disk takes this long.
 const CREATE_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a shutdown waits for the last reader of the database.
@@ -41,43 +45,10 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub struct Log(Arc<LocalMember>);
 
-fn log_dir(dir: &Path) -> PathBuf {
-    dir.join("log")
-}
-
-/// Written last when a folder becomes a member's. Without it the folder's content never counted.
-fn marker(dir: &Path) -> PathBuf {
-    log_dir(dir).join("member")
-}
-
-fn io_error(path: &Path) -> impl Fn(std::io::Error) -> LogError + '_ {
-    move |error| OpenError::Io { path: path.into(), error: error.to_string() }.into()
-}
-
-/// Prepares an empty log folder; removes what an unfinished attempt left.
-fn open_fresh(dir: &Path) -> Result<Disk, LogError> {
-    let path = log_dir(dir);
-    if Log::exists(dir) {
-        return Err(LogError::AlreadyMember { path: dir.into() });
-    }
-    if path.exists() {
-        // Opening it first proves that no other process uses it.
-        drop(Disk::open(&path, None)?);
-        fs::remove_dir_all(&path).map_err(io_error(&path))?;
-    }
-    Ok(Disk::open(&path, None)?)
-}
-
-fn mark(dir: &Path, identity: Identity) -> Result<(), LogError> {
-    let path = marker(dir);
-    let line = format!("node {} of mesh {}\n", identity.node, identity.mesh);
-    replace_file(&path, line.as_bytes()).map_err(io_error(&path))
-}
-
 impl Log {
     /// Whether the data folder `dir` belongs to a mesh.
     pub fn exists(dir: impl AsRef<Path>) -> bool {
-        marker(dir.as_ref()).exists()
+        folder::exists(dir.as_ref())
     }
 
     /// Creates a mesh with a random id; this node is its first member and its leader.
@@ -99,7 +70,7 @@ impl Log {
         let dir = &dir;
         let identity = Identity { node: NodeId(1), mesh: MeshId(rand::random()) };
         let disk = open_fresh(dir)?;
-        let log = Self::start(disk, Some(identity), dir, transport, timing).await?;
+        let log = Self::start_fresh(disk, identity, transport, timing).await?;
         let alone = BTreeMap::from([(identity.node, RaftNode { peer: me.peer.clone() })]);
         log.0.raft.initialize(alone).await.map_err(|error| LogError::Fatal(error.to_string()))?;
         let command = Command::CreateMesh { mesh: identity.mesh, member: me };
@@ -123,12 +94,32 @@ impl Log {
     }
 
     async fn open_in(dir: PathBuf, transport: Arc<dyn Transport>, timing: Timing) -> Result<Self, LogError> {
-        let dir = &dir;
-        if !Self::exists(dir) {
-            return Err(LogError::NotAMember { path: dir.into() });
+        let (disk, log, identity) = open_member(&dir).await?;
+        Self::start(disk, log, identity, transport, timing).await
+    }
+
+    /// The node, and the mesh, that the data folder `dir` belongs to.
+    ///
+    /// # Errors
+    /// [`LogError`]: where it belongs to none, is in use, or cannot be read.
+    pub fn membership(dir: impl AsRef<Path>) -> BoxFuture<'static, Result<(NodeId, MeshId), LogError>> {
+        let dir = dir.as_ref().to_owned();
+        async move {
+            let (disk, log, identity) = open_member(&dir).await?;
+            drop(log);
+            close(disk).await;
+            Ok((identity.node, identity.mesh))
         }
-        let disk = Disk::open(&log_dir(dir), None)?;
-        Self::start(disk, None, dir, transport, timing).await
+        .boxed()
+    }
+
+    /// Makes the data folder `dir` one that belongs to no mesh, and keeps its log under another name, which is returned.
+    ///
+    /// # Errors
+    /// [`LogError`]; the folder is as it was then.
+    pub fn set_aside(dir: impl AsRef<Path>) -> BoxFuture<'static, Result<PathBuf, LogError>> {
+        let dir = dir.as_ref().to_owned();
+        async move { folder::set_aside(&dir).await }.boxed()
     }
 
     /// Creates the empty log of a node that a member has just admitted as `node` of `mesh`. It fills as soon as the
@@ -153,28 +144,32 @@ impl Log {
         let dir = &dir;
         let identity = Identity { node, mesh };
         let disk = open_fresh(dir)?;
-        let log = Self::start(disk, Some(identity), dir, transport, timing).await?;
+        let log = Self::start_fresh(disk, identity, transport, timing).await?;
         mark(dir, identity)?;
         tracing::info!(%node, %mesh, "joined a mesh");
         Ok(log)
     }
 
+    /// The log that [`open_fresh`] prepared, as that of `identity`.
+    async fn start_fresh(
+        disk: Disk,
+        identity: Identity,
+        transport: Arc<dyn Transport>,
+        timing: Timing,
+    ) -> Result<Self, LogError> {
+        let log = SledLog::open(disk.clone()).await?;
+        log.save_identity(identity).await?;
+        Self::start(disk, log, identity, transport, timing).await
+    }
+
     async fn start(
         disk: Disk,
-        fresh: Option<Identity>,
-        dir: &Path,
+        store: SledLog,
+        identity: Identity,
         transport: Arc<dyn Transport>,
         timing: Timing,
     ) -> Result<Self, LogError> {
         let config = timing.config()?;
-        let store = SledLog::open(disk.clone()).await?;
-        if let Some(identity) = fresh {
-            store.save_identity(identity).await?;
-        }
-        let identity = store.identity()?.ok_or_else(|| OpenError::Damaged {
-            path: log_dir(dir),
-            error: "it does not say which node it is".into(),
-        })?;
         let (machine, state) = StateMachine::open(disk.clone())?;
         let network = RaftNetwork { transport: Arc::clone(&transport), mesh: identity.mesh };
         let raft = Raft::new(identity.node, config, network, store, machine)
@@ -182,7 +177,8 @@ impl Log {
             .map_err(|error| LogError::Fatal(error.to_string()))?;
         let leader = follow_leader(raft.metrics(), timing);
         let voters = follow_voters(raft.metrics());
-        Ok(Self(Arc::new(LocalMember {
+        let elections = Arc::new(Elections::new(timing));
+        let local = Arc::new(LocalMember {
             raft,
             disk: Mutex::new(Some(disk)),
             transport,
@@ -192,7 +188,10 @@ impl Log {
             leader,
             voters,
             admissions: AdmissionCache::default(),
-        })))
+            elections: Arc::clone(&elections),
+        });
+        tokio::spawn(elections::drive(Arc::downgrade(&local), elections));
+        Ok(Self(local))
     }
 
     /// This node's id in the log.
@@ -226,6 +225,14 @@ impl Log {
         self.0.raft.metrics().borrow().current_term
     }
 
+    /// Says that the process of `node` is gone. If it leads, another leader is elected at once instead of after a silence.
+    pub fn suspect(&self, node: NodeId) {
+        let leader = self.0.raft.metrics().borrow().current_leader;
+        if leader == Some(node) && node != self.node_id() {
+            self.0.elections.leader_suspected(&self.0);
+        }
+    }
+
     /// The members whose votes count.
     pub fn voters(&self) -> watch::Receiver<BTreeSet<NodeId>> {
         self.0.voters.clone()
@@ -253,17 +260,19 @@ impl Log {
         admission::admits(&self.0, peer).boxed()
     }
 
-    /// Brings the consensus group in line with the members: replicates to newcomers, promotes learners that caught up,
-    /// replaces voters in `down` where others can take over, removes nodes that left. A call makes at most a few steps;
-    /// call it now and then. It does nothing on a node that does not lead.
+    /// Brings the consensus group in line with the members: replicates to newcomers, promotes learners that are steady and
+    /// have caught up, replaces lost voters where others can take over, removes nodes that left. A call makes at most a few
+    /// steps; call it now and then. It does nothing on a node that does not lead.
     ///
     /// # Errors
     /// [`LogError::Fatal`] if the log has stopped.
-    pub fn reconcile<'a>(&'a self, down: &'a BTreeSet<NodeId>) -> BoxFuture<'a, Result<(), LogError>> {
-        self.reconcile_group(down).boxed()
+    pub fn reconcile(&self, presence: Presence) -> BoxFuture<'_, Result<(), LogError>> {
+        self.reconcile_group(presence).boxed()
     }
 
-    async fn reconcile_group(&self, down: &BTreeSet<NodeId>) -> Result<(), LogError> {
+    async fn reconcile_group(&self, mut presence: Presence) -> Result<(), LogError> {
+        presence.up.insert(self.node_id());
+        presence.steady.insert(self.node_id());
         // Newcomers, voters, leavers: after one change of each kind another look at the world is due.
         for _ in 0..3 {
             let metrics = self.0.raft.metrics().borrow().clone();
@@ -275,9 +284,15 @@ impl Log {
                 return Ok(());
             }
             let members = state.members.keys().copied().collect();
-            let Some(change) = Group::of(&metrics).next(&members, down) else {
+            let Some(change) = Group::of(&metrics).next(&members, &presence) else {
                 return Ok(());
             };
+            if let Change::SetVoters(target) = &change
+                && let Some(silent) = self.silent(target, &state).await
+            {
+                tracing::info!(node = %silent, "a member that is to vote does not answer; the voters stay as they are for now");
+                return Ok(());
+            }
             tracing::info!(?change, "changing the consensus group");
             match tokio::time::timeout(CHANGE_PATIENCE, self.change(change, &state)).await {
                 Ok(Ok(())) => {}
@@ -289,6 +304,25 @@ impl Log {
             }
         }
         Ok(())
+    }
+
+    /// Why these voters must not be chosen at this very moment: one of them that would be promoted does not answer, or no majority
+    /// of them does. A change of voters counts on them from its first moment on, so the group would be stuck if they had died
+    /// since they were last seen.
+    async fn silent(&self, target: &BTreeSet<NodeId>, state: &State) -> Option<NodeId> {
+        let voting = self.0.voters.borrow().clone();
+        let others = target.iter().filter(|node| **node != self.node_id());
+        let asked = others.map(|&node| async move {
+            let peer = state.members.get(&node)?.peer.clone();
+            let question = RpcRequest::Knows(peer.clone());
+            let asked = call(&*self.0.transport, self.0.identity.mesh, node, peer, question);
+            // Any answer will do.
+            let answered = tokio::time::timeout(ANSWER_PATIENCE, asked).await;
+            (!matches!(answered, Ok(Ok(_)))).then_some(node)
+        });
+        let silent: Vec<NodeId> = futures::future::join_all(asked).await.into_iter().flatten().collect();
+        let is_minority = target.len() - silent.len() < majority(target.len());
+        silent.into_iter().find(|node| is_minority || !voting.contains(node))
     }
 
     async fn change(&self, change: Change, state: &State) -> Result<(), LogError> {

@@ -1,13 +1,15 @@
 //! This node as a member of its mesh: what the log's parts share.
 
 use super::admission_cache::AdmissionCache;
+use super::elections::Elections;
 use super::network::Transport;
-use super::sled_log::Identity;
+use super::sled_log::{Identity, SledLog};
 use super::timing::Timing;
-use super::types::TypeConfig;
+use super::types::{LogId, TypeConfig};
 use crate::disk::Disk;
 use crate::ids::{NodeId, Peer};
 use crate::state::State;
+use crate::sync::lock;
 use openraft::Raft;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -25,6 +27,7 @@ pub(super) struct LocalMember {
     pub leader: watch::Receiver<Option<NodeId>>,
     pub voters: watch::Receiver<BTreeSet<NodeId>>,
     pub admissions: AdmissionCache,
+    pub elections: Arc<Elections>,
 }
 
 impl LocalMember {
@@ -34,6 +37,12 @@ impl LocalMember {
         let metrics = metrics.borrow();
         let grouped = metrics.membership_config.membership().get_node(&node).map(|node| node.peer.clone());
         grouped.or_else(|| self.state.borrow().members.get(&node).map(|member| member.peer.clone()))
+    }
+
+    /// The end of this node's log; the outer `None` if it cannot be read.
+    pub fn last_log_id(&self) -> Option<Option<LogId>> {
+        let disk = lock(&self.disk).clone()?;
+        SledLog::last_in(disk).ok()
     }
 
     /// Whether this node's own copy of the state lists the peer as a member.

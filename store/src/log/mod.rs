@@ -3,6 +3,8 @@
 //! | module | idea |
 //! |---|---|
 //! | [`handle`] | [`Log`]: opening, proposing, following, closing |
+//! | [`folder`] | whose the log's folder is, and how it comes and goes |
+//! | [`recover`] | a new mesh from what one member has, by a person's word |
 //! | [`propose`] | a command's way to the leader and back; the author of an entry |
 //! | [`serve`], [`admission`] | the messages' way in: whom this node answers, and what |
 //! | [`network`], [`rpc`] | the messages' way out, and their bytes |
@@ -10,6 +12,7 @@
 //! | [`state_machine`] | the replicated state, its publication and its snapshots |
 //! | [`sled_log`] | log and vote on disk |
 //! | [`voters`] | the choice of voters (pure) |
+//! | [`election`], [`elections`] | when to stand for election: the pre-vote (pure), and its driver |
 //! | [`types`], [`timing`], [`error`] | the consensus library's types, clocks and counts, and faults |
 //!
 //! Invariants: nothing is acknowledged before it is on this node's disk, and on a majority's; a node answers only members
@@ -21,11 +24,15 @@
 
 mod admission;
 mod admission_cache;
+mod election;
+mod elections;
 mod error;
+mod folder;
 mod handle;
 mod local;
 mod network;
 mod propose;
+mod recover;
 mod rpc;
 mod serve;
 mod sled_log;
@@ -38,9 +45,10 @@ pub use error::LogError;
 pub use handle::Log;
 pub use network::{Transport, Unreachable};
 pub use propose::ProposeError;
+pub use recover::Recovery;
 pub use rpc::{RPC_BYTES_MAX, RpcRefusal};
 pub use timing::Timing;
-pub use voters::{VOTERS_MAX, voters};
+pub use voters::{Presence, VOTERS_MAX, majority, voters, voters_among};
 
 #[cfg(test)]
 mod tests;

@@ -22,9 +22,9 @@ use serde::{Deserialize, Serialize};
 /// 2 MiB, snapshot chunks are 1 MiB.
 pub const RPC_BYTES_MAX: usize = 8 << 20;
 
-/// The version of these messages, and of the log that they carry: members of the version before do not check who authored a
-/// command.
-const VERSION: u8 = 3;
+/// The version of these messages, and of the log that they carry: members of version 3 cannot forget another and answer
+/// no pre-vote, and those of version 2 do not check who authored a command.
+const VERSION: u8 = 4;
 
 /// A request in its envelope.
 #[derive(Debug, Serialize, Deserialize)]
@@ -47,6 +47,10 @@ pub(crate) enum RpcRequest {
         command: Command,
         /// How long the proposer will wait.
         wait_ms: u64,
+    },
+    /// Would you vote for the sender, whose log ends here?
+    PreVote {
+        last: Option<LogId<NodeId>>,
     },
     /// Is this peer a member? Asked by a node that was away while members joined.
     Knows(Peer),
@@ -95,6 +99,8 @@ pub(crate) enum RpcReply {
         expect: SnapshotSegmentId,
         got: SnapshotSegmentId,
     },
+    /// Whether the node would.
+    PreVote(bool),
     Outcome(Outcome),
     /// Ask the leader instead, if one is known.
     NotLeader(Option<(NodeId, Peer)>),
@@ -244,7 +250,7 @@ mod tests {
         assert!(Envelope::decode(&bytes).is_ok());
         bytes[0] = 9;
         let refusal = Envelope::decode(&bytes).unwrap_err();
-        assert_eq!(refusal, RpcRefusal::Version { got: 9, known: 3 });
+        assert_eq!(refusal, RpcRefusal::Version { got: 9, known: VERSION });
         assert!(matches!(Envelope::decode(&[]), Err(RpcRefusal::Malformed(_))));
     }
 
@@ -252,7 +258,7 @@ mod tests {
     fn a_proposal_is_spelled_as_ever() {
         // Pinned: a change of these bytes is a new version.
         let request = RpcRequest::Propose { command: Command::Leave { node: NodeId(3) }, wait_ms: 7 };
-        let mut bytes = b"\x03\xa3\x64mesh\x50".to_vec();
+        let mut bytes = b"\x04\xa3\x64mesh\x50".to_vec();
         bytes.extend([1; 16]);
         bytes.extend(b"\x62to\x02\x63ask\xa1\x67Propose\xa2\x67command\xa1\x65Leave\xa1\x64node\x03\x67wait_ms\x07");
         assert_eq!(envelope(request).encode().unwrap(), bytes);

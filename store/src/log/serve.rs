@@ -11,6 +11,7 @@ use super::rpc::{Chunk, Envelope, RpcRefusal, RpcReply, RpcRequest, check_append
 use super::state_machine::SNAPSHOT_BYTES_MAX;
 use crate::ids::Peer;
 use openraft::error::{InstallSnapshotError, RaftError};
+use openraft::raft::{AppendEntriesResponse, InstallSnapshotRequest};
 
 pub(super) async fn handle(local: &LocalMember, from: &Peer, rpc: &[u8]) -> RpcReply {
     match check(local, from, rpc).await {
@@ -56,9 +57,16 @@ async fn answer(local: &LocalMember, from: &Peer, request: RpcRequest) -> RpcRep
     let failed = |error: &dyn std::error::Error| RpcReply::Failed(error.to_string());
     match request {
         RpcRequest::Vote(request) => local.raft.vote(request).await.map_or_else(|error| failed(&error), RpcReply::Vote),
-        RpcRequest::Append(request) => {
-            local.raft.append_entries(request).await.map_or_else(|error| failed(&error), RpcReply::Append)
-        }
+        RpcRequest::Append(request) => match local.raft.append_entries(request).await {
+            Ok(response) => {
+                if !matches!(response, AppendEntriesResponse::HigherVote(_)) {
+                    local.elections.leader_heard(local);
+                }
+                RpcReply::Append(response)
+            }
+            Err(error) => failed(&error),
+        },
+        RpcRequest::PreVote { last } => RpcReply::PreVote(local.elections.grants(local, last)),
         RpcRequest::Snapshot(chunk) => install(local, chunk).await,
         RpcRequest::Propose { command, wait_ms } => accept(local, from, command, wait_ms).await,
         RpcRequest::Knows(peer) => RpcReply::Knows(local.knows(&peer)),
@@ -66,8 +74,16 @@ async fn answer(local: &LocalMember, from: &Peer, request: RpcRequest) -> RpcRep
 }
 
 async fn install(local: &LocalMember, chunk: Chunk) -> RpcReply {
-    match local.raft.install_snapshot(chunk.into()).await {
-        Ok(response) => RpcReply::Snapshot(response),
+    let request = InstallSnapshotRequest::from(chunk);
+    let vote = request.vote;
+    match local.raft.install_snapshot(request).await {
+        Ok(response) => {
+            // A former leader's is answered with a later vote.
+            if response.vote == vote {
+                local.elections.leader_heard(local);
+            }
+            RpcReply::Snapshot(response)
+        }
         Err(RaftError::APIError(InstallSnapshotError::SnapshotMismatch(mismatch))) => {
             RpcReply::SnapshotRestart { expect: mismatch.expect, got: mismatch.got }
         }

@@ -108,6 +108,31 @@ impl SledLog {
         Ok(self.disk.write(batch).await?)
     }
 
+    /// Every entry, in order.
+    pub fn all_entries(&self) -> Result<Vec<Entry>, StoreError> {
+        self.entries(0, u64::MAX, usize::MAX)
+    }
+
+    /// The last log id in an open database.
+    pub fn last_in(disk: Disk) -> Result<Option<LogId>, StoreError> {
+        Ok(Self { disk }.log_state()?.last_log_id)
+    }
+
+    /// The stored vote and the last log id, which is that of a snapshot where there is no entry.
+    pub fn end(&self) -> Result<(Option<Vote>, Option<LogId>), StoreError> {
+        Ok((self.meta(VOTE)?, self.log_state()?.last_log_id))
+    }
+
+    /// Adds to `batch` that this log belongs to `identity` and begins after `at`, where a snapshot ends.
+    pub fn restart(&self, batch: &mut WriteBatch, identity: Identity, vote: Vote, at: LogId) -> Result<(), StoreError> {
+        self.disk.remove_range(batch, &entry_key(0), ENTRIES_END)?;
+        batch.put(IDENTITY, &cbor::to_vec(&identity)?);
+        batch.put(VOTE, &cbor::to_vec(&vote)?);
+        batch.put(COMMITTED, &cbor::to_vec(&at)?);
+        batch.put(PURGED, &cbor::to_vec(&at)?);
+        Ok(())
+    }
+
     fn meta<T: DeserializeOwned>(&self, key: &[u8]) -> Result<Option<T>, StoreError> {
         let bytes = self.disk.get(key)?;
         Ok(bytes.map(|bytes| cbor::from_slice(&bytes, META_BYTES_MAX)).transpose()?)

@@ -79,12 +79,31 @@ async fn save(disk: &Disk, saving: &Mutex<()>, meta: &SnapshotMeta, bytes: &[u8]
     if old.as_ref().is_some_and(|old| old.meta.last_log_id > meta.last_log_id) {
         return Ok(());
     }
-    let slot = old.map_or(0, |old| old.slot + 1);
     let mut batch = WriteBatch::default();
-    disk.remove_range(&mut batch, b"S", b"T")?;
+    replace(disk, &mut batch, meta, bytes)?;
+    Ok(disk.write(batch).await?)
+}
+
+/// Adds to `batch` that this is the snapshot.
+pub(super) fn replace(
+    disk: &Disk,
+    batch: &mut WriteBatch,
+    meta: &SnapshotMeta,
+    bytes: &[u8],
+) -> Result<(), StoreError> {
+    let slot = load(disk)?.map_or(0, |(old, _)| old.slot + 1);
+    disk.remove_range(batch, b"S", b"T")?;
     batch.put(&slot_key(slot), bytes);
     batch.put(RECORD, &cbor::to_vec(&SnapshotRecord { meta: meta.clone(), slot })?);
-    Ok(disk.write(batch).await?)
+    Ok(())
+}
+
+/// The state after the snapshot in `disk`, and the last entry that it covers.
+pub(super) fn snapshot(disk: &Disk) -> Result<(State, Option<LogId>), StoreError> {
+    match load(disk)? {
+        Some((record, bytes)) => Ok((cbor::from_slice(&bytes, SNAPSHOT_BYTES_MAX)?, record.meta.last_log_id)),
+        None => Ok((State::default(), None)),
+    }
 }
 
 impl RaftStateMachine<TypeConfig> for StateMachine {

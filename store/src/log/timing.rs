@@ -44,11 +44,21 @@ impl Timing {
 
     /// The consensus library's configuration, if the values make sense together.
     pub(crate) fn config(&self) -> Result<Arc<openraft::Config>, LogError> {
+        let Self { heartbeat_ms, election_min_ms, election_max_ms, .. } = *self;
+        if !(heartbeat_ms < election_min_ms && election_min_ms < election_max_ms) {
+            return Err(LogError::Timing(format!(
+                "a heartbeat every {heartbeat_ms} ms, elections after {election_min_ms} to {election_max_ms} ms of silence"
+            )));
+        }
+        let vote_ms = (2 * heartbeat_ms).max(election_min_ms * 2 / 5);
         let config = openraft::Config {
             cluster_name: "coel".into(),
             heartbeat_interval: self.heartbeat_ms,
-            election_timeout_min: self.election_min_ms,
-            election_timeout_max: self.election_max_ms,
+            // `election` decides when to stand. The first of these is how long a voter may take to save and send its vote; the
+            // second, for how long after a leader was heard a vote is refused: a dead leader is not replaced sooner.
+            enable_elect: false,
+            election_timeout_min: vote_ms,
+            election_timeout_max: vote_ms + 1,
             install_snapshot_timeout: self.snapshot_chunk_ms,
             max_payload_entries: 64,
             // A member further behind gets the snapshot. More than the entries kept, or a snapshot

@@ -70,9 +70,11 @@ fn authority(command: &Command) -> Authority {
         | Command::Leave { node }
         | Command::Ready { node, .. }
         | Command::NotReady { node, .. } => Authority::Node(*node),
-        Command::Join { .. } | Command::Invite { .. } | Command::RegisterModel { .. } | Command::Precisions { .. } => {
-            Authority::Member
-        }
+        Command::Join { .. }
+        | Command::Invite { .. }
+        | Command::Forget { .. }
+        | Command::RegisterModel { .. }
+        | Command::Precisions { .. } => Authority::Member,
     }
 }
 
@@ -127,6 +129,7 @@ fn step(state: &mut State, command: &Command, origin: Option<Origin>) -> Step {
             Outcome::Done
         }),
         Command::Leave { node } => leave(state, *node),
+        Command::Forget { node } => forget(state, *node),
         Command::RegisterModel { id, model } => register(state, *id, model),
         Command::Place { expect, model, replicas } => place(state, *expect, *model, replicas),
         Command::Precisions { bounds } => {
@@ -172,6 +175,9 @@ fn create(state: &mut State, mesh: MeshId, info: &MemberInfo) -> Step {
 fn admit(state: &mut State, info: MemberInfo) -> Outcome {
     let node = NodeId(state.next_node_id);
     state.next_node_id += 1;
+    for former in &mut state.former {
+        former.members.retain(|_, member| member.peer != info.peer);
+    }
     let MemberInfo { peer, name, addresses } = info;
     state.members.insert(node, Member { peer, name, addresses, leaving: false });
     Outcome::Joined { node }
@@ -214,6 +220,11 @@ fn invite(state: &mut State, token: TokenHash, uses: u32, expires_at_ms: u64) ->
         }
     }
     Ok(Outcome::Done)
+}
+
+fn forget(state: &mut State, node: NodeId) -> Step {
+    let awaited = state.former.iter_mut().any(|former| former.members.remove(&node).is_some());
+    if awaited { Ok(Outcome::Done) } else { leave(state, node) }
 }
 
 fn leave(state: &mut State, node: NodeId) -> Step {

@@ -77,6 +77,11 @@ pub enum Command {
         /// Which member.
         node: NodeId,
     },
+    /// A member is gone for good and cannot say so itself, and its replicas with it; or a member of a former mesh will not follow.
+    Forget {
+        /// Which member.
+        node: NodeId,
+    },
     /// Registers a model with the mesh.
     RegisterModel {
         /// The hash of its manifest.
@@ -129,6 +134,7 @@ impl Command {
             Self::Invite { .. } => "invite",
             Self::Leaving { .. } => "leaving",
             Self::Leave { .. } => "leave",
+            Self::Forget { .. } => "forget",
             Self::RegisterModel { .. } => "register-model",
             Self::Place { .. } => "place",
             Self::Precisions { .. } => "precisions",

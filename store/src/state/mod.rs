@@ -20,6 +20,9 @@ use crate::precision::{Bounds, Precision};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Most former meshes that are remembered.
+const FORMER_MAX: usize = 8;
+
 /// The replicated state. `Default` is a log before its first command.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
@@ -37,6 +40,18 @@ pub struct State {
     pub placement: Option<Placement>,
     /// At which precisions experts may be placed.
     pub precisions: Bounds,
+    /// The meshes that this one goes on from, the latest last; none unless it was recovered.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub former: Vec<FormerMesh>,
+}
+
+/// A mesh that lost its voters, and the members that have not joined the mesh that goes on from it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FormerMesh {
+    /// Which mesh.
+    pub mesh: MeshId,
+    /// The members it had, without those that follow.
+    pub members: BTreeMap<NodeId, MemberInfo>,
 }
 
 /// How a node introduces itself.
@@ -198,6 +213,46 @@ impl State {
         self.placement.as_ref().map_or(Epoch(0), |placement| placement.epoch)
     }
 
+    /// The state with which a mesh goes on that has lost its voters: `node` is its only member, and it is called `mesh`. Models
+    /// and precisions stay; of the placement stays what is on `node`, to be verified and reported again. Node ids are
+    /// not used again. `None` if `node` is no member.
+    pub fn recovered(&self, node: NodeId, mesh: MeshId) -> Option<Self> {
+        let mut others = self.members.clone();
+        let survivor = others.remove(&node)?;
+        let info = |member: Member| MemberInfo { peer: member.peer, name: member.name, addresses: member.addresses };
+        let others = others.into_iter().map(|(node, member)| (node, info(member))).collect();
+        let mut former = self.former.clone();
+        former.push(FormerMesh { mesh: self.mesh, members: others });
+        former.drain(..former.len().saturating_sub(FORMER_MAX));
+        let placement = self.placement.as_ref().map(|placement| {
+            let own = |replicas: &BTreeMap<NodeId, Replica>| {
+                let kept = replicas.get(&node).map(|replica| Replica { ready: None, ..*replica });
+                kept.map(|replica| (node, replica)).into_iter().collect()
+            };
+            Placement {
+                epoch: placement.epoch.next(),
+                model: placement.model,
+                replicas: placement.replicas.iter().map(|(expert, replicas)| (*expert, own(replicas))).collect(),
+                trunk_ready: BTreeSet::new(),
+            }
+        });
+        Some(Self {
+            mesh,
+            members: BTreeMap::from([(node, Member { leaving: false, ..survivor })]),
+            next_node_id: self.next_node_id,
+            invites: BTreeMap::new(),
+            models: self.models.clone(),
+            placement,
+            precisions: self.precisions,
+            former,
+        })
+    }
+
+    /// Whether this mesh goes on from that one.
+    pub fn follows(&self, mesh: MeshId) -> bool {
+        self.former.iter().any(|former| former.mesh == mesh)
+    }
+
     /// The model that `text` names: by its name, or by its id in hex.
     pub fn model(&self, text: &str) -> Option<(ModelId, &Model)> {
         let by_id = text.parse().ok().and_then(|id: ModelId| self.models.get_key_value(&id));
@@ -236,6 +291,40 @@ mod tests {
         assert_eq!(half.hosts(ExpertId::new(9, 9)).count(), 0);
         let lost = placement(&[(0, &[])]);
         assert_eq!((lost.coverage(), lost.replicas_min()), (0.0, 0));
+    }
+
+    #[test]
+    fn a_recovered_mesh_keeps_what_the_survivor_has() {
+        let member = |name: &str| Member {
+            peer: Peer(name.as_bytes().to_vec()),
+            name: name.into(),
+            addresses: vec![format!("/memory/{name}")],
+            leaving: true,
+        };
+        let state = State {
+            mesh: MeshId([1; 16]),
+            members: [(NodeId(1), member("a")), (NodeId(3), member("c"))].into(),
+            next_node_id: 4,
+            invites: [(TokenHash([7; 32]), Invite { uses_left: 1, expires_at_ms: 9 })].into(),
+            models: [(ModelId([1; 32]), Model::default())].into(),
+            placement: Some(placement(&[(0, &[(1, true), (3, true)]), (1, &[(1, true)])])),
+            ..State::default()
+        };
+        let next = state.recovered(NodeId(3), MeshId([2; 16])).unwrap();
+        assert_eq!((next.mesh, next.next_node_id, &next.models), (MeshId([2; 16]), 4, &state.models));
+        assert_eq!(next.members, [(NodeId(3), Member { leaving: false, ..member("c") })].into());
+        assert!(next.invites.is_empty(), "they were for the former mesh");
+        let placed = next.placement.as_ref().unwrap();
+        assert_eq!((placed.epoch, placed.of(NodeId(3)).count(), placed.missing().len()), (Epoch(2), 1, 2));
+        assert!(placed.of(NodeId(1)).next().is_none() && placed.trunk_ready.is_empty());
+        assert!(next.follows(state.mesh) && !next.follows(next.mesh));
+        assert_eq!(next.former[0].members[&NodeId(1)].name, "a");
+        assert_eq!(state.recovered(NodeId(2), MeshId([2; 16])), None, "it is no member");
+        let mut again = next;
+        for generation in 0..20 {
+            again = again.recovered(NodeId(3), MeshId([generation; 16])).unwrap();
+        }
+        assert_eq!(again.former.len(), FORMER_MAX);
     }
 
     #[test]

@@ -6,8 +6,8 @@
 mod mesh;
 
 use coel_store::{
-    Assignment, Command, Epoch, Log, LogError, MemberInfo, ModelId, NodeId, OpenError, Outcome, Peer, ProposeError,
-    Refusal, Timing, TokenHash, Transport, Unreachable,
+    Assignment, Command, Epoch, Log, LogError, MemberInfo, ModelId, NodeId, OpenError, Outcome, Peer, Presence,
+    ProposeError, Recovery, Refusal, Timing, TokenHash, Transport, Unreachable,
 };
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -174,7 +174,7 @@ async fn strangers_other_meshes_and_garbage_get_nothing() {
     thief.propose(invite, GUARD).await.unwrap();
     let join = Command::Join { peer: peer("a"), name: "a".into(), addresses: vec![], token, now_ms: 1 };
     thief.propose(join, GUARD).await.unwrap();
-    thief.reconcile(&BTreeSet::new()).await.unwrap();
+    thief.reconcile(Presence::default()).await.unwrap();
     mesh.until("a question is caught", |_| !caught.lock().unwrap().is_empty()).await;
     let question = caught.lock().unwrap()[0].clone();
     thief.shutdown().await;
@@ -292,5 +292,105 @@ async fn a_snapshot_replaces_a_long_log() {
     mesh.stop("b").await;
     mesh.start("b").await;
     assert_eq!(mesh.state("b").members, agreed.members, "the installed snapshot was kept");
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn newcomers_that_died_are_not_promoted() {
+    let mut mesh = Mesh::of(&["a", "b"]).await;
+    // c joins, has the whole log, and dies; nobody has noticed yet.
+    let admitted = mesh.admit("a", "c").await;
+    let log = mesh.log("c");
+    mesh.reconcile_until("c has the state", &BTreeSet::from([admitted]), |mesh| {
+        mesh.state("c").members.contains_key(&admitted)
+    })
+    .await;
+    assert_eq!(mesh.voters(), 1, "c is not steady");
+    mesh.wires.unplug("c");
+    let everyone = mesh.without(&BTreeSet::new());
+    for _ in 0..3 {
+        mesh.log("a").reconcile(everyone.clone()).await.unwrap();
+    }
+    assert_eq!(mesh.voters(), 1, "c does not answer");
+    assert_eq!(mesh.propose("a", rename(NodeId(1), "alive")).await, Outcome::Done);
+    mesh.wires.plug("c", &log);
+    mesh.reconcile_until("c is back, and votes", &BTreeSet::new(), |mesh| mesh.voters() == 3).await;
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mesh_that_lost_its_only_voter_goes_on_from_the_survivor() {
+    let mut mesh = Mesh::of(&["a", "b"]).await;
+    let former = mesh.log("a").mesh_id();
+    assert_eq!(mesh.propose("a", rename(NodeId(1), "lost")).await, Outcome::Done);
+    mesh.until_equal().await;
+    let agreed = mesh.state("b");
+    mesh.stop("a").await;
+    let nobody = mesh.log("b").propose(rename(NodeId(2), "alone"), Duration::from_secs(1)).await;
+    assert!(nobody.is_err(), "b has no vote");
+    mesh.stop("b").await;
+
+    let folder = mesh.dir.path().join("b");
+    let recovery = Recovery::open(&folder).await.unwrap();
+    assert_eq!((recovery.node(), recovery.state()), (NodeId(2), &*agreed), "the whole log counts");
+    let id = recovery.commit().await.unwrap();
+    assert!(id != former && folder.join(format!("log-of-{former}")).is_dir(), "the former log is kept");
+    assert_eq!(Log::membership(&folder).await.unwrap(), (NodeId(2), id));
+    mesh.start("b").await;
+    mesh.until("b leads", |mesh| *mesh.log("b").leader().borrow() == Some(NodeId(2))).await;
+    assert_eq!(mesh.state("b").members.len(), 1);
+    assert!(mesh.state("b").follows(former));
+    assert_eq!(mesh.propose("b", rename(NodeId(2), "heir")).await, Outcome::Done);
+
+    // The lost voter comes back to life: neither hears the other.
+    mesh.start("a").await;
+    mesh.until("a leads its own", |mesh| *mesh.log("a").leader().borrow() == Some(NodeId(1))).await;
+    let refused = String::from_utf8_lossy(&mesh.log("b").handle(peer("a"), Vec::new()).await).into_owned();
+    assert!(refused.contains("Malformed"), "{refused}");
+    assert_eq!(mesh.state("b").members[&NodeId(2)].name, "heir");
+    assert_eq!(mesh.state("a").members[&NodeId(2)].name, "b");
+    mesh.stop("a").await;
+
+    // It follows: its former log is set aside, and it joins under a new id.
+    let kept = Log::set_aside(mesh.dir.path().join("a")).await.unwrap();
+    assert!(kept.is_dir() && !Log::exists(mesh.dir.path().join("a")));
+    assert_eq!(mesh.join("b", "a").await, NodeId(3));
+    assert!(mesh.state("b").former[0].members.is_empty(), "everyone has followed");
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_ghost_is_forgotten_and_its_vote_with_it() {
+    let mut mesh = Mesh::of(&["a", "b", "c"]).await;
+    assert_eq!(
+        mesh.propose("b", Command::Leave { node: NodeId(3) }).await,
+        Outcome::Refused(Refusal::SpeaksForAnother { author: NodeId(2), node: NodeId(3) })
+    );
+    mesh.stop("c").await;
+    assert_eq!(mesh.propose("b", Command::Forget { node: NodeId(3) }).await, Outcome::Done);
+    let ghost = BTreeSet::from([NodeId(3)]);
+    mesh.reconcile_until("one of two votes", &ghost, |mesh| mesh.voters() == 1).await;
+    assert_eq!(mesh.state("a").members.len(), 2);
+    assert!(!mesh.log("a").admits(&peer("c")).await);
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_voter_that_was_cut_off_disturbs_nobody_when_it_is_back() {
+    let mesh = Mesh::of(&["a", "b", "c"]).await;
+    let leader = mesh.leader().await;
+    let away = ["a", "b", "c"].into_iter().find(|name| *name != leader).unwrap();
+    let log = mesh.log(away);
+    let term = mesh.log(&leader).term();
+    mesh.wires.unplug(away);
+    // It hears nobody for several elections, though its own calls arrive.
+    for step in 0..10 {
+        assert_eq!(mesh.propose(&leader, rename(NodeId(1), &format!("step {step}"))).await, Outcome::Done);
+        tokio::time::sleep(Duration::from_millis(timing().election_max_ms / 2)).await;
+    }
+    assert_eq!(log.term(), term, "it asks before it stands");
+    mesh.wires.plug(away, &log);
+    mesh.until_equal().await;
+    assert_eq!((mesh.log(&leader).term(), mesh.leader().await), (term, leader), "the leader leads on");
     mesh.close().await;
 }

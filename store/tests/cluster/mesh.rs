@@ -1,6 +1,8 @@
 //! Members in one process, joined by channels.
 
-use coel_store::{Command, Log, MemberInfo, NodeId, Outcome, Peer, State, Timing, TokenHash, Transport, Unreachable};
+use coel_store::{
+    Command, Log, MemberInfo, NodeId, Outcome, Peer, Presence, State, Timing, TokenHash, Transport, Unreachable,
+};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use std::collections::{BTreeMap, BTreeSet};
@@ -95,6 +97,18 @@ impl Mesh {
     }
 
     pub async fn join(&mut self, via: &str, name: &str) -> NodeId {
+        let node = self.admit(via, name).await;
+        let members = self.nodes.len();
+        self.reconcile_until("the newcomer has the state", &BTreeSet::new(), |mesh| {
+            let state = mesh.state(name);
+            state.members.contains_key(&node) && mesh.voters() == members.min(5) - (1 - members.min(5) % 2)
+        })
+        .await;
+        node
+    }
+
+    /// Admits a node and starts its log, which is empty.
+    pub async fn admit(&mut self, via: &str, name: &str) -> NodeId {
         let token = TokenHash::of(name.as_bytes());
         let invite = Command::Invite { token, uses: 1, expires_at_ms: 1_000 };
         assert_eq!(self.propose(via, invite).await, Outcome::Done);
@@ -106,12 +120,6 @@ impl Mesh {
         let log = Log::join(dir, node, mesh, self.wires.port(name), timing()).await.unwrap();
         self.wires.plug(name, &log);
         self.nodes.insert(name.into(), log);
-        let members = self.nodes.len();
-        self.reconcile_until("the newcomer has the state", &BTreeSet::new(), |mesh| {
-            let state = mesh.state(name);
-            state.members.contains_key(&node) && mesh.voters() == members.min(5) - (1 - members.min(5) % 2)
-        })
-        .await;
         node
     }
 
@@ -133,12 +141,20 @@ impl Mesh {
         self.log(name).propose(command, GUARD).await.unwrap()
     }
 
+    /// All members are there but those in `lost`.
+    pub fn without(&self, lost: &BTreeSet<NodeId>) -> Presence {
+        let members =
+            self.nodes.values().flat_map(|log| log.state().borrow().members.keys().copied().collect::<Vec<_>>());
+        let up: BTreeSet<_> = members.filter(|node| !lost.contains(node)).collect();
+        Presence { steady: up.clone(), up, lost: lost.clone() }
+    }
+
     /// Lets the leader reconcile until `done`.
     pub async fn reconcile_until(&self, what: &str, down: &BTreeSet<NodeId>, done: impl Fn(&Self) -> bool) {
         let wait = async {
             while !done(self) {
                 for log in self.nodes.values() {
-                    log.reconcile(down).await.unwrap();
+                    log.reconcile(self.without(down)).await.unwrap();
                 }
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }

@@ -37,11 +37,25 @@ pub enum Message {
         proof: [u8; 32],
         name: String,
         addresses: Vec<String>,
+        /// The mesh that the joiner's data folder belongs to.
+        #[serde(default)]
+        former: Option<MeshId>,
     },
     /// Host: you are a member; these are the others.
     Welcome { node: NodeId, members: Vec<Greeted> },
     /// Host: no, and why.
     Refused { reason: String },
+}
+
+/// What a joining node says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Newcomer {
+    /// Its name, for people.
+    pub name: String,
+    /// Where it can be reached.
+    pub addresses: Vec<String>,
+    /// The mesh that its data folder belongs to, if any. The mesh that it joins must go on from that one.
+    pub former: Option<MeshId>,
 }
 
 /// A member, as told to a newcomer.

@@ -5,13 +5,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use coel_gossip::{Frame, FrameStream, Handle, Incoming, PeerId, Protocol};
+use coel_gossip::{Frame, FrameStream, Handle, Incoming, Multiaddr, PeerId, Protocol};
 use coel_store::{Command, Log, MeshId, NodeId, Outcome, cbor};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use super::handshake::{ADDRESSES_MAX, Greeted, MESSAGE_BYTES_MAX, Message, VERSION, find_invite, proof};
+use super::handshake::{ADDRESSES_MAX, Greeted, MESSAGE_BYTES_MAX, Message, Newcomer, VERSION, find_invite, proof};
 use super::invite::{Invite, token_hash};
 use crate::config::NAME_BYTES_MAX;
 use crate::ids;
@@ -23,8 +23,18 @@ pub const PROTOCOL: Protocol = Protocol::new("/coel/join/1", MESSAGE_BYTES_MAX a
 const MESSAGE_DEADLINE: Duration = Duration::from_secs(10);
 /// Longest a newcomer waits for a member's answer, which includes a proposal to the log.
 const WELCOME_DEADLINE: Duration = Duration::from_secs(20);
+/// Longest a member that does not let this node in is waited for.
+const REFUSAL_DEADLINE: Duration = Duration::from_secs(3);
 /// Handshakes at once; strangers cost little, but not nothing.
 const HANDSHAKES_MAX: usize = 16;
+
+/// The refusal of a node that asks for a mesh which was recovered. The node that hears it knows it by this text.
+const SUCCEEDED: &str = "the mesh was recovered without its other members; ask for an invite to the mesh that goes on from it \
+                         (coel invite), and use it here (coel join INVITE)";
+
+/// What a node is to do that a member takes for a stranger.
+const STRANGER: &str = "it does not know this node as a member any more; if it was forgotten, or has left, use a new invite on this data \
+                        folder (coel join INVITE)";
 
 /// Why a node was not admitted.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +98,9 @@ async fn host(stream: &mut FrameStream, stranger: PeerId, log: &Log, local: Peer
     let mesh = log.mesh_id();
     match hear(stream, MESSAGE_DEADLINE).await? {
         Message::Hello { version: VERSION, mesh: asked } if asked == mesh => {}
+        Message::Hello { version: VERSION, mesh: asked } if log.state().borrow().follows(asked) => {
+            return Err(SUCCEEDED.into());
+        }
         // Which mesh this is, a stranger is not told.
         Message::Hello { version: VERSION, .. } => return Err("the invite is for another mesh".into()),
         Message::Hello { version, .. } => {
@@ -97,7 +110,7 @@ async fn host(stream: &mut FrameStream, stranger: PeerId, log: &Log, local: Peer
     }
     let nonce: [u8; 32] = rand::random();
     say(stream, &Message::Challenge { nonce }).await?;
-    let Message::Proof { proof, name, addresses } = hear(stream, MESSAGE_DEADLINE).await? else {
+    let Message::Proof { proof, name, addresses, former } = hear(stream, MESSAGE_DEADLINE).await? else {
         return Err("expected Proof".into());
     };
     if name.is_empty() || name.len() > NAME_BYTES_MAX || addresses.len() > ADDRESSES_MAX {
@@ -106,6 +119,12 @@ async fn host(stream: &mut FrameStream, stranger: PeerId, log: &Log, local: Peer
     let state = log.state().borrow().clone();
     let token = find_invite(state.invites.keys(), &proof, mesh, stranger, local, &nonce)
         .ok_or("this mesh knows no such invite; ask a member for a new one with `coel invite`")?;
+    if let Some(former) = former.filter(|former| !state.follows(*former)) {
+        return Err(format!(
+            "the node belongs to mesh {former}, and this mesh does not go on from that one; leave it first (coel leave), or use \
+             another data folder (--data)"
+        ));
+    }
     let join = Command::Join { peer: ids::peer_key(stranger), name, addresses, token, now_ms: now_ms() };
     match propose(log, join).await {
         Ok(Outcome::Joined { node }) => {
@@ -138,7 +157,7 @@ async fn greet(log: &Log, newcomer: NodeId) -> Vec<Greeted> {
 ///
 /// # Errors
 /// [`JoinError`]; nothing was written on this side.
-pub async fn join(gossip: &Handle, invite: &Invite, name: &str, addresses: Vec<String>) -> Result<Admitted, JoinError> {
+pub async fn join(gossip: &Handle, invite: &Invite, me: Newcomer) -> Result<Admitted, JoinError> {
     let broken = JoinError::Broken;
     let unreachable = |why: String| JoinError::Unreachable {
         tried: invite.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
@@ -156,7 +175,8 @@ pub async fn join(gossip: &Handle, invite: &Invite, name: &str, addresses: Vec<S
         _ => return Err(broken("expected Challenge".into())),
     };
     let proof = proof(&token_hash(&invite.token), invite.mesh, gossip.local_peer_id(), host, &nonce);
-    let message = Message::Proof { proof, name: name.to_owned(), addresses };
+    let Newcomer { name, addresses, former } = me;
+    let message = Message::Proof { proof, name, addresses, former };
     say(&mut stream, &message).await.map_err(broken)?;
     match hear(&mut stream, WELCOME_DEADLINE).await.map_err(broken)? {
         Message::Welcome { node, members } => Ok(Admitted { node, members }),
@@ -175,6 +195,20 @@ async fn hear(stream: &mut FrameStream, deadline: Duration) -> Result<Message, S
     let frame = timeout(deadline, stream.recv()).await.map_err(|_| "no answer in time".to_owned())?;
     let frame = frame.map_err(|error| error.to_string())?.ok_or("the other side hung up")?;
     cbor::from_slice(&frame.payload, MESSAGE_BYTES_MAX).map_err(|error| error.to_string())
+}
+
+/// Asks a member that does not let this node in for the reason: it has recovered `mesh` without this node, or its log knows no such
+/// member. `None` if it does not say.
+pub async fn refusal(gossip: &Handle, mesh: MeshId, peer: PeerId, addresses: Vec<Multiaddr>) -> Option<String> {
+    let host = gossip.dial(addresses, Some(peer), REFUSAL_DEADLINE).await.ok()?;
+    let mut stream = gossip.open(host, PROTOCOL).await.ok()?;
+    say(&mut stream, &Message::Hello { version: VERSION, mesh }).await.ok()?;
+    match hear(&mut stream, REFUSAL_DEADLINE).await.ok()? {
+        Message::Refused { reason } if reason == SUCCEEDED => Some(reason),
+        // What a stranger hears.
+        Message::Challenge { .. } => Some(STRANGER.into()),
+        _ => None,
+    }
 }
 
 /// A new invite of this node. The log must have it before anyone gets the line.

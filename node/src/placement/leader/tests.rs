@@ -79,8 +79,18 @@ impl World {
     /// The effects after so many seconds, without the voters'.
     fn at(&mut self, seconds: u64) -> Vec<Effect> {
         let mut effects = self.leader.handle(&self.facts, self.start + Duration::from_secs(seconds));
-        effects.retain(|effect| !matches!(effect, Effect::ReconcileVoters { .. }));
+        effects.retain(|effect| !matches!(effect, Effect::ReconcileVoters(_)));
         effects
+    }
+
+    /// Which members are there after so many seconds, as the voters are chosen by it.
+    fn presence(&mut self, seconds: u64) -> Presence {
+        let effects = self.leader.handle(&self.facts, self.start + Duration::from_secs(seconds));
+        let found = effects.into_iter().find_map(|effect| match effect {
+            Effect::ReconcileVoters(presence) => Some(presence),
+            _ => None,
+        });
+        found.expect("a leader looks after the voters")
     }
 
     /// What is proposed after so many seconds, if anything is.
@@ -162,6 +172,22 @@ fn a_plan_waits_for_members_that_have_not_said_what_they_can_hold_but_not_for_ev
 }
 
 #[test]
+fn a_member_may_vote_once_it_has_been_up_for_a_while() {
+    let mut world = World::new(&[4, 4, 4]);
+    world.set(3, Liveness::Down);
+    let nodes = |ids: &[u64]| ids.iter().copied().map(NodeId).collect::<BTreeSet<_>>();
+    assert_eq!(world.presence(0), Presence { up: nodes(&[1, 2]), ..Presence::default() });
+    world.set(3, Liveness::Up);
+    assert_eq!(world.presence(1), Presence { up: nodes(&[1, 2, 3]), ..Presence::default() });
+    assert_eq!(world.presence(2).steady, nodes(&[1, 2]));
+    // A moment of silence starts the wait anew.
+    world.set(2, Liveness::Suspect);
+    assert_eq!(world.presence(3), Presence { up: nodes(&[1, 3]), steady: nodes(&[1, 3]), lost: nodes(&[]) });
+    world.set(2, Liveness::Up);
+    assert_eq!((world.presence(4).steady, world.presence(6).steady), (nodes(&[1, 3]), nodes(&[1, 2, 3])));
+}
+
+#[test]
 fn a_member_that_is_down_is_awaited_then_given_up_and_loses_its_vote() {
     let mut world = World::settled(&[4, 4, 4]);
     let placed = world.facts.state.placement.clone().unwrap();
@@ -172,7 +198,9 @@ fn a_member_that_is_down_is_awaited_then_given_up_and_loses_its_vote() {
     assert_eq!(world.at(3), vec![Effect::Report(awaited)], "every expert has another holder, so nothing moves");
     assert_eq!(world.at(29), vec![]);
     let effects = world.leader.handle(&world.facts, world.start + Duration::from_secs(31));
-    assert!(effects.contains(&Effect::ReconcileVoters { down: BTreeSet::from([NodeId(victim)]) }), "{effects:?}");
+    let presence = world.presence(31);
+    assert_eq!(presence.lost, BTreeSet::from([NodeId(victim)]));
+    assert!(!presence.up.contains(&NodeId(victim)) && presence.up.len() == 2, "{presence:?}");
     assert!(effects.contains(&Effect::Report(LeaderReport::default())), "{effects:?}");
     let replaced = world.proposed(32).unwrap();
     assert!(!holders(&replaced).contains(&victim), "{replaced:?}");

@@ -14,6 +14,7 @@ fn one_of_each() -> Vec<Command> {
         open(9, 1),
         Command::Leaving { node, leaving: true },
         Command::Leave { node },
+        Command::Forget { node },
         register_of(2, "other"),
         Command::Place { expect: epoch, model: ModelId([1; 32]), replicas: assignment("0.0: 1 3") },
         Command::Precisions { bounds: Bounds::only(Precision::Q8) },
@@ -31,6 +32,7 @@ fn one_of_each() -> Vec<Command> {
             | Command::Invite { .. }
             | Command::Leaving { .. }
             | Command::Leave { .. }
+            | Command::Forget { .. }
             | Command::RegisterModel { .. }
             | Command::Place { .. }
             | Command::Precisions { .. }
@@ -95,6 +97,7 @@ fn the_authority_of_each_command_is_pinned() {
         ("invite", Authority::Member),
         ("leaving", node),
         ("leave", node),
+        ("forget", Authority::Member),
         ("register-model", Authority::Member),
         ("place", Authority::Leader),
         ("precisions", Authority::Member),
