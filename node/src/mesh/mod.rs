@@ -7,7 +7,7 @@
 //! - [`advert`]: a node's offer as gossip carries it, and this node's own.
 //! - [`view`]: the mesh as this node sees it.
 //! - [`suspicion`]: tells the log when the leader is gone.
-//! - [`succession`]: notices that the mesh was recovered without this node.
+//! - [`succession`]: notices that the mesh goes on without this node.
 //! - [`leader`]: drives the leader's state machine, which is [`crate::placement`]'s.
 //!
 //! Nothing here decides where experts go.

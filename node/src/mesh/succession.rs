@@ -1,7 +1,7 @@
 //! Notices that the mesh goes on without this node.
 //!
-//! A mesh that lost its voters may have been recovered from another member. That member takes this node for a stranger then: it does not
-//! speak to it, but it answers what it answers every stranger. Owns [`follow`], which asks members that do not let this node in.
+//! A member that has recovered the mesh takes this node for a stranger, and so does a mesh that has forgotten it. They do not speak to it,
+//! but they answer what they answer every stranger. Owns [`follow`], which asks members that do not let this node in.
 
 use std::time::Duration;
 

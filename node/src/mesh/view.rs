@@ -103,12 +103,13 @@ impl MeshView {
         Quorum { voters, up }
     }
 
-    /// What to do where the mesh was recovered without this node; `None` as far as is known it was not.
+    /// Why a member does not let this node in, and what to do: it has recovered the mesh without this node, or knows it no more.
+    /// `None` where none is known to.
     pub fn successor(&self) -> Option<String> {
         self.successor.borrow().clone()
     }
 
-    /// Notes whether the mesh was recovered without this node.
+    /// Notes why a member does not let this node in, if one does not.
     pub(super) fn set_successor(&self, successor: Option<String>) {
         self.successor.send_replace(successor);
     }

@@ -1,7 +1,7 @@
 //! The log's folder inside a node's data folder: whose it is, and how it comes and goes.
 //!
-//! Invariant: a folder belongs to one member of one mesh from the moment its marker is written, and without the marker its
-//! content never counted.
+//! Invariants: a folder belongs to a member from the moment its marker is written, and without the marker its content never
+//! counted; a log that is given up is kept under another name.
 
 use super::error::LogError;
 use super::sled_log::{Identity, SledLog};
@@ -79,7 +79,7 @@ pub fn kept_log(dir: &Path, mesh: MeshId) -> PathBuf {
 /// Makes `dir` a folder that belongs to no mesh, and keeps the log it had under another name, which is returned.
 ///
 /// # Errors
-/// [`LogError`]; the folder is as it was then.
+/// [`LogError`]; the log is at one of the two places then, whole.
 pub async fn set_aside(dir: &Path) -> Result<PathBuf, LogError> {
     let (disk, log, identity) = open_member(dir).await?;
     drop(log);

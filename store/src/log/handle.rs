@@ -116,7 +116,7 @@ impl Log {
     /// Makes the data folder `dir` one that belongs to no mesh, and keeps its log under another name, which is returned.
     ///
     /// # Errors
-    /// [`LogError`]; the folder is as it was then.
+    /// [`LogError`]; the log is at one of the two places then, whole.
     pub fn set_aside(dir: impl AsRef<Path>) -> BoxFuture<'static, Result<PathBuf, LogError>> {
         let dir = dir.as_ref().to_owned();
         async move { folder::set_aside(&dir).await }.boxed()

@@ -17,7 +17,8 @@
 //!
 //! Invariants: nothing is acknowledged before it is on this node's disk, and on a majority's; a node answers only members
 //! of its own mesh; an entry's author is the member whose authenticated connection brought it; a mesh begins only by
-//! [`Log::create`], and a folder belongs to one member of one mesh forever.
+//! [`Log::create`], or goes on by a person's [`Recovery`]; and a folder belongs to one member of one mesh until a person recovers
+//! that mesh or sets its log aside.
 //!
 //! The log does not know what a connection is, or which members are up: the caller says so where it matters
 //! ([`Log::reconcile`]).

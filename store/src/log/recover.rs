@@ -72,7 +72,7 @@ impl Recovery {
     /// Keeps a copy of the former log beside it, and makes the folder that of the only voter of a new mesh, whose id it returns.
     ///
     /// # Errors
-    /// [`LogError`]; the folder is as it was then.
+    /// [`LogError`]; the folder holds the former mesh or the new one then, whole.
     pub async fn commit(self) -> Result<MeshId, LogError> {
         let Self { dir, disk, log, identity, state, term, index } = self;
         let mesh = MeshId(rand::random());

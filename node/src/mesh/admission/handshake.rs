@@ -4,7 +4,7 @@
 //! joiner                                  host (any member)
 //!   Hello { version, mesh }          ─►
 //!                                    ◄─   Challenge { nonce }
-//!   Proof { proof, name, addresses } ─►   finds the invite whose hash made the proof; takes one use through the log
+//!   Proof { proof, name, ... }       ─►   finds the invite whose hash made the proof; takes one use through the log
 //!                                    ◄─   Welcome { node, members }  or  Refused { reason }
 //! ```
 
