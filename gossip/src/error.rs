@@ -132,6 +132,15 @@ impl RequestError {
     }
 }
 
+/// An earlier process with this node's identity is alive, so this one has stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("another process with the identity of this node, {peer}, is running and started earlier")]
+pub struct Duplicate {
+    pub peer: PeerId,
+    /// When the earlier one started, in milliseconds since the Unix epoch, by its own clock.
+    pub earlier_ms: u64,
+}
+
 /// The protocol has a server already.
 #[derive(Debug, thiserror::Error)]
 #[error("{protocol} is served already")]

@@ -15,11 +15,11 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use crate::config::Config;
 use crate::driver::neighbours::{self, GOSSIP};
 use crate::driver::{Command, DesiredState, Driver};
-use crate::error::{DialError, FactsTooLarge, OpenError, RequestError, ServeError, StartError};
+use crate::error::{DialError, Duplicate, FactsTooLarge, OpenError, RequestError, ServeError, StartError};
 use crate::membership::message::FACTS_BYTES_MAX;
 use crate::membership::status::Status;
 use crate::membership::view::Peers;
-use crate::transport::endpoint::Endpoint;
+use crate::transport::endpoint::{Endpoint, Standing};
 use crate::transport::frame::{Frame, Protocol};
 use crate::transport::pool::StreamPool;
 use crate::transport::stream::{self, Access, FrameStream, Incoming};
@@ -166,6 +166,31 @@ impl Handle {
     /// [`ServeError`] if the protocol is served already.
     pub fn serve(&self, protocol: Protocol, access: Access) -> Result<Incoming, ServeError> {
         stream::serve(&self.endpoint, protocol, access)
+    }
+
+    /// Waits until members have been asked whether an earlier process of this node is alive. Where there are no other members
+    /// that is at once; where none answers, about a second after the first call of [`Self::set_members`].
+    ///
+    /// # Errors
+    /// [`Duplicate`]: one is alive, and this process must not act as the node.
+    pub async fn confirmed(&self) -> Result<(), Duplicate> {
+        let mut standing = self.endpoint.standing.subscribe();
+        tokio::select! {
+            // Whatever waits fails by itself then.
+            () = self.endpoint.stopped.cancelled() => {}
+            _ = standing.wait_for(|standing| *standing != Standing::Unknown) => {}
+        }
+        self.duplicate().map_or(Ok(()), Err)
+    }
+
+    /// The earlier process of this node that is alive, if one is. Gossip has stopped then.
+    pub fn duplicate(&self) -> Option<Duplicate> {
+        self.endpoint.duplicate()
+    }
+
+    /// Waits until gossip has stopped: by [`Self::shutdown`], or because this process is a [`Duplicate`].
+    pub async fn stopped(&self) {
+        self.endpoint.stopped.cancelled().await;
     }
 
     /// Attempts of strangers to use a protocol for members, as they are refused. One of them may come from a member of whom

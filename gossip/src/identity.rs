@@ -24,6 +24,12 @@ impl Identity {
         Identity { keypair: Keypair::generate_ed25519() }
     }
 
+    /// The identity whose secret is `seed`: for simulations, in which a seed gives the same history each time.
+    pub fn from_seed(seed: [u8; 32]) -> Identity {
+        let keypair = Keypair::ed25519_from_bytes(seed).expect("any 32 bytes are a secret");
+        Identity { keypair }
+    }
+
     /// The identity that [`Self::to_bytes`] encoded; nothing if these bytes are no ed25519 key pair.
     pub fn from_bytes(bytes: &[u8]) -> Option<Identity> {
         let keypair = Keypair::from_protobuf_encoding(bytes).ok()?;

@@ -9,7 +9,7 @@
 //! | [`Handle`] (`handle`) | how the rest of the node talks to gossip: cloneable, with bounded queues | driver, transport, membership |
 //! | `driver` | the one task that owns the libp2p swarm, and the tasks that carry gossip | transport, membership |
 //! | `transport` | swarm, frames, links, streams and their pool | membership (values only) |
-//! | `membership` | the pure half: adverts, liveness, addresses, status, messages, measures | |
+//! | `membership` | the pure half: adverts, processes, liveness, addresses, status, messages, measures | identity |
 //! | `config`, `identity`, `error`, `sync` | what a node is started with; faults; locks | membership |
 //!
 //! **The pure half decides.** It takes the time and a random generator as arguments, returns what is to be done as values,
@@ -21,6 +21,7 @@
 //!   its streams close without a byte; its connections are few and end when idle.
 //! - A peer's bytes never panic this node, sizes are checked before memory is set aside, and what a peer may hold here
 //!   (connections, streams, queued messages, facts, addresses) is bounded.
+//! - Of several processes with this node's identity that have a common neighbour, the earliest goes on and the others stop.
 //! - Nothing waits on a peer that is down: its connections are closed with the verdict, and whatever was pending fails with
 //!   an error that says it may be retried.
 //!
@@ -31,12 +32,12 @@ mod driver;
 mod error;
 mod handle;
 mod identity;
-mod membership;
+pub mod membership;
 mod sync;
 mod transport;
 
 pub use config::Config;
-pub use error::{DialError, FactsTooLarge, OpenError, RequestError, ServeError, StartError, StreamError};
+pub use error::{DialError, Duplicate, FactsTooLarge, OpenError, RequestError, ServeError, StartError, StreamError};
 pub use handle::{Handle, start};
 pub use identity::Identity;
 pub use libp2p::{Multiaddr, PeerId};

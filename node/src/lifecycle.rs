@@ -1,6 +1,6 @@
-//! How a node's process ends: on request, after leaving the mesh, or by a fault.
+//! How a node ends: on request, after leaving the mesh, by a fault, or to be started anew.
 //!
-//! Owns [`Lifecycle`]. Invariants: a node that was asked to stop does not start again; of several faults the first counts. It does
+//! Owns [`Lifecycle`]. Invariants: of several faults the first counts. It does
 //! not know who asks, nor what has to be stopped.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,9 @@ pub struct Lifecycle(Arc<Inner>);
 #[derive(Debug, Default)]
 struct Inner {
     stopping: CancellationToken,
+    leaving: AtomicBool,
     left: AtomicBool,
+    restarting: AtomicBool,
     fatal: Mutex<Option<String>>,
 }
 
@@ -39,6 +41,27 @@ impl Lifecycle {
     /// The first fatal fault.
     pub fn fatal(&self) -> Option<String> {
         self.0.fatal.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Stops the node, to be started anew in this process.
+    pub fn restart(&self) {
+        self.0.restarting.store(true, Ordering::Release);
+        self.stop();
+    }
+
+    /// Whether the node is to be started anew, since nothing else has ended it.
+    pub fn is_restarting(&self) -> bool {
+        self.0.restarting.load(Ordering::Acquire)
+    }
+
+    /// Notes that this node is about to say that it leaves, or stays after all.
+    pub fn set_leaving(&self, leaving: bool) {
+        self.0.leaving.store(leaving, Ordering::Release);
+    }
+
+    /// Whether it is by this node's own word if it is no member any more.
+    pub fn is_leaving(&self) -> bool {
+        self.0.leaving.load(Ordering::Acquire)
     }
 
     /// Notes that this node is no longer a member: its data folder forgets the mesh when it stops.

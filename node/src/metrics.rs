@@ -42,6 +42,8 @@ pub struct Metrics {
     pub requests_failed: Counter,
     /// Tokens generated.
     pub tokens: Counter,
+    /// Answers that wait for experts whose hosts are away.
+    pub answers_waiting: Gauge,
     /// Bytes received over the weight stream.
     pub bytes_fetched: Counter,
     /// Bytes sent over the weight stream.
@@ -90,6 +92,7 @@ impl Default for Metrics {
             requests: Counter::default(),
             requests_failed: Counter::default(),
             tokens: Counter::default(),
+            answers_waiting: Gauge::default(),
             bytes_fetched: Counter::default(),
             bytes_sent: Counter::default(),
             blobs_repaired: Counter::default(),
@@ -137,6 +140,7 @@ impl Default for Metrics {
         }
         for (name, help, gauge) in [
             ("sessions_waiting", "Requests of sessions that wait for a batch", &metrics.sessions_waiting),
+            ("answers_waiting", "Answers that wait for experts whose hosts are away", &metrics.answers_waiting),
             ("kv_pages_used", "Pages of the KV pool that sessions have", &metrics.kv_pages_used),
             ("kv_pages", "Pages of the KV pool", &metrics.kv_pages),
             ("epoch", "Version of the placement", &metrics.epoch),

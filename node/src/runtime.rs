@@ -5,13 +5,14 @@
 
 use std::fs::{File, TryLockError};
 use std::future::Future;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use coel_gossip::Handle;
+use coel_gossip::{Access, Duplicate, Handle, Incoming, Protocol};
 use coel_model::serve::device::Device;
-use coel_store::{Blobs, Log, MemberInfo, Timing, replace_file};
+use coel_store::{Blobs, Log, LogError, MemberInfo, MeshId, NodeId, Timing, replace_file};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -36,7 +37,8 @@ use crate::mesh::admission::invite::Invite;
 use crate::mesh::admission::protocol::{self, Admitted, JoinError};
 use crate::mesh::identity::IdentityError;
 use crate::mesh::members::Departure;
-use crate::mesh::{MeshView, OwnOffer, advert, identity, leader, members, raft_network, succession, suspicion};
+use crate::mesh::readmission::{self, Readmitted, remove_note};
+use crate::mesh::{MeshView, OwnOffer, advert, exclusion, identity, leader, members, raft_network, suspicion};
 use crate::metrics::Metrics;
 use crate::placement::LeaderReport;
 use crate::registry::ModelRegistry;
@@ -77,7 +79,7 @@ pub enum RunError {
     NoMesh(PathBuf),
     /// HTTP cannot listen.
     #[error("HTTP cannot listen on {address}: {source}; stop what uses that port, or name another address with --api")]
-    Api { address: std::net::SocketAddr, source: std::io::Error },
+    Api { address: SocketAddr, source: std::io::Error },
     /// A fault of the operating system.
     #[error("{what}: {source}")]
     Io { what: String, source: std::io::Error },
@@ -96,9 +98,17 @@ pub enum RunError {
     /// The identity is unusable.
     #[error("{0}")]
     Identity(#[from] IdentityError),
+    /// Another process of this node is alive.
+    #[error(
+        "another process runs with the identity of this node, {}, and started before this one: the data folder {} is one of two, copied \
+         or restored while the original runs. This process has stopped, and the other one goes on. Start only one of them from now on. \
+         To make this one a node of its own, give it an empty data folder: `coel join INVITE --data DIR`",
+        duplicate.peer, data.display()
+    )]
+    Duplicate { data: PathBuf, duplicate: Duplicate },
     /// The log did not open.
     #[error("{0}")]
-    Log(#[from] coel_store::LogError),
+    Log(#[from] LogError),
     /// The blobs did not open.
     #[error("{0}")]
     Blobs(#[from] coel_store::BlobError),
@@ -119,21 +129,55 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> RunError {
 ///
 /// # Errors
 /// [`RunError`]; everything that was started has been stopped again.
-pub async fn run(config: Config, origin: Origin, started: impl FnOnce(&NodeFile) + Send) -> Result<(), RunError> {
+pub async fn run(mut config: Config, origin: Origin, started: impl FnOnce(&NodeFile) + Send) -> Result<(), RunError> {
     let data = config.data.clone();
     std::fs::create_dir_all(&data).map_err(io(format!("the data folder {}", data.display())))?;
     let _lock = lock(&data)?;
     if let (Some(vram), Device::Cpu) = (config.limits.vram_bytes, config.device.resolve()?) {
         return Err(RunError::VramOfCpu { vram: Size(vram), device: config.device.to_string() });
     }
-    match (&origin, Log::exists(&data)) {
+    match (&origin, Log::exists(&data) || Readmitted::read(&data).is_some()) {
         (Origin::New, true) => return Err(RunError::HasMesh(data)),
         (Origin::Existing, false) => return Err(RunError::NoMesh(data)),
         _ => {}
     }
+    let mut started = Some(started);
+    let mut tell = |file: &NodeFile| {
+        if let Some(started) = started.take() {
+            started(file);
+        }
+    };
+    let mut origin = origin;
+    while let Ended::Restart { api } = run_once(config.clone(), origin, &mut tell).await? {
+        // Clients find it where it was.
+        config.api = api;
+        origin = Origin::Existing;
+    }
+    Ok(())
+}
+
+/// How a node ended that did not fail.
+enum Ended {
+    /// For good.
+    Stopped,
+    /// To be started anew, with HTTP at the same address.
+    Restart {
+        /// The address.
+        api: SocketAddr,
+    },
+}
+
+/// Runs a node once. The data folder is this process's.
+async fn run_once(
+    config: Config,
+    origin: Origin,
+    started: &mut (dyn FnMut(&NodeFile) + Send),
+) -> Result<Ended, RunError> {
+    let data = config.data.clone();
     let newcomer = matches!(origin, Origin::Join(_)) && !Log::exists(&data);
     let api = TcpListener::bind(config.api).await.map_err(|source| RunError::Api { address: config.api, source })?;
-    let api_url = format!("http://{}", api.local_addr().map_err(io("HTTP"))?);
+    let address = api.local_addr().map_err(io("HTTP"))?;
+    let api_url = format!("http://{address}");
     let identity = identity::load_or_create(&data.join("identity.key"))?;
     let mut swarm = coel_gossip::Config::new(identity);
     swarm.listen = config.listen.clone();
@@ -153,14 +197,20 @@ pub async fn run(config: Config, origin: Origin, started: impl FnOnce(&NodeFile)
     let outcome = serve(node, api, &api_url, started).await;
     NodeFile::remove(&data);
     log.shutdown().await;
+    let duplicate = gossip.duplicate();
     gossip.shutdown().await;
+    if let Some(duplicate) = duplicate {
+        // Whatever else ended did so for this reason.
+        return Err(RunError::Duplicate { data, duplicate });
+    }
     if lifecycle.has_left() {
         forget_mesh(&data)?;
     }
     match (outcome, lifecycle.fatal()) {
         (Err(error), _) => Err(error),
         (Ok(()), Some(why)) => Err(RunError::Fatal(why)),
-        (Ok(()), None) => Ok(()),
+        (Ok(()), None) if lifecycle.is_restarting() => Ok(Ended::Restart { api: address }),
+        (Ok(()), None) => Ok(Ended::Stopped),
     }
 }
 
@@ -197,9 +247,14 @@ async fn open(config: &Config, origin: Origin, gossip: &Handle, data: &Path) -> 
         }
         Origin::Existing => open_existing(gossip, data, transport, timing).await?,
         Origin::Join(invite) => {
-            let own = if Log::exists(data) { Some(Log::membership(data).await?) } else { None };
+            let own = if Log::exists(data) { own_membership(data).await? } else { None };
             let former = own.map(|(_, mesh)| mesh).filter(|mesh| *mesh != invite.mesh);
-            let me = Newcomer { name: config.name.clone(), addresses: members::own_addresses(gossip), former };
+            // A join that was interrupted once the mesh had answered is taken up again. Otherwise a member without a log has lost it.
+            let noted = std::fs::read(joining_path(data)).ok();
+            let noted: Option<Readmitted> = noted.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+            let resumes = own.is_none() && noted.is_some_and(|noted| noted.mesh == invite.mesh);
+            let anew = !resumes && own.is_none_or(|(_, mesh)| mesh != invite.mesh);
+            let me = Newcomer { name: config.name.clone(), addresses: members::own_addresses(gossip), former, anew };
             let joining = protocol::join(gossip, &invite, me);
             // A member that starts again can do without an answer.
             let joined = match own {
@@ -218,20 +273,36 @@ async fn open(config: &Config, origin: Origin, gossip: &Handle, data: &Path) -> 
                     open_existing(gossip, data, transport, timing).await?
                 }
                 (Err(error), _) => return Err(error.into()),
-                (Ok(admitted), own) => {
-                    if own.is_some() {
+                (Ok(admitted), _) => {
+                    if Log::exists(data) {
                         let kept = Log::set_aside(data).await?;
                         info!(kept = %kept.display(), "this node joins anew; its former log is kept");
                     }
                     write_welcome(data, &admitted.members).map_err(io("the members of the mesh"))?;
+                    let note = Readmitted { node: admitted.node, mesh: invite.mesh };
+                    write_joining(data, note).map_err(io("the note of a join"))?;
                     welcome(gossip, &admitted.members);
-                    Log::join(data, admitted.node, invite.mesh, transport, timing).await?
+                    let log = Log::join(data, admitted.node, invite.mesh, transport, timing).await?;
+                    remove_note(&joining_path(data)).map_err(io("the note of a join"))?;
+                    log
                 }
             }
         }
     };
     info!(node = %log.node_id(), mesh = %log.mesh_id(), peer = %gossip.local_peer_id(), "in the mesh");
     Ok((log, Arc::new(Blobs::open_within(data, config.limits.disk_bytes)?)))
+}
+
+/// The node, and the mesh, that the data folder belongs to; `None` where its log is damaged, so that it says nothing any more.
+async fn own_membership(data: &Path) -> Result<Option<(NodeId, MeshId)>, LogError> {
+    match Log::membership(data).await {
+        Ok(own) => Ok(Some(own)),
+        Err(LogError::Damaged(log)) => {
+            warn!(damage = %log.damage, "this node cannot go on as {}; it joins anew", log.member);
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Opens the log of a node that is a member already.
@@ -241,9 +312,30 @@ async fn open_existing(
     transport: Arc<raft_network::RaftNetwork>,
     timing: Timing,
 ) -> Result<Log, RunError> {
+    if let Some(Readmitted { node, mesh }) = Readmitted::read(data) {
+        let log = match Log::membership(data).await {
+            Ok(own) if own == (node, mesh) => Log::open(data, transport, timing).await?,
+            _ => {
+                if Log::exists(data) {
+                    let kept = Log::set_aside(data).await?;
+                    info!(kept = %kept.display(), "the former log is kept");
+                }
+                Log::join(data, node, mesh, transport, timing).await?
+            }
+        };
+        Readmitted::done(data).map_err(io("the note of who this node has become"))?;
+        welcome(gossip, &read_welcome(data));
+        return Ok(log);
+    }
     let log = Log::open(data, transport, timing).await?;
+    remove_note(&joining_path(data)).map_err(io("the note of a join"))?;
     let (state, node) = (log.state().borrow().clone(), log.node_id());
     let admitted = state.members.contains_key(&node);
+    // One that was readmitted, and stopped before it could take that up, goes on as what it was until it has asked for another id.
+    let readmitted = state.node_of(&ids::peer_key(gossip.local_peer_id())).is_some_and(|now| now != node);
+    if readmitted {
+        return Ok(log);
+    }
     if !admitted && state.next_node_id > node.0 {
         // It left, and was stopped before it could forget the mesh.
         log.shutdown().await;
@@ -264,6 +356,15 @@ fn welcome(gossip: &Handle, members: &[Greeted]) {
         Some((ids::peer_id(&member.peer)?, addresses))
     });
     gossip.set_members(known.collect());
+}
+
+fn write_joining(data: &Path, note: Readmitted) -> std::io::Result<()> {
+    replace_file(&joining_path(data), &serde_json::to_vec(&note)?)
+}
+
+/// Says as which node of which mesh a folder was admitted, until it belongs to that node.
+fn joining_path(data: &Path) -> PathBuf {
+    data.join("joining")
 }
 
 fn welcome_path(data: &Path) -> PathBuf {
@@ -382,7 +483,7 @@ async fn serve(
     node: Node,
     api: TcpListener,
     api_url: &str,
-    started: impl FnOnce(&NodeFile) + Send,
+    started: &mut (dyn FnMut(&NodeFile) + Send),
 ) -> Result<(), RunError> {
     let data = node.config.data.clone();
     let socket = socket_path(&data);
@@ -396,29 +497,29 @@ async fn serve(
             name
         });
     };
-    let fatal = |error: coel_gossip::ServeError| RunError::Fatal(error.to_string());
-    let accept = |protocol| gossip.serve(protocol, coel_gossip::Access::Members).map_err(fatal);
-    let (raft_in, experts_in) = (accept(raft_network::PROTOCOL)?, accept(wire::PROTOCOL)?);
-    let weights_in = accept(weight_wire::PROTOCOL)?;
-    let join_in = gossip.serve(protocol::PROTOCOL, coel_gossip::Access::Anyone).map_err(fatal)?;
     let load = sample_load(gossip.clone(), parts.loaded.clone(), config.limits.memory_bytes, lifecycle.clone());
     task("suspicion", Box::pin(suspicion::follow(parts.view.clone())));
-    task("succession", Box::pin(succession::follow(parts.view.clone())));
+    task("progress", Box::pin(readmission::hear_others(parts.view.clone())));
+    task("readmission", Box::pin(readmission::follow(parts.view.clone(), data.clone(), lifecycle.clone())));
+    task("exclusion", Box::pin(exclusion::follow(parts.view.clone())));
     task("members", Box::pin(members::follow(gossip.clone(), log.clone())));
-    task("raft", Box::pin(raft_network::serve(raft_in, log.clone())));
-    task("admission", Box::pin(protocol::serve(join_in, log.clone(), gossip.local_peer_id())));
-    task(
-        "experts",
-        Box::pin(host::serve(experts_in, HostHandles { loaded: parts.loaded.clone(), metrics: parts.metrics.clone() })),
-    );
-    task("weights", Box::pin(weights::serve::serve(weights_in, blobs, parts.metrics)));
+    let calls = Calls { gossip: gossip.clone(), lifecycle: lifecycle.clone() };
+    let (raft_log, join_view) = (log.clone(), parts.view.clone());
+    task("raft", calls.serve(raft_network::PROTOCOL, Access::Members, |calls| raft_network::serve(calls, raft_log)));
+    task("admission", calls.serve(protocol::PROTOCOL, Access::Anyone, move |calls| protocol::serve(calls, join_view)));
+    let experts = HostHandles { loaded: parts.loaded.clone(), metrics: parts.metrics.clone() };
+    task("experts", calls.serve(wire::PROTOCOL, Access::Members, |calls| host::serve(calls, experts)));
+    let metrics = parts.metrics;
+    let serve_weights = |calls| weights::serve::serve(calls, blobs, metrics);
+    task("weights", calls.serve(weight_wire::PROTOCOL, Access::Members, serve_weights));
     task("claims", Box::pin(hosting::claims::follow(parts.view.clone(), parts.loaded)));
     task("hosting", Box::pin(hosting::run(parts.hosting)));
-    task("leader", Box::pin(leader::run(parts.view, parts.leader_report)));
-    task("offer", Box::pin(advert::publish(gossip.clone(), parts.offer)));
-    task("load", Box::pin(load));
     let (name, departure) = (config.name.clone(), parts.commands.departure.clone());
-    task("entry", Box::pin(members::keep_own_entry(gossip.clone(), log, name, departure)));
+    task("membership", Box::pin(members::stop_if_removed(log.clone(), lifecycle.clone())));
+    task("entry", Box::pin(members::keep_own_entry(parts.view.clone(), name, departure)));
+    task("leader", Box::pin(leader::run(parts.view, parts.leader_report)));
+    task("offer", Box::pin(advert::publish(gossip.clone(), parts.offer, log.clone())));
+    task("load", Box::pin(load));
 
     let generator = Arc::new(Generator::new(parts.generator));
     let stopping = lifecycle.stopping().clone();
@@ -441,6 +542,8 @@ async fn serve(
     loop {
         tokio::select! {
             () = stopping.cancelled() => break,
+            // This process is a duplicate.
+            () = gossip.stopped() => lifecycle.stop(),
             _ = interrupt.recv() => lifecycle.stop(),
             _ = terminate.recv() => lifecycle.stop(),
             conversation = control.next() => match conversation {
@@ -465,6 +568,34 @@ async fn serve(
         Ok(Ok(())) => Ok(()),
         Ok(Err(source)) => Err(io("HTTP")(source)),
         Err(error) => Err(RunError::Fatal(error.to_string())),
+    }
+}
+
+/// What serves the calls of other nodes needs.
+struct Calls {
+    gossip: Handle,
+    lifecycle: Lifecycle,
+}
+
+impl Calls {
+    /// Serves a protocol until the swarm stops. Not before it is known that this process is the node: a call that reaches a copy
+    /// must not be answered there.
+    fn serve<F: Future<Output = ()> + Send>(
+        &self,
+        protocol: Protocol,
+        access: Access,
+        serve: impl FnOnce(Incoming) -> F + Send + 'static,
+    ) -> BoxTask {
+        let (gossip, lifecycle) = (self.gossip.clone(), self.lifecycle.clone());
+        Box::pin(async move {
+            if gossip.confirmed().await.is_err() {
+                return;
+            }
+            match gossip.serve(protocol, access) {
+                Ok(incoming) => serve(incoming).await,
+                Err(error) => lifecycle.fail(error.to_string()),
+            }
+        })
     }
 }
 

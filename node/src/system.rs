@@ -2,13 +2,12 @@
 //!
 //! Every `unsafe` block of the crate is here. It decides nothing and knows nothing of models or meshes.
 
-use std::io;
-use std::path::Path;
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
 pub use coel_model::system::{machine_bytes as physical_memory_bytes, resident_bytes};
+pub use coel_store::free_disk_bytes;
 
 /// Returns free heap memory to the system. The allocator keeps an arena per thread, and an arena keeps what finished work freed.
 pub fn trim_heap() {
@@ -23,15 +22,6 @@ pub fn trim_heap() {
 pub fn cpu_time() -> Duration {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     Duration::new(time.tv_sec.max(0) as u64, time.tv_nsec.max(0) as u32)
-}
-
-/// Bytes that this process may still write in `folder`.
-///
-/// # Errors
-/// Those of the file system.
-pub fn free_disk_bytes(folder: &Path) -> io::Result<u64> {
-    let found = rustix::fs::statvfs(folder)?;
-    Ok(found.f_bavail * found.f_frsize)
 }
 
 /// Lets a closed pipe end this process quietly, as it ends other commands: `coel generate ... | head`. Call it before any other

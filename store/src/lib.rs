@@ -33,19 +33,21 @@ pub mod ids;
 pub mod log;
 pub mod manifest;
 pub mod precision;
+mod runtime;
+pub mod simulation;
 pub mod state;
 mod sync;
 
 pub use blobs::{BlobError, BlobReader, Blobs, Draft, NewPart, NewSlices, PartKey, Partial, Segment, Usage};
 pub use cbor::CborError;
-pub use disk::{DiskError, OpenError, replace_file, replace_secret_file};
+pub use disk::{DiskError, FullDisk, OpenError, free_disk_bytes, replace_file, replace_secret_file};
 pub use ids::{BlobId, Epoch, ExpertId, MeshId, ModelId, NodeId, ParseIdError, Peer, TokenHash};
 pub use log::{
-    Log, LogError, Presence, ProposeError, RPC_BYTES_MAX, Recovery, RpcRefusal, Timing, Transport, Unreachable,
-    VOTERS_MAX, majority, voters, voters_among,
+    DamagedLog, Log, LogError, Mark, Presence, Progress, ProposeError, RPC_BYTES_MAX, Recovery, RpcRefusal, Standing,
+    Timing, Transport, Unreachable, VOTERS_MAX, majority, voters, voters_among,
 };
 pub use manifest::{BlobEntry, BlobHasher, CHUNK_BYTES, FileEntry, Manifest, ManifestError, PartEntry, Slice, Slices};
 pub use precision::{Bounds, Precision};
 pub use state::apply::apply;
 pub use state::command::{Assignment, Command, Origin, Outcome, Refusal};
-pub use state::{FormerMesh, Invite, Loss, Member, MemberInfo, Model, Placement, Replica, State};
+pub use state::{Applied, FormerMesh, Invite, Loss, Member, MemberInfo, Model, Placement, Replica, State};

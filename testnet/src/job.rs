@@ -61,6 +61,7 @@ impl Job {
                 .into_iter()
                 .flat_map(|flag| [flag.into(), bounds.clone().into()])
                 .collect(),
+            env: Vec::new(),
         }
     }
 

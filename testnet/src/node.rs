@@ -38,6 +38,8 @@ pub struct NodeSpec {
     pub kv_tokens: usize,
     /// More flags, as they are.
     pub flags: Vec<OsString>,
+    /// Variables of its environment, beside its parent's.
+    pub env: Vec<(OsString, OsString)>,
 }
 
 /// How a node comes into being.
@@ -167,6 +169,7 @@ impl Node {
         if std::env::var_os("RUST_LOG").is_none() {
             command.env("RUST_LOG", "info,openraft=warn");
         }
+        command.envs(self.spec.env.iter().cloned());
         let process = Process::start(command, &self.log());
         self.process = Some(process.with_context(|| format!("cannot start {}", self.name()))?);
         Ok(())
@@ -217,6 +220,22 @@ impl Node {
     pub async fn status(&self) -> Result<Status> {
         let answer = tokio::time::timeout(STATUS_LIMIT, self.ask(&Request::Status, |_, _, _| ())).await;
         answer.map_err(|_| anyhow!("{} did not tell its status within {} s", self.name(), STATUS_LIMIT.as_secs()))?
+    }
+
+    /// SIGSTOP: it falls silent, and its connections stay.
+    pub fn suspend(&mut self) {
+        self.signal(libc::SIGSTOP);
+    }
+
+    /// SIGCONT: it goes on where it was suspended.
+    pub fn resume(&mut self) {
+        self.signal(libc::SIGCONT);
+    }
+
+    fn signal(&mut self, signal: libc::c_int) {
+        if let Some(process) = &mut self.process {
+            process.signal(signal);
+        }
     }
 
     /// SIGKILL.
@@ -287,8 +306,8 @@ mod tests {
     use super::*;
 
     fn node(root: &Path) -> Node {
-        let spec =
-            NodeSpec { name: "a".into(), memory_bytes: 7, kv_tokens: 9, flags: vec!["--peer".into(), "x".into()] };
+        let flags = vec!["--peer".into(), "x".into()];
+        let spec = NodeSpec { name: "a".into(), memory_bytes: 7, kv_tokens: 9, flags, env: Vec::new() };
         Node::new(root, Launcher::of("/bin/false"), spec).unwrap()
     }
 

@@ -1,7 +1,9 @@
-//! Killing nodes: between questions, in the middle of an answer, and until too few are left.
+//! Killing and suspending nodes: between questions, in the middle of an answer, and until too few are left.
 //!
-//! One mesh goes through all of it, since a node that comes back must serve as before. Nothing here waits for a fixed
-//! time: the tests wait for states that the nodes report, and for answers.
+//! One mesh goes through all the deaths, since a node that comes back must serve as before. The tests wait for states that the
+//! nodes report, and for answers; the one fixed time is the length of a fault.
+
+use std::time::Duration;
 
 use coel_node::service::ModelInfo;
 use coel_node::status::Status;
@@ -10,15 +12,18 @@ use coel_testnet::job::settle;
 use coel_testnet::mesh::Mesh;
 use coel_testnet::node::Start;
 use coel_testnet::progress::Progress;
+use tokio::sync::Notify;
 
 use crate::golden::Alone;
-use crate::support::{MODEL, QUESTION, coel_at, continue_tokens, mesh, turn, until};
+use crate::support::{MODEL, QUESTION, coel_at, continue_tokens, fixture, mesh, turn, until};
 
 const ANSWER: &str = "The capital of France is Paris.";
 /// Long enough to kill a node well before the answer ends.
 const LONG_TOKENS: usize = 120;
-/// Pieces of text after which a node is killed.
+/// Pieces of text after which a node is killed or suspended.
 const PIECES: usize = 10;
+/// How long a suspended node is silent: longer than it takes to be taken for dead.
+const SILENCE: Duration = Duration::from_secs(10);
 
 #[tokio::test]
 async fn any_one_of_three_may_die_at_any_time() {
@@ -60,7 +65,7 @@ async fn any_one_of_three_may_die_at_any_time() {
         back_in_service(&mut mesh, victim, wanted).await;
     }
 
-    the_last_replica_is_named_and_a_minority_agrees_on_nothing(&mut mesh).await;
+    an_answer_waits_for_its_experts_and_a_minority_agrees_on_nothing(&mut mesh, &prompt).await;
 }
 
 async fn question(api: &str) -> String {
@@ -133,6 +138,39 @@ async fn a_short_absence_makes_nothing_less_exact() {
     assert_eq!(question(&mesh.nodes()[2].api().unwrap()).await, ANSWER);
 }
 
+#[tokio::test]
+async fn an_answer_outlives_the_silence_of_the_only_holder_of_an_expert() {
+    let _turn = turn().await;
+    let (mut mesh, ..) = mesh(3, 40).await;
+    let all_exact = |status: &Status| status.nodes.iter().all(|node| node.precisions.q4 + node.precisions.q8 == 0);
+    let status = until(&mut mesh, 0, "everything exactly", all_exact).await;
+    let mut sole = status.placement.values().filter(|replicas| replicas.len() == 1).map(|replicas| replicas[0].node);
+    let sole = sole.find(|node| *node != status.node_id).expect("an expert that one other node holds");
+    let name = &status.nodes.iter().find(|node| node.node_id == sole).unwrap().name;
+    let holder = mesh.nodes().iter().position(|node| node.name() == name).unwrap();
+    let (api, prompt) = (mesh.nodes()[0].api().unwrap(), Alone::new().story());
+    let whole = continue_tokens(&api, &prompt, LONG_TOKENS, |_| ()).await.unwrap();
+
+    let (begun, mut pieces) = (Notify::new(), 0);
+    let answer = continue_tokens(&api, &prompt, LONG_TOKENS, |_| {
+        pieces += 1;
+        if pieces == PIECES {
+            begun.notify_one();
+        }
+    });
+    let silence = async {
+        begun.notified().await;
+        mesh.node(holder).suspend();
+        let waits = until(&mut mesh, 0, "an answer that waits", |status| status.own.answers_waiting == 1);
+        tokio::join!(waits, tokio::time::sleep(SILENCE));
+        mesh.node(holder).resume();
+    };
+    let (answer, ()) = tokio::join!(answer, silence);
+    let answer = answer.unwrap();
+    assert_eq!((&answer.tokens, &answer.text), (&whole.tokens, &whole.text));
+    until(&mut mesh, 0, "no answer that waits", |status| status.own.answers_waiting == 0).await;
+}
+
 async fn back_in_service(mesh: &mut Mesh, victim: usize, wanted: coel_testnet::settle::Wanted) {
     let before = mesh.nodes()[(victim + 1) % 3].status().await.unwrap();
     mesh.node(victim).start(&Start::Again).await.unwrap();
@@ -147,28 +185,37 @@ async fn back_in_service(mesh: &mut Mesh, victim: usize, wanted: coel_testnet::s
 }
 
 /// With two of three nodes gone at once, some experts have no replica left, and the remaining node has no majority.
-async fn the_last_replica_is_named_and_a_minority_agrees_on_nothing(mesh: &mut Mesh) {
-    mesh.node(1).kill();
-    mesh.node(2).kill();
+async fn an_answer_waits_for_its_experts_and_a_minority_agrees_on_nothing(mesh: &mut Mesh, prompt: &[u32]) {
     let api = mesh.nodes()[0].api().unwrap();
-    let body =
-        serde_json::json!({"model": MODEL, "temperature": 0, "messages": [{"role": "user", "content": QUESTION}]});
-    let error = ask::stream(&format!("{api}/v1/chat/completions"), body, |_| ()).await.unwrap_err();
-    let named =
-        |text: &str| text.contains("expert") && text.chars().any(|c| c.is_ascii_digit()) && text.contains("node");
-    match &error {
-        AskError::Refused { status, message, .. } => assert!(*status == 503 && named(message), "{error}"),
-        AskError::Failed { message, .. } => assert!(named(message), "{error}"),
-        AskError::Broken { .. } => panic!("{error}"),
+    let (begun, mut pieces) = (Notify::new(), 0);
+    let answer = continue_tokens(&api, prompt, LONG_TOKENS, |_| {
+        pieces += 1;
+        if pieces == PIECES {
+            begun.notify_one();
+        }
+    });
+    let deaths = async {
+        begun.notified().await;
+        mesh.node(1).kill();
+        mesh.node(2).kill();
+        until(mesh, 0, "an answer that waits", |status| status.own.answers_waiting == 1).await
+    };
+    tokio::select! {
+        answer = answer => panic!("nobody holds the experts of {answer:?}"),
+        _ = deaths => {}
     }
+    // The client has gone.
+    until(mesh, 0, "no answer that waits", |status| status.own.answers_waiting == 0).await;
     let status = until(mesh, 0, "coverage that counts the dead", |status| !status.readiness.ready).await;
     assert!(status.readiness.coverage < 1.0, "{:?}", status.readiness);
+    let refused = ask::chat(&api, MODEL, QUESTION, |_| ()).await.unwrap_err();
+    assert!(matches!(refused, AskError::Refused { status: 503, .. }), "{refused}");
     let data = mesh.nodes()[0].data();
-    // The node may have been the leader itself, may still believe in a dead one, or may know that there is none.
-    let invite = coel_at(&data, ["invite"]).await;
-    let reasons = ["1 of 3 voters can be reached, and 2 must be", "majority", "did not answer"];
-    assert!(reasons.iter().any(|reason| invite.stderr.contains(reason)), "{invite:#?}");
-    invite.refused(1, &[]);
+    let model = fixture();
+    let import = ["model", "import", model.to_str().unwrap()];
+    for command in [&["invite"][..], &["leave"], &["forget", "node-2"], &["model", "precision", "q8"], &import] {
+        coel_at(&data, command).await.refused(1, &["1 of 3 voters can be reached, and 2 must be"]);
+    }
     // The node still reports what it knows.
     assert!(coel_at(&data, ["status"]).await.printed().contains("node-2"));
     let models = coel_at(&data, ["model", "ls", "--json"]).await;

@@ -5,7 +5,9 @@
 //! would test the scheduler.
 
 mod bad_input;
+mod copies;
 mod failover;
+mod full_disk;
 mod golden;
 mod http_client;
 mod import;
@@ -13,6 +15,7 @@ mod main_job;
 mod membership;
 mod paging;
 mod policies;
+mod power_cut;
 mod precision;
 mod recovery;
 mod strangers;

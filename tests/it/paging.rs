@@ -40,6 +40,7 @@ fn spec(name: &str, percent: u64, disk_bytes: Option<u64>) -> NodeSpec {
         memory_bytes: budget.fixed_bytes + all * percent / 100 + largest,
         kv_tokens: budget.kv_tokens,
         flags: flags.into_iter().chain(disk.into_iter().flatten()).map(Into::into).collect(),
+        env: Vec::new(),
     }
 }
 

@@ -5,7 +5,7 @@ use coel_testnet::ask;
 use coel_testnet::mesh::Mesh;
 use coel_testnet::node::Start;
 
-use crate::support::{MODEL, QUESTION, coel_at, lone_node, mesh, spec, turn, until};
+use crate::support::{MODEL, QUESTION, coel_at, copy_folder, lone_node, mesh, spec, turn, until};
 
 const ANSWER: &str = "The capital of France is Paris.";
 
@@ -103,4 +103,82 @@ async fn newcomers_that_die_at_once_cost_no_quorum() {
     }
     let alone = until(&mut mesh, 0, "a mesh of one", |status| status.nodes.len() == 1).await;
     assert_eq!(alone.leader, Some(alone.node_id));
+}
+
+#[tokio::test]
+async fn a_node_whose_log_is_damaged_joins_anew_with_its_weights() {
+    let _turn = turn().await;
+    let (mut mesh, ..) = mesh(3, 100).await;
+    let all_vote = |status: &Status| status.nodes.len() == 3 && status.nodes.iter().all(|node| node.voter);
+    let before = until(&mut mesh, 2, "three voters", all_vote).await;
+    let data = mesh.nodes()[2].data();
+    mesh.node(2).stop().await;
+    let database = data.join("log/db");
+    let bytes = std::fs::metadata(&database).unwrap().len();
+    std::fs::File::options().write(true).open(&database).unwrap().set_len(bytes / 2).unwrap();
+
+    // Nothing is changed by itself, and no advice deletes anything.
+    let member = format!("node {} of mesh {}", before.node_id, before.mesh);
+    let path = database.display().to_string();
+    let advice = [path.as_str(), "is damaged", &member, "Keep the data folder", "coel join INVITE", "only vote"];
+    let up = ["up", "--api", "127.0.0.1:0", "--listen", "/ip4/127.0.0.1/tcp/0", "--mdns", "false", "--device", "cpu"];
+    coel_at(&data, up).await.refused(1, &advice);
+    coel_at(&data, ["recover", "--yes"]).await.refused(1, &advice);
+
+    let invite = mesh.invite(1).await.unwrap();
+    mesh.node(2).start(&Start::Join(invite.clone())).await.unwrap();
+    let after = until(&mut mesh, 2, "service as a new member", |status| status.readiness.ready).await;
+    assert!(after.node_id > before.node_id && after.mesh == before.mesh, "{:?}", after.node_id);
+    assert_eq!((after.peer_id, after.own.bytes_fetched), (before.peer_id, 0));
+    assert!(data.join("damaged-log/db").is_file() && data.join("log/db").is_file());
+    assert_eq!(answer(&mesh, 2).await, ANSWER);
+    let replaced = until(&mut mesh, 0, "its vote goes to its new id", all_vote).await;
+    let ids: Vec<_> = replaced.nodes.iter().map(|node| node.node_id).collect();
+    assert!(ids.contains(&after.node_id) && !ids.contains(&before.node_id), "{ids:?}");
+
+    // The same command again is a restart.
+    mesh.node(2).stop().await;
+    mesh.node(2).start(&Start::Join(invite)).await.unwrap();
+    let again = until(&mut mesh, 2, "service after a restart", |status| status.readiness.ready).await;
+    assert_eq!(again.node_id, after.node_id);
+}
+
+#[tokio::test]
+async fn a_node_whose_disk_was_put_back_returns_under_a_new_id() {
+    let _turn = turn().await;
+    let (mut mesh, ..) = mesh(3, 100).await;
+    let all_vote = |status: &Status| status.nodes.len() == 3 && status.nodes.iter().all(|node| node.voter);
+    let before = until(&mut mesh, 2, "three voters", all_vote).await;
+    let data = mesh.nodes()[2].data();
+    let backup = data.with_extension("backup");
+
+    // A backup of a stopped node, which then goes on for a while.
+    mesh.node(2).stop().await;
+    copy_folder(&data.join("log"), &backup);
+    mesh.node(2).start(&Start::Again).await.unwrap();
+    until(&mut mesh, 2, "service after the backup", |status| status.readiness.ready).await;
+    for _ in 0..3 {
+        mesh.invite(1).await.unwrap();
+    }
+    let written = mesh.nodes()[0].status().await.unwrap().applied;
+    until(&mut mesh, 2, "the writes arrive", |status| status.applied >= written).await;
+    // Members gossip how far they have got, and remember it of one another.
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    mesh.node(2).kill();
+    std::fs::remove_dir_all(data.join("log")).unwrap();
+    copy_folder(&backup, &data.join("log"));
+
+    // It goes on in the same process, under a new id, with its weights.
+    mesh.node(2).start(&Start::Again).await.unwrap();
+    let is_new = |status: &Status| status.readiness.ready && status.node_id > before.node_id;
+    let after = until(&mut mesh, 2, "service under a new id", is_new).await;
+    assert_eq!((&after.mesh, &after.peer_id, after.own.bytes_fetched), (&before.mesh, &before.peer_id, 0));
+    let said = std::fs::read_to_string(data.with_file_name("log")).unwrap();
+    assert!(said.contains("this node's log went back"), "{said}");
+    assert_eq!(answer(&mesh, 2).await, ANSWER);
+    let replaced = until(&mut mesh, 0, "its vote goes to its new id", all_vote).await;
+    let ids: Vec<_> = replaced.nodes.iter().map(|node| node.node_id).collect();
+    assert!(ids.contains(&after.node_id) && !ids.contains(&before.node_id), "{ids:?}");
+    let kept = std::fs::read_dir(&data).unwrap().filter_map(|entry| entry.unwrap().file_name().into_string().ok());
+    assert!(kept.into_iter().any(|name| name.starts_with("log-of-")), "its own log is kept");
 }

@@ -18,7 +18,7 @@ use coel_testnet::node::Node;
 /// A hang guard.
 const LIMIT: Duration = Duration::from_secs(60);
 /// The gossip protocol has no public constant, but its name is on the wire for everyone to see.
-const GOSSIP: Protocol = Protocol::new("/coel/gossip/1", 1 << 18);
+const GOSSIP: Protocol = Protocol::new("/coel/gossip/2", 1 << 18);
 
 async fn stranger() -> Handle {
     let mut config = Config::new(Identity::generate());
@@ -78,7 +78,8 @@ pub async fn get_nothing(mesh: &mut Mesh) {
         let future = Message::Hello { version: VERSION + 1, mesh: before.mesh.parse().unwrap() };
         let said = handshake(&stranger, peer, &future).await;
         assert!(matches!(&said[..], [Message::Refused { reason }] if reason.contains("version")), "{said:?}");
-        let proof = Message::Proof { proof: [7; 32], name: "x".into(), addresses: Vec::new(), former: None };
+        let proof =
+            Message::Proof { proof: [7; 32], name: "x".into(), addresses: Vec::new(), former: None, anew: false };
         let said = handshake(&stranger, peer, &proof).await;
         assert!(matches!(&said[..], [Message::Refused { .. }]), "{said:?}");
         let garbage = Frame::new(Bytes::new(), Bytes::from_static(b"\xff\x00 no message"));

@@ -134,6 +134,7 @@ pub fn spec(name: &str) -> coel_testnet::node::NodeSpec {
         memory_bytes: budget.bytes(100),
         kv_tokens: budget.kv_tokens,
         flags: Vec::new(),
+        env: Vec::new(),
     }
 }
 
@@ -239,5 +240,19 @@ impl Copy {
         bytes.extend(header);
         bytes.extend(data);
         std::fs::write(self.weights(), bytes).unwrap();
+    }
+}
+
+/// Copies the files of a folder, and its folders. Sockets stay behind.
+pub fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let (kind, to) = (entry.file_type().unwrap(), to.join(entry.file_name()));
+        if kind.is_dir() {
+            copy_folder(&entry.path(), &to);
+        } else if kind.is_file() {
+            std::fs::copy(entry.path(), to).unwrap();
+        }
     }
 }

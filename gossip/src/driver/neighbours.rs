@@ -1,7 +1,8 @@
 //! The tasks that carry gossip messages to and from connected members.
 //!
 //! Owns: the gossip protocol's streams. Each member is written to on a stream of ours and read from on streams of its own,
-//! so that both directions come up and fail independently.
+//! so that both directions come up and fail independently. What goes against the stream is small: what the reader knows of the
+//! process that opened it, since a peer may be two processes, and a stream of ours reaches one of them.
 //! Invariants: the driver keeps one writer per connected member, and the log bounds the members; a member's readers are
 //! bounded with its streams; the queue to a neighbour is bounded, and what does not fit is dropped (anti-entropy repairs
 //! it); a message that was read waits for the driver, which slows down a member that sends too much.
@@ -15,15 +16,18 @@ use libp2p::PeerId;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use crate::error::StreamError;
 use crate::membership::message::{MESSAGE_BYTES_MAX, Message};
 use crate::transport::endpoint::Endpoint;
 use crate::transport::frame::{Frame, Protocol};
 use crate::transport::stream::{self, FrameStream, Incoming};
 
-pub(crate) const GOSSIP: Protocol = Protocol::new("/coel/gossip/1", MESSAGE_BYTES_MAX as u32 + 2);
+pub(crate) const GOSSIP: Protocol = Protocol::new("/coel/gossip/2", MESSAGE_BYTES_MAX as u32 + 2);
 
 /// Messages that wait for one neighbour: a greeting and a burst of news. A neighbour with more in its queue is too slow.
 const QUEUE: usize = 32;
+/// Messages that wait to go against a member's stream. More are dropped: the member's next digest brings the same.
+const REFLECTIONS: usize = 4;
 /// Pause between attempts to open the stream; a new member needs a moment to learn that this node is one too.
 const REOPEN_FIRST: Duration = Duration::from_millis(200);
 const REOPEN_MAX: Duration = Duration::from_secs(2);
@@ -39,6 +43,11 @@ pub(crate) enum Event {
     Unlinked {
         peer: PeerId,
         writer: u64,
+    },
+    /// The peer opened a stream. What is put into the queue goes against it.
+    Opened {
+        peer: PeerId,
+        reflections: mpsc::Sender<Message>,
     },
     Message {
         peer: PeerId,
@@ -97,7 +106,7 @@ async fn write(
                 if events.send(Event::Linked { peer, writer: id }).await.is_err() {
                     return;
                 }
-                if carry(&mut stream, &mut messages).await {
+                if carry(&mut stream, &mut messages, &events).await {
                     return stream.close().await;
                 }
                 if events.send(Event::Unlinked { peer, writer: id }).await.is_err() {
@@ -116,14 +125,22 @@ async fn write(
 }
 
 /// Returns true when the queue was closed, false when the stream failed.
-async fn carry(stream: &mut FrameStream, messages: &mut mpsc::Receiver<Message>) -> bool {
-    while let Some(message) = messages.recv().await {
-        if let Err(error) = stream.send(&Frame::new(Bytes::new(), message.encode())).await {
-            tracing::debug!(peer = %stream.peer(), %error, "the gossip stream failed");
-            return false;
+async fn carry(stream: &mut FrameStream, messages: &mut mpsc::Receiver<Message>, events: &mpsc::Sender<Event>) -> bool {
+    loop {
+        tokio::select! {
+            message = messages.recv() => {
+                let Some(message) = message else { return true };
+                if !send(stream, message).await {
+                    return false;
+                }
+            }
+            received = stream.recv() => {
+                if !receive(stream.peer(), received, events).await {
+                    return false;
+                }
+            }
         }
     }
-    true
 }
 
 /// Reads from every stream that members open to us.
@@ -134,19 +151,46 @@ pub(crate) async fn listen(mut incoming: Incoming, events: mpsc::Sender<Event>) 
 }
 
 async fn read(peer: PeerId, mut stream: FrameStream, events: mpsc::Sender<Event>) {
+    let (reflections, mut reflected) = mpsc::channel(REFLECTIONS);
+    if events.send(Event::Opened { peer, reflections }).await.is_err() {
+        return;
+    }
     loop {
-        let frame = match stream.recv().await {
-            Ok(Some(frame)) => frame,
-            Ok(None) => return,
-            Err(error) => return tracing::debug!(%peer, %error, "the gossip stream from a member ended"),
+        let goes_on = tokio::select! {
+            Some(message) = reflected.recv() => send(&mut stream, message).await,
+            received = stream.recv() => receive(peer, received, &events).await,
         };
-        match Message::decode(frame.payload) {
-            Ok(message) => {
-                if events.send(Event::Message { peer, message }).await.is_err() {
-                    return;
-                }
-            }
-            Err(error) => return tracing::warn!(%peer, %error, "closed a gossip stream"),
+        if !goes_on {
+            return;
+        }
+    }
+}
+
+/// Whether the stream can be used further.
+async fn send(stream: &mut FrameStream, message: Message) -> bool {
+    let sent = stream.send(&Frame::new(Bytes::new(), message.encode())).await;
+    sent.inspect_err(|error| tracing::debug!(peer = %stream.peer(), %error, "a gossip stream failed")).is_ok()
+}
+
+/// Hands what was received to the driver. Whether the stream can be used further.
+async fn receive(peer: PeerId, received: Result<Option<Frame>, StreamError>, events: &mpsc::Sender<Event>) -> bool {
+    let frame = match received {
+        Ok(Some(frame)) => frame,
+        Ok(None) => return false,
+        Err(error) => {
+            tracing::debug!(%peer, %error, "a gossip stream ended");
+            return false;
+        }
+    };
+    match Message::decode(frame.payload) {
+        Ok(message) => {
+            // A driver that is ending hears nothing more, but what is queued for this stream is still sent.
+            let _ = events.send(Event::Message { peer, message }).await;
+            true
+        }
+        Err(error) => {
+            tracing::warn!(%peer, %error, "closed a gossip stream");
+            false
         }
     }
 }

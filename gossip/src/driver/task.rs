@@ -15,8 +15,8 @@ use futures::future::join_all;
 use libp2p::core::ConnectedPoint;
 use libp2p::swarm::{self, ConnectionId, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, Swarm, identify, mdns, ping};
-use rand::SeedableRng;
 use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::connections::Connections;
@@ -28,6 +28,7 @@ use crate::membership::addresses::{AddressBook, split_peer};
 use crate::membership::liveness::{self, Detector, Liveness};
 use crate::membership::measure::Rtt;
 use crate::membership::message::Message;
+use crate::membership::process::Process;
 use crate::membership::state::{self, State};
 use crate::membership::status::Status;
 use crate::membership::view::PeerView;
@@ -74,6 +75,8 @@ pub(crate) struct Driver {
     /// One per connected member.
     writers: HashMap<PeerId, NeighbourWriter>,
     writers_made: u64,
+    /// Leads against the streams that a member has opened: one for each of its processes.
+    reflections: HashMap<PeerId, Vec<mpsc::Sender<Message>>>,
     events: mpsc::Sender<neighbours::Event>,
     dials: Dials,
     /// Former members and when to disconnect them.
@@ -99,7 +102,9 @@ impl Driver {
     ) -> Driver {
         let now = Instant::now();
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let incarnation = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX / 2);
+        let started_ms = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX / 2);
+        let mut rng = StdRng::from_os_rng();
+        let process = Process { started_ms, nonce: rng.random() };
         let mut book = AddressBook::default();
         swarm.listeners().for_each(|address| book.add_own(address));
         for address in &config.peers {
@@ -108,15 +113,16 @@ impl Driver {
             }
         }
         Driver {
-            state: State::new(endpoint.me, incarnation, config.status, now),
+            state: State::new(config.identity.clone(), process, config.status, now),
             detector: Detector::new(config.liveness, now),
             book,
-            rng: StdRng::from_os_rng(),
+            rng,
             members: BTreeSet::new(),
             desired: DesiredState::default(),
             connections: Connections::default(),
             writers: HashMap::new(),
             writers_made: 0,
+            reflections: HashMap::new(),
             events,
             dials: Dials::default(),
             farewells: HashMap::new(),
@@ -165,10 +171,17 @@ impl Driver {
             if self.urgent {
                 self.publish();
             }
+            if self.endpoint.duplicate().is_some() {
+                break None;
+            }
         };
-        self.say_goodbye(&mut neighbours).await;
+        // A duplicate just goes: the node is still here, in another process.
+        if self.endpoint.duplicate().is_none() {
+            self.say_goodbye(&mut neighbours).await;
+        }
         // Links are cut first, so that nothing is pending once the node counts as stopped.
         self.connections.peers().for_each(|peer| self.cut_link(peer));
+        self.close().await;
         self.endpoint.stopped.cancel();
         drop(self);
         if let Some(done) = done {
@@ -200,6 +213,7 @@ impl Driver {
         for peer in before.difference(&members) {
             limits.remove_peer_id(peer);
             self.writers.remove(peer);
+            self.reflections.remove(peer);
             self.heard.remove(peer);
             self.rtt.remove(peer);
             self.farewells.insert(*peer, Instant::now() + FAREWELL);
@@ -429,6 +443,11 @@ impl Driver {
             }
             // Of a writer that was replaced meanwhile.
             neighbours::Event::Linked { .. } | neighbours::Event::Unlinked { .. } => {}
+            neighbours::Event::Opened { peer, reflections } => {
+                let streams = self.reflections.entry(peer).or_default();
+                streams.retain(|stream| !stream.is_closed());
+                streams.push(reflections);
+            }
             neighbours::Event::Message { peer, message } => self.feed_state(state::Input::Received(peer, message)),
         }
     }
@@ -441,6 +460,21 @@ impl Driver {
                         writer.send(message);
                     }
                 }
+                state::Output::Reflect { to, message } => {
+                    for stream in self.reflections.get(&to).into_iter().flatten() {
+                        // A stream that has ended, or is full, needs none.
+                        let _ = stream.try_send(message.clone());
+                    }
+                }
+                state::Output::Alternates(peer) => {
+                    self.urgent = true;
+                    tracing::warn!(
+                        %peer,
+                        "two processes run with the identity of one member: its data folder was copied. The later one stops by itself"
+                    );
+                }
+                state::Output::Confirmed => self.endpoint.confirm(),
+                state::Output::Duplicate(earlier) => self.endpoint.set_duplicate(earlier.started_ms),
                 state::Output::Changed(_) => self.dirty = true,
                 state::Output::Left(peer) => {
                     tracing::info!(%peer, "a member said goodbye");
@@ -498,6 +532,7 @@ impl Driver {
     fn publish(&mut self) {
         self.dirty = false;
         self.urgent = false;
+        let now = Instant::now();
         let view = |peer: &PeerId| {
             let record = self.state.record(peer);
             let status = record.and_then(|record| record.status.as_ref());
@@ -508,7 +543,8 @@ impl Driver {
                 connected: link.is_some(),
                 status: status.map(|status| status.value),
                 facts: facts.map(|facts| facts.value.clone()),
-                incarnation: record.map_or(0, |record| record.incarnation),
+                started_ms: record.map_or(0, |record| record.incarnation.process.started_ms),
+                alternates: self.state.alternates(peer, now),
                 status_version: status.map_or(0, |status| status.version),
                 facts_version: facts.map_or(0, |facts| facts.version),
                 rtt: self.rtt.get(peer).copied(),
@@ -522,10 +558,10 @@ impl Driver {
     }
 
     /// Tells every neighbour that this node is ending and lets them close, which is how they say that they have
-    /// heard; then closes what is left. None of it for long.
+    /// heard. Not for long.
     async fn say_goodbye(&mut self, neighbours: &mut mpsc::Receiver<neighbours::Event>) {
         neighbours.close();
-        let bye = Message::Bye { incarnation: self.state.incarnation() };
+        let bye = self.state.farewell();
         let told: Vec<PeerId> = self.writers.keys().copied().collect();
         let telling = join_all(self.writers.drain().map(|(_, writer)| writer.finish(bye.clone())));
         let swarm = &mut self.swarm;
@@ -543,6 +579,10 @@ impl Driver {
         };
         // A peer that does not answer hears nothing, as if this process had been killed.
         let _ = tokio::time::timeout(GOODBYE_TIMEOUT, parting).await;
+    }
+
+    /// Closes every connection, so that others see it at once.
+    async fn close(&mut self) {
         for peer in self.swarm.connected_peers().copied().collect::<Vec<_>>() {
             let _ = self.swarm.disconnect_peer_id(peer); // it is connected
         }

@@ -61,7 +61,7 @@ impl Default for Thresholds {
 }
 
 #[derive(Clone, Debug)]
-pub(crate) enum Input {
+pub enum Input {
     /// The members to watch, this node excluded.
     Members(BTreeSet<PeerId>),
     /// Any byte that only this member can have sent.
@@ -83,7 +83,7 @@ pub(crate) enum Input {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Output {
+pub enum Output {
     /// `attempt` counts from 0 since the last connection.
     Dial {
         peer: PeerId,
@@ -106,7 +106,7 @@ struct Watched {
 }
 
 #[derive(Debug)]
-pub(crate) struct Detector {
+pub struct Detector {
     thresholds: Thresholds,
     watched: BTreeMap<PeerId, Watched>,
     ticked: Instant,

@@ -7,33 +7,36 @@
 //!
 //! ```text
 //! message := kind u8, body                     1 delta, 2 digest, 3 wanted, 4 bye
-//! delta   := count u16, advert*                advert := peer, incarnation u64, flags u8,
-//!                                                        [version u64, status u16], [version u64, length u32, facts]
-//! digest  := count u16, entry*                 entry  := peer, incarnation u64, status version u64, facts version u64
-//! bye     := incarnation u64                   peer   := length u8, multihash bytes
+//! delta   := count u16, advert*                advert := peer, incarnation, flags u8, [version u64, status u16],
+//!                                                        [version u64, length u32, facts], [process, signature]
+//! digest  := count u16, entry*                 entry  := peer, incarnation, status version u64, facts version u64
+//! bye     := incarnation                       peer   := length u8, multihash bytes
+//! incarnation := rank u64, process             process := start u64, nonce u64
 //! ```
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use libp2p::PeerId;
 
+use super::process::{Incarnation, Process, SIGNATURE_BYTES, Sighting};
 use super::status::Status;
 
 /// Largest opaque facts of one node, in bytes. All nodes must agree on it, so it is not configurable.
 pub const FACTS_BYTES_MAX: usize = 64 * 1024;
 /// Most entries of one digest; far beyond the dozens of machines of a mesh.
-pub(crate) const DIGEST_ENTRIES_MAX: usize = 2048;
+pub const DIGEST_ENTRIES_MAX: usize = 2048;
 /// Adverts are packed into one delta until it has grown past this.
-pub(crate) const DELTA_BYTES_SOFT_MAX: usize = 96 * 1024;
+pub const DELTA_BYTES_SOFT_MAX: usize = 96 * 1024;
 /// Bytes of a digest entry with an ed25519 peer id.
-pub(crate) const DIGEST_ENTRY_BYTES: usize = 1 + 38 + 3 * 8;
+pub const DIGEST_ENTRY_BYTES: usize = 1 + 38 + 5 * 8;
 /// Upper bound of every message this module encodes.
-pub(crate) const MESSAGE_BYTES_MAX: usize = 256 * 1024;
+pub const MESSAGE_BYTES_MAX: usize = 256 * 1024;
 
 const _: () = assert!(DELTA_BYTES_SOFT_MAX + FACTS_BYTES_MAX + 1024 < MESSAGE_BYTES_MAX);
 const _: () = assert!(DIGEST_ENTRIES_MAX * (DIGEST_ENTRY_BYTES + 40) + 3 < MESSAGE_BYTES_MAX);
 
 const HAS_STATUS: u8 = 1;
 const HAS_FACTS: u8 = 2;
+const HAS_SIGHTING: u8 = 4;
 
 /// A value with the count of its changes within one incarnation; counts start at 1.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,8 +49,10 @@ pub struct Versioned<T> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Advert {
     pub origin: PeerId,
-    /// When the origin's process started, in milliseconds since the Unix epoch: a restart outranks what went before.
-    pub incarnation: u64,
+    /// A restart outranks what went before.
+    pub incarnation: Incarnation,
+    /// The word of the origin's process about another one that it had to outrank.
+    pub sighting: Option<Sighting>,
     pub status: Option<Versioned<Status>>,
     pub facts: Option<Versioned<Bytes>>,
 }
@@ -55,7 +60,7 @@ pub struct Advert {
 /// How much a node knows of one origin; version 0 is "nothing".
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stamp {
-    pub incarnation: u64,
+    pub incarnation: Incarnation,
     pub status: u64,
     pub facts: u64,
 }
@@ -69,7 +74,7 @@ pub enum Message {
     /// What the sender knows of just these origins. The receiver answers with what is newer.
     Wanted(Vec<(PeerId, Stamp)>),
     /// The sender's process is ending.
-    Bye { incarnation: u64 },
+    Bye { incarnation: Incarnation },
 }
 
 /// Why bytes are not a message.
@@ -106,7 +111,7 @@ impl Message {
             Message::Wanted(entries) => put_entries(&mut out, 3, entries),
             Message::Bye { incarnation } => {
                 out.put_u8(4);
-                out.put_u64_le(*incarnation);
+                put_incarnation(&mut out, *incarnation);
             }
         }
         debug_assert!(out.len() <= MESSAGE_BYTES_MAX);
@@ -127,7 +132,7 @@ impl Message {
             }
             2 => Message::Digest(get_entries(&mut bytes)?),
             3 => Message::Wanted(get_entries(&mut bytes)?),
-            4 => Message::Bye { incarnation: get(&mut bytes, 8, Buf::get_u64_le)? },
+            4 => Message::Bye { incarnation: get_incarnation(&mut bytes)? },
             kind => return Err(DecodeError::Kind(kind)),
         };
         if bytes.has_remaining() {
@@ -138,10 +143,11 @@ impl Message {
 }
 
 /// Bytes `advert` takes in a delta.
-pub(crate) fn advert_bytes(advert: &Advert) -> usize {
+pub fn advert_bytes(advert: &Advert) -> usize {
     let facts = advert.facts.as_ref().map_or(0, |facts| 12 + facts.value.len());
     let status = if advert.status.is_some() { 10 } else { 0 };
-    1 + advert.origin.to_bytes().len() + 9 + status + facts
+    let sighting = if advert.sighting.is_some() { 16 + SIGNATURE_BYTES } else { 0 };
+    1 + advert.origin.to_bytes().len() + 25 + status + facts + sighting
 }
 
 fn count(len: usize) -> u16 {
@@ -154,12 +160,23 @@ fn put_peer(out: &mut BytesMut, peer: &PeerId) {
     out.put_slice(&bytes);
 }
 
+fn put_process(out: &mut BytesMut, process: Process) {
+    out.put_u64_le(process.started_ms);
+    out.put_u64_le(process.nonce);
+}
+
+fn put_incarnation(out: &mut BytesMut, incarnation: Incarnation) {
+    out.put_u64_le(incarnation.rank);
+    put_process(out, incarnation.process);
+}
+
 fn put_advert(out: &mut BytesMut, advert: &Advert) {
     put_peer(out, &advert.origin);
-    out.put_u64_le(advert.incarnation);
+    put_incarnation(out, advert.incarnation);
     let status = if advert.status.is_some() { HAS_STATUS } else { 0 };
     let facts = if advert.facts.is_some() { HAS_FACTS } else { 0 };
-    out.put_u8(status | facts);
+    let sighting = if advert.sighting.is_some() { HAS_SIGHTING } else { 0 };
+    out.put_u8(status | facts | sighting);
     if let Some(status) = &advert.status {
         out.put_u64_le(status.version);
         out.put_u16_le(status.value.to_bits());
@@ -169,6 +186,10 @@ fn put_advert(out: &mut BytesMut, advert: &Advert) {
         out.put_u32_le(facts.value.len() as u32); // bounded by FACTS_BYTES_MAX where facts are set
         out.put_slice(&facts.value);
     }
+    if let Some(sighting) = &advert.sighting {
+        put_process(out, sighting.of);
+        out.put_slice(&sighting.signature);
+    }
 }
 
 fn put_entries(out: &mut BytesMut, kind: u8, entries: &[(PeerId, Stamp)]) {
@@ -176,7 +197,7 @@ fn put_entries(out: &mut BytesMut, kind: u8, entries: &[(PeerId, Stamp)]) {
     out.put_u16_le(count(entries.len()));
     for (peer, stamp) in entries {
         put_peer(out, peer);
-        out.put_u64_le(stamp.incarnation);
+        put_incarnation(out, stamp.incarnation);
         out.put_u64_le(stamp.status);
         out.put_u64_le(stamp.facts);
     }
@@ -198,6 +219,14 @@ fn get_peer(bytes: &mut Bytes) -> Result<PeerId, DecodeError> {
     if peer.to_bytes() == raw[..] { Ok(peer) } else { Err(DecodeError::Peer) }
 }
 
+fn get_process(bytes: &mut Bytes) -> Result<Process, DecodeError> {
+    Ok(Process { started_ms: get(bytes, 8, Buf::get_u64_le)?, nonce: get(bytes, 8, Buf::get_u64_le)? })
+}
+
+fn get_incarnation(bytes: &mut Bytes) -> Result<Incarnation, DecodeError> {
+    Ok(Incarnation { rank: get(bytes, 8, Buf::get_u64_le)?, process: get_process(bytes)? })
+}
+
 fn get_version(bytes: &mut Bytes) -> Result<u64, DecodeError> {
     match get(bytes, 8, Buf::get_u64_le)? {
         0 => Err(DecodeError::Version),
@@ -207,12 +236,12 @@ fn get_version(bytes: &mut Bytes) -> Result<u64, DecodeError> {
 
 fn get_advert(bytes: &mut Bytes) -> Result<Advert, DecodeError> {
     let origin = get_peer(bytes)?;
-    let incarnation = get(bytes, 8, Buf::get_u64_le)?;
+    let incarnation = get_incarnation(bytes)?;
     let flags = get(bytes, 1, Buf::get_u8)?;
-    if flags & !(HAS_STATUS | HAS_FACTS) != 0 {
+    if flags & !(HAS_STATUS | HAS_FACTS | HAS_SIGHTING) != 0 {
         return Err(DecodeError::Flags(flags));
     }
-    let mut advert = Advert { origin, incarnation, status: None, facts: None };
+    let mut advert = Advert { origin, incarnation, sighting: None, status: None, facts: None };
     if flags & HAS_STATUS != 0 {
         let version = get_version(bytes)?;
         let value = Status::from_bits(get(bytes, 2, Buf::get_u16_le)?);
@@ -227,6 +256,15 @@ fn get_advert(bytes: &mut Bytes) -> Result<Advert, DecodeError> {
         let value = get(bytes, length, |bytes| bytes.split_to(length))?;
         advert.facts = Some(Versioned { version, value });
     }
+    if flags & HAS_SIGHTING != 0 {
+        let of = get_process(bytes)?;
+        let signature = get(bytes, SIGNATURE_BYTES, |bytes| {
+            let mut signature = [0; SIGNATURE_BYTES];
+            bytes.copy_to_slice(&mut signature);
+            signature
+        })?;
+        advert.sighting = Some(Sighting { of, signature });
+    }
     Ok(advert)
 }
 
@@ -238,7 +276,7 @@ fn get_entries(bytes: &mut Bytes) -> Result<Vec<(PeerId, Stamp)>, DecodeError> {
     let mut digest = Vec::new();
     for _ in 0..entries {
         let peer = get_peer(bytes)?;
-        let incarnation = get(bytes, 8, Buf::get_u64_le)?;
+        let incarnation = get_incarnation(bytes)?;
         let status = get(bytes, 8, Buf::get_u64_le)?;
         let facts = get(bytes, 8, Buf::get_u64_le)?;
         digest.push((peer, Stamp { incarnation, status, facts }));
@@ -262,19 +300,27 @@ mod tests {
         proptest::option::of((1u64.., value).prop_map(|(version, value)| Versioned { version, value }))
     }
 
+    fn process() -> impl Strategy<Value = Process> {
+        any::<(u64, u64)>().prop_map(|(started_ms, nonce)| Process { started_ms, nonce })
+    }
+
+    fn incarnation() -> impl Strategy<Value = Incarnation> {
+        (any::<u64>(), process()).prop_map(|(rank, process)| Incarnation { rank, process })
+    }
+
     fn advert() -> impl Strategy<Value = Advert> {
         let status = versioned(any::<u16>().prop_map(Status::from_bits));
         let facts = versioned(proptest::collection::vec(any::<u8>(), 0..200).prop_map(Bytes::from));
-        (peer(), any::<u64>(), status, facts).prop_map(|(origin, incarnation, status, facts)| Advert {
-            origin,
-            incarnation,
-            status,
-            facts,
+        let sighting = proptest::option::of(
+            (process(), any::<u8>()).prop_map(|(of, byte)| Sighting { of, signature: [byte; SIGNATURE_BYTES] }),
+        );
+        (peer(), incarnation(), sighting, status, facts).prop_map(|(origin, incarnation, sighting, status, facts)| {
+            Advert { origin, incarnation, sighting, status, facts }
         })
     }
 
     fn entries() -> impl Strategy<Value = Vec<(PeerId, Stamp)>> {
-        let stamp = (any::<u64>(), any::<u64>(), any::<u64>()).prop_map(|(incarnation, status, facts)| Stamp {
+        let stamp = (incarnation(), any::<u64>(), any::<u64>()).prop_map(|(incarnation, status, facts)| Stamp {
             incarnation,
             status,
             facts,
@@ -287,7 +333,7 @@ mod tests {
             proptest::collection::vec(advert(), 0..4).prop_map(Message::Delta),
             entries().prop_map(Message::Digest),
             entries().prop_map(Message::Wanted),
-            any::<u64>().prop_map(|incarnation| Message::Bye { incarnation }),
+            incarnation().prop_map(|incarnation| Message::Bye { incarnation }),
         ]
     }
 
@@ -332,7 +378,7 @@ mod tests {
         facts.put_u8(1);
         facts.put_u16_le(1);
         put_peer(&mut facts, &PeerId::random());
-        facts.put_u64_le(7);
+        put_incarnation(&mut facts, Incarnation::default());
         facts.put_u8(HAS_FACTS);
         facts.put_u64_le(1);
         facts.put_u32_le(u32::MAX);

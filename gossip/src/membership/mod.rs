@@ -5,6 +5,7 @@
 //! | [`state`] | adverts and anti-entropy: what this node says, hears and repairs |
 //! | [`liveness`] | the failure detector |
 //! | [`addresses`] | where members may be found |
+//! | [`process`] | the processes of one node, and the proof that two of them live |
 //! | [`status`] | 16 bits of load, and when they are worth a message |
 //! | [`message`] | what nodes say to one another, and its bytes |
 //! | [`measure`] | round-trip time and throughput |
@@ -13,10 +14,11 @@
 //! Invariant: nothing here does I/O, reads a clock or draws a random number. `now` and the generator are arguments, effects
 //! are returned as values.
 
-pub(crate) mod addresses;
+pub mod addresses;
 pub mod liveness;
-pub(crate) mod measure;
-pub(crate) mod message;
-pub(crate) mod state;
+pub mod measure;
+pub mod message;
+pub mod process;
+pub mod state;
 pub mod status;
-pub(crate) mod view;
+pub mod view;

@@ -2,7 +2,7 @@
 //!
 //! Owns: one record per member, merged by (incarnation, version), and this node's own record.
 //! Invariants: only records of members are kept; a record never goes back to an older stamp; only this node raises the
-//! versions of its own record.
+//! versions of its own record; of several live processes of this node that hear of one another, all but the earliest end.
 //! Deliberately does not know: connections, liveness, time sources or randomness. `now` and the generator are
 //! arguments, effects are returned.
 //!
@@ -10,6 +10,29 @@
 //! what a push misses (a full queue, a lost connection, two members that cannot reach each other): now and then a random
 //! member gets a digest of all stamps, answers with what is newer and asks for what it lacks. Digests grow with the mesh,
 //! and so does their period, which bounds their cost per second.
+//!
+//! # Two processes of one node
+//!
+//! A process that hears of a newer record of its own node outranks it: the clock may have been set back between two starts, and
+//! its news would be taken for old. Since the newer record may also be that of a live process (a copied data folder), the
+//! one that outranks it signs whom it has seen. A process that meets a sighting of itself by an *earlier* process of its
+//! node knows that this one is alive, because nobody else can sign, and nobody could name its nonce before it had started.
+//! It then says nothing more, and the driver ends. The earliest process never meets such a sighting, so one goes on.
+//!
+//! Both must be told, though the others take them for one peer: what is sent to a member reaches one of its processes, whichever
+//! has the stream. But every process opens a stream of its own to each member. Against all of them goes what is known of the
+//! member itself: in answer to a digest of it, and when its record passes to another process.
+//!
+//! A process has been heard once a member repeats it. It is *confirmed* when no sighting followed within [`GRACE`], or when no
+//! member was found within [`PATIENCE`]. Sightings count after that too.
+//!
+//! No alarm: a restart draws another nonce, so what was said of the process before does not concern it; neither does
+//! news that is late or comes twice, nor a process that was stopped and goes on.
+//!
+//! A hostile member can forge newer records of any node, as it always could: the node outranks them, and others may believe for a
+//! moment what was forged, or that the node has two processes. It can keep a sighting back from those that only it can reach.
+//! It cannot end a process, because it cannot sign. Not noticed: two processes without a common neighbour, and a machine that
+//! was cloned with its memory, nonce included.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -22,24 +45,37 @@ use rand::seq::IteratorRandom;
 use super::message::{
     Advert, DELTA_BYTES_SOFT_MAX, DIGEST_ENTRIES_MAX, DIGEST_ENTRY_BYTES, Message, Stamp, Versioned, advert_bytes,
 };
+use super::process::{Incarnation, Process, Sighting};
 use super::status::{self, Policy, Publisher, Status};
+use crate::identity::Identity;
 
 /// Bytes per second one node spends on digests, at most.
 const DIGEST_BYTES_PER_S: f64 = 4096.0;
 /// Bytes of a whole round per byte of its digest: one digest each way, and records about as large.
 const DIGEST_ROUND_FACTOR: f64 = 6.0;
 const ANTI_ENTROPY_PERIOD_MIN: Duration = Duration::from_secs(1);
+/// How long an earlier process of this node has for its sighting, once a member has heard of this one: two round trips on a
+/// busy machine.
+const GRACE: Duration = Duration::from_millis(250);
+/// How long this process waits for a member that has heard of it.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Time between two records that this node outranks, or two processes would do so as fast as messages travel. With a tick it is
+/// well below [`GRACE`].
+const OUTRANK_GAP: Duration = Duration::from_millis(50);
+/// How long after the last sign of it a member counts as having two processes.
+const ALTERNATION_SHOWN: Duration = Duration::from_secs(60);
 
 /// What is known of one origin.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Record {
-    pub incarnation: u64,
+pub struct Record {
+    pub incarnation: Incarnation,
+    pub sighting: Option<Sighting>,
     pub status: Option<Versioned<Status>>,
     pub facts: Option<Versioned<Bytes>>,
 }
 
 #[derive(Clone, Debug)]
-pub(crate) enum Input {
+pub enum Input {
     SetStatus(Status),
     SetFacts(Bytes),
     SetMembers(BTreeSet<PeerId>),
@@ -51,7 +87,7 @@ pub(crate) enum Input {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Output {
+pub enum Output {
     Send {
         to: PeerId,
         message: Message,
@@ -60,12 +96,54 @@ pub(crate) enum Output {
     Changed(PeerId),
     /// This member itself said that it is leaving.
     Left(PeerId),
+    /// To be carried by every stream that this member has opened: each of its processes has one of its own.
+    Reflect {
+        to: PeerId,
+        message: Message,
+    },
+    /// Two processes of this member were heard in turn.
+    Alternates(PeerId),
+    /// Members were asked, and no earlier process of this node was heard of.
+    Confirmed,
+    /// An earlier process of this node is alive: this one has to end.
+    Duplicate(Process),
+}
+
+/// Whether members know of other processes of this node.
+#[derive(Clone, Copy, Debug)]
+enum Inquiry {
+    /// There are no members that could be asked.
+    Unasked,
+    Asked {
+        since: Instant,
+    },
+    /// A member has heard of this process.
+    Heard {
+        since: Instant,
+    },
+    Confirmed,
+    Duplicate,
+}
+
+/// The processes that a member's records came from.
+#[derive(Debug)]
+struct Processes {
+    /// The one before the present one.
+    former: Process,
+    /// When a former one was last heard again.
+    alternated: Option<Instant>,
 }
 
 #[derive(Debug)]
-pub(crate) struct State {
+pub struct State {
+    identity: Identity,
     me: PeerId,
     own: Record,
+    inquiry: Inquiry,
+    /// When a record of this node's was last outranked.
+    outranked: Option<Instant>,
+    /// A record of this node's that is to be outranked once [`OUTRANK_GAP`] has passed.
+    to_outrank: Option<Incarnation>,
     publisher: Publisher,
     /// Set when the facts changed and were not yet pushed.
     facts_unsent: bool,
@@ -74,6 +152,8 @@ pub(crate) struct State {
     members: BTreeSet<PeerId>,
     linked: BTreeSet<PeerId>,
     records: BTreeMap<PeerId, Record>,
+    /// Of members that have restarted since this process started.
+    processes: BTreeMap<PeerId, Processes>,
     anti_entropy_at: Instant,
     out: Vec<Output>,
 }
@@ -100,6 +180,7 @@ impl Record {
         (restarted || status.is_some() || facts.is_some()).then_some(Advert {
             origin,
             incarnation: self.incarnation,
+            sighting: self.sighting,
             status,
             facts,
         })
@@ -112,7 +193,7 @@ impl Record {
         }
         let mut changed = false;
         if advert.incarnation > self.incarnation {
-            *self = Record { incarnation: advert.incarnation, status: None, facts: None };
+            *self = Record { incarnation: advert.incarnation, sighting: advert.sighting, status: None, facts: None };
             changed = true;
         }
         let known = self.stamp();
@@ -141,11 +222,15 @@ fn anti_entropy_period(members: usize) -> Duration {
 }
 
 impl State {
-    /// `incarnation`: when this process started, in milliseconds since the Unix epoch.
-    pub fn new(me: PeerId, incarnation: u64, policy: Policy, now: Instant) -> State {
+    /// The state of `process`, whose nonce no other process has.
+    pub fn new(identity: Identity, process: Process, policy: Policy, now: Instant) -> State {
         State {
-            me,
-            own: Record { incarnation, status: None, facts: None },
+            me: identity.peer_id(),
+            identity,
+            own: Record { incarnation: Incarnation::first(process), ..Record::default() },
+            inquiry: Inquiry::Unasked,
+            outranked: None,
+            to_outrank: None,
             gap: policy.gap,
             publisher: Publisher::new(policy),
             facts_unsent: false,
@@ -153,6 +238,7 @@ impl State {
             members: BTreeSet::new(),
             linked: BTreeSet::new(),
             records: BTreeMap::new(),
+            processes: BTreeMap::new(),
             anti_entropy_at: now + ANTI_ENTROPY_PERIOD_MIN,
             out: Vec::new(),
         }
@@ -162,24 +248,38 @@ impl State {
         self.records.get(peer)
     }
 
-    pub fn incarnation(&self) -> u64 {
-        self.own.incarnation
+    /// Whether two processes of this member were heard in turn, a short while ago.
+    pub fn alternates(&self, peer: &PeerId, now: Instant) -> bool {
+        let last = self.processes.get(peer).and_then(|processes| processes.alternated);
+        last.is_some_and(|last| now.saturating_duration_since(last) < ALTERNATION_SHOWN)
+    }
+
+    /// What this process says when it ends.
+    pub fn farewell(&self) -> Message {
+        Message::Bye { incarnation: self.own.incarnation }
     }
 
     pub fn handle(&mut self, input: Input, now: Instant, rng: &mut impl Rng) -> Vec<Output> {
+        if matches!(self.inquiry, Inquiry::Duplicate) {
+            return Vec::new();
+        }
         match input {
             Input::SetStatus(status) => self.publish_status(status::Input::Set(status), now),
             Input::SetFacts(facts) => self.set_facts(facts, now),
-            Input::SetMembers(members) => self.set_members(members),
+            Input::SetMembers(members) => self.set_members(members, now),
             Input::Linked(peer) => self.greet(peer),
             Input::Unlinked(peer) => {
                 self.linked.remove(&peer);
             }
-            Input::Received(from, message) => self.receive(from, message),
+            Input::Received(from, message) => self.receive(from, message, now),
             Input::Tick => {
                 self.publish_status(status::Input::Tick, now);
                 self.publish_facts(now);
                 self.repair(now, rng);
+                if let Some(remembered) = self.to_outrank.take_if(|remembered| *remembered > self.own.incarnation) {
+                    self.outrank(remembered, now);
+                }
+                self.confirm(now);
             }
         }
         std::mem::take(&mut self.out)
@@ -215,16 +315,25 @@ impl State {
         self.push(Advert { status: None, ..self.own_advert() });
     }
 
-    fn set_members(&mut self, mut members: BTreeSet<PeerId>) {
+    fn set_members(&mut self, mut members: BTreeSet<PeerId>, now: Instant) {
         members.remove(&self.me);
+        match self.inquiry {
+            Inquiry::Unasked if members.is_empty() => {
+                self.inquiry = Inquiry::Confirmed;
+                self.out.push(Output::Confirmed);
+            }
+            Inquiry::Unasked => self.inquiry = Inquiry::Asked { since: now },
+            _ => {}
+        }
         self.records.retain(|peer, _| members.contains(peer));
+        self.processes.retain(|peer, _| members.contains(peer));
         self.linked.retain(|peer| members.contains(peer));
         self.members = members;
     }
 
     fn own_advert(&self) -> Advert {
-        let Record { incarnation, status, facts } = self.own.clone();
-        Advert { origin: self.me, incarnation, status, facts }
+        let Record { incarnation, sighting, status, facts } = self.own.clone();
+        Advert { origin: self.me, incarnation, sighting, status, facts }
     }
 
     fn send(&mut self, to: PeerId, message: Message) {
@@ -266,20 +375,30 @@ impl State {
         std::iter::once(own).chain(others).take(DIGEST_ENTRIES_MAX).collect()
     }
 
-    fn receive(&mut self, from: PeerId, message: Message) {
+    /// Tells every process of a member what is known of it.
+    fn reflect(&mut self, to: PeerId) {
+        if let Some(record) = self.records.get(&to) {
+            let (incarnation, sighting) = (record.incarnation, record.sighting);
+            let known = Advert { origin: to, incarnation, sighting, status: None, facts: None };
+            self.out.push(Output::Reflect { to, message: Message::Delta(vec![known]) });
+        }
+    }
+
+    fn receive(&mut self, from: PeerId, message: Message, now: Instant) {
         if !self.members.contains(&from) {
             return;
         }
         match message {
-            Message::Delta(adverts) => adverts.into_iter().for_each(|advert| self.merge(advert)),
+            Message::Delta(adverts) => adverts.into_iter().for_each(|advert| self.merge(advert, now)),
             Message::Digest(entries) => {
+                self.reflect(from);
                 let theirs: BTreeMap<PeerId, Stamp> = entries.iter().copied().collect();
                 let known = |peer: &PeerId| theirs.get(peer).copied().unwrap_or_default();
                 let mut news: Vec<Advert> = Vec::new();
                 news.extend(self.own.newer_than(self.me, known(&self.me)));
                 news.extend(self.records.iter().filter_map(|(peer, record)| record.newer_than(*peer, known(peer))));
                 self.send_delta(from, news);
-                self.ask_for_missing(from, &entries);
+                self.ask_for_missing(from, &entries, now);
             }
             Message::Wanted(entries) => {
                 let record = |peer: &PeerId| {
@@ -298,11 +417,11 @@ impl State {
         }
     }
 
-    fn ask_for_missing(&mut self, from: PeerId, entries: &[(PeerId, Stamp)]) {
+    fn ask_for_missing(&mut self, from: PeerId, entries: &[(PeerId, Stamp)], now: Instant) {
         let mut wanted = Vec::new();
         for (peer, theirs) in entries {
             if *peer == self.me {
-                self.outrank(*theirs);
+                self.heard_of_own(*theirs, None, now);
             } else if self.members.contains(peer) {
                 let ours = self.records.get(peer).map(Record::stamp).unwrap_or_default();
                 if is_ahead(*theirs, ours) {
@@ -331,40 +450,98 @@ impl State {
         }
     }
 
-    fn merge(&mut self, advert: Advert) {
+    fn merge(&mut self, advert: Advert, now: Instant) {
         let origin = advert.origin;
         if origin == self.me {
-            let heard = Record { incarnation: advert.incarnation, status: advert.status, facts: advert.facts };
-            return self.outrank(heard.stamp());
+            let Advert { incarnation, sighting, status, facts, .. } = advert;
+            let stamp = Record { incarnation, sighting, status, facts }.stamp();
+            return self.heard_of_own(stamp, sighting, now);
         }
         if !self.members.contains(&origin) {
             return;
         }
-        if self.records.entry(origin).or_default().merge(advert) {
-            self.out.push(Output::Changed(origin));
+        let record = self.records.entry(origin).or_default();
+        let before = record.incarnation.process;
+        if !record.merge(advert) {
+            return;
+        }
+        let process = record.incarnation.process;
+        self.out.push(Output::Changed(origin));
+        if before != Process::default() && before != process {
+            self.reflect(origin);
+            self.passed_on(origin, before, process, now);
         }
     }
 
-    /// A member remembers a later start of this node: the clock was set back between two starts. Its news would be taken for
-    /// old, so the incarnation jumps ahead of the remembered one.
-    fn outrank(&mut self, remembered: Stamp) {
-        if !is_ahead(remembered, self.own.stamp()) {
+    /// A member's record passed from one process to another. Once is a restart; there and back is two live processes.
+    fn passed_on(&mut self, member: PeerId, before: Process, process: Process, now: Instant) {
+        let is_known = self.alternates(&member, now);
+        let processes = self.processes.entry(member).or_insert(Processes { former: before, alternated: None });
+        if std::mem::replace(&mut processes.former, before) == process {
+            processes.alternated = Some(now);
+            if !is_known {
+                self.out.push(Output::Alternates(member));
+            }
+        }
+    }
+
+    /// A record of this node, as others have it.
+    fn heard_of_own(&mut self, heard: Stamp, sighting: Option<Sighting>, now: Instant) {
+        let (by, own) = (heard.incarnation.process, self.own.incarnation.process);
+        if by == own && matches!(self.inquiry, Inquiry::Asked { .. }) {
+            self.inquiry = Inquiry::Heard { since: now };
+        }
+        let seen = sighting.filter(|sighting| sighting.of == own && by < own);
+        if seen.is_some_and(|sighting| sighting.is_of(&self.identity.keypair().public(), by)) {
+            self.inquiry = Inquiry::Duplicate;
+            self.out.push(Output::Duplicate(by));
+        } else if is_ahead(heard, self.own.stamp()) {
+            self.outrank(heard.incarnation, now);
+        }
+    }
+
+    /// A member remembers a newer record of this node. Its news would be taken for old, so the incarnation jumps ahead.
+    fn outrank(&mut self, remembered: Incarnation, now: Instant) {
+        if self.outranked.is_some_and(|at| now.saturating_duration_since(at) < OUTRANK_GAP) {
+            self.to_outrank = self.to_outrank.max(Some(remembered));
             return;
         }
-        // Nothing outranks the end of the range. Such a stamp is forged, and ignored.
-        let Some(incarnation) = remembered.incarnation.checked_add(1) else {
+        let (other, own) = (remembered.process, self.own.incarnation.process);
+        // Nothing outranks the end of the range. Such a record is forged, and ignored.
+        let Some(incarnation) = remembered.outranked_by(own) else {
             return;
         };
         tracing::warn!(
-            ours = self.own.incarnation,
-            remembered = remembered.incarnation,
-            "the mesh remembers a later start of this node; was the clock set back?"
+            started_ms = own.started_ms,
+            remembered_ms = other.started_ms,
+            "the mesh knows another process of this node; was the clock set back, or the data folder copied?"
         );
+        self.outranked = Some(now);
         self.own.incarnation = incarnation;
+        if other != own {
+            self.own.sighting = Some(Sighting::sign(&self.identity, own, other));
+        }
         self.push(self.own_advert());
+    }
+
+    fn confirm(&mut self, now: Instant) {
+        let is_due = |since: Instant, wait| now.saturating_duration_since(since) >= wait;
+        let confirmed = match self.inquiry {
+            Inquiry::Asked { since } => is_due(since, PATIENCE),
+            Inquiry::Heard { since } => is_due(since, GRACE),
+            Inquiry::Unasked | Inquiry::Confirmed | Inquiry::Duplicate => false,
+        };
+        if confirmed {
+            self.inquiry = Inquiry::Confirmed;
+            self.out.push(Output::Confirmed);
+        }
     }
 }
 
 #[cfg(test)]
 #[path = "state_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "process_tests.rs"]
+mod process_tests;

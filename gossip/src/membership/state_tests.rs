@@ -5,8 +5,23 @@ use rand::rngs::StdRng;
 
 use super::*;
 
-fn peer(seed: u8) -> PeerId {
-    libp2p::identity::Keypair::ed25519_from_bytes([seed; 32]).expect("any 32 bytes are a seed").public().into()
+pub(super) fn identity(seed: u8) -> Identity {
+    let keypair = libp2p::identity::Keypair::ed25519_from_bytes([seed; 32]).expect("any 32 bytes are a seed");
+    Identity::from_bytes(&keypair.to_protobuf_encoding().expect("encodes")).expect("an identity")
+}
+
+pub(super) fn peer(seed: u8) -> PeerId {
+    identity(seed).peer_id()
+}
+
+/// The process that started then; its nonce is 1.
+pub(super) fn process(started_ms: u64) -> Process {
+    Process { started_ms, nonce: 1 }
+}
+
+/// The first incarnation of the process that started then.
+pub(super) fn started(started_ms: u64) -> Incarnation {
+    Incarnation::first(process(started_ms))
 }
 
 fn status(memory: u8) -> Status {
@@ -17,8 +32,8 @@ fn versioned<T>(version: u64, value: T) -> Option<Versioned<T>> {
     Some(Versioned { version, value })
 }
 
-fn advert(origin: PeerId, incarnation: u64, status: Option<Versioned<Status>>) -> Advert {
-    Advert { origin, incarnation, status, facts: None }
+pub(super) fn advert(origin: PeerId, started_ms: u64, status: Option<Versioned<Status>>) -> Advert {
+    Advert { origin, incarnation: started(started_ms), sighting: None, status, facts: None }
 }
 
 /// A node `me` whose members are `others`, all of them linked, its greetings thrown away.
@@ -29,9 +44,9 @@ struct Node {
 }
 
 impl Node {
-    fn new(me: PeerId, incarnation: u64, others: &[PeerId]) -> Node {
+    fn new(me: u8, started_ms: u64, others: &[PeerId]) -> Node {
         let now = Instant::now();
-        let state = State::new(me, incarnation, Policy::default(), now);
+        let state = State::new(identity(me), process(started_ms), Policy::default(), now);
         let mut node = Node { state, rng: StdRng::seed_from_u64(7), now };
         node.handle(Input::SetMembers(others.iter().copied().collect()));
         others.iter().for_each(|&other| drop(node.handle(Input::Linked(other))));
@@ -51,10 +66,14 @@ fn delta(to: PeerId, adverts: Vec<Advert>) -> Output {
     Output::Send { to, message: Message::Delta(adverts) }
 }
 
+fn reflection(to: PeerId, advert: Advert) -> Output {
+    Output::Reflect { to, message: Message::Delta(vec![advert]) }
+}
+
 #[test]
 fn a_status_is_pushed_to_every_linked_member_and_to_nobody_else() {
     let (me, a, b) = (peer(1), peer(2), peer(3));
-    let mut node = Node::new(me, 10, &[a, b]);
+    let mut node = Node::new(1, 10, &[a, b]);
     node.handle(Input::Unlinked(b));
     let sent = node.handle(Input::SetStatus(status(200)));
     assert_eq!(sent, [delta(a, vec![advert(me, 10, versioned(1, status(200)))])]);
@@ -63,10 +82,11 @@ fn a_status_is_pushed_to_every_linked_member_and_to_nobody_else() {
 #[test]
 fn facts_travel_when_they_change_and_keep_the_gap() {
     let (me, a) = (peer(1), peer(2));
-    let mut node = Node::new(me, 10, &[a]);
+    let mut node = Node::new(1, 10, &[a]);
     let facts = |version, text: &'static str| Advert {
         origin: me,
-        incarnation: 10,
+        incarnation: started(10),
+        sighting: None,
         status: None,
         facts: versioned(version, Bytes::from_static(text.as_bytes())),
     };
@@ -82,29 +102,29 @@ fn facts_travel_when_they_change_and_keep_the_gap() {
 #[test]
 fn a_fresh_link_gets_an_introduction_and_a_digest() {
     let (me, a) = (peer(1), peer(2));
-    let mut node = Node::new(me, 10, &[a]);
-    let own = Stamp { incarnation: 10, status: 0, facts: 0 };
+    let mut node = Node::new(1, 10, &[a]);
+    let own = Stamp { incarnation: started(10), status: 0, facts: 0 };
     let digest = Output::Send { to: a, message: Message::Digest(vec![(me, own)]) };
     assert_eq!(node.handle(Input::Linked(a)), [delta(a, vec![advert(me, 10, None)]), digest]);
 }
 
 #[test]
 fn newer_wins_and_older_is_ignored() {
-    let (me, a) = (peer(1), peer(2));
-    let mut node = Node::new(me, 10, &[a]);
+    let a = peer(2);
+    let mut node = Node::new(1, 10, &[a]);
     assert_eq!(node.hears(a, vec![advert(a, 5, versioned(2, status(20)))]), [Output::Changed(a)]);
     assert_eq!(node.hears(a, vec![advert(a, 5, versioned(1, status(10)))]), []);
     assert_eq!(node.hears(a, vec![advert(a, 4, versioned(9, status(90)))]), []);
     assert_eq!(node.state.record(&a).unwrap().status, versioned(2, status(20)));
     // A restart begins counting at 1 again, and forgets what the process before had said.
-    assert_eq!(node.hears(a, vec![advert(a, 6, None)]), [Output::Changed(a)]);
-    assert_eq!(node.state.record(&a), Some(&Record { incarnation: 6, status: None, facts: None }));
+    assert_eq!(node.hears(a, vec![advert(a, 6, None)]), [Output::Changed(a), reflection(a, advert(a, 6, None))]);
+    assert_eq!(node.state.record(&a), Some(&Record { incarnation: started(6), ..Record::default() }));
 }
 
 #[test]
 fn strangers_are_neither_heard_nor_kept() {
-    let (me, a, stranger) = (peer(1), peer(2), peer(9));
-    let mut node = Node::new(me, 10, &[a]);
+    let (a, stranger) = (peer(2), peer(9));
+    let mut node = Node::new(1, 10, &[a]);
     assert_eq!(node.hears(stranger, vec![advert(a, 5, versioned(1, status(1)))]), []);
     assert_eq!(node.hears(a, vec![advert(stranger, 5, versioned(1, status(1)))]), []);
     assert_eq!(node.handle(Input::Received(stranger, Message::Digest(vec![]))), []);
@@ -115,11 +135,11 @@ fn strangers_are_neither_heard_nor_kept() {
 #[test]
 fn a_digest_is_answered_with_the_newer_and_asks_for_the_missing() {
     let (me, a, b, c) = (peer(1), peer(2), peer(3), peer(4));
-    let mut node = Node::new(me, 10, &[a, b, c]);
+    let mut node = Node::new(1, 10, &[a, b, c]);
     node.handle(Input::SetStatus(status(77)));
     node.hears(b, vec![advert(b, 5, versioned(3, status(30)))]);
     node.hears(c, vec![advert(c, 5, versioned(1, status(40)))]);
-    let stamp = |incarnation, status| Stamp { incarnation, status, facts: 0 };
+    let stamp = |started_ms, status| Stamp { incarnation: started(started_ms), status, facts: 0 };
     // `a` knows us, lacks news of b, and is ahead on c.
     let digest = vec![(me, stamp(10, 1)), (b, stamp(5, 2)), (c, stamp(5, 2))];
     assert_eq!(
@@ -135,19 +155,18 @@ fn a_digest_is_answered_with_the_newer_and_asks_for_the_missing() {
 
 #[test]
 fn large_answers_are_cut_into_bounded_messages() {
-    let me = peer(1);
     let others: Vec<PeerId> = (2..10).map(peer).collect();
-    let mut node = Node::new(me, 10, &others);
+    let mut node = Node::new(1, 10, &others);
     for &origin in &others {
         let facts = versioned(1, Bytes::from(vec![0; crate::membership::message::FACTS_BYTES_MAX]));
-        node.hears(origin, vec![Advert { origin, incarnation: 1, status: None, facts }]);
+        node.hears(origin, vec![Advert { facts, ..advert(origin, 1, None) }]);
     }
     let sent = node.handle(Input::Received(others[0], Message::Digest(vec![])));
     let sizes: Vec<usize> = sent
         .iter()
-        .map(|output| match output {
-            Output::Send { message, .. } => message.encode().len(),
-            other => panic!("{other:?}"),
+        .filter_map(|output| match output {
+            Output::Send { message, .. } => Some(message.encode().len()),
+            _ => None,
         })
         .collect();
     assert_eq!(sizes.len(), 4);
@@ -157,22 +176,25 @@ fn large_answers_are_cut_into_bounded_messages() {
 #[test]
 fn a_node_whose_clock_went_back_jumps_ahead_of_what_the_mesh_remembers() {
     let (me, a) = (peer(1), peer(2));
-    let mut node = Node::new(me, 10, &[a]);
+    let mut node = Node::new(1, 10, &[a]);
     let sent = node.hears(a, vec![advert(me, 50, versioned(4, status(1)))]);
-    assert_eq!(sent, [delta(a, vec![advert(me, 51, None)])]);
-    assert_eq!(node.state.incarnation(), 51);
+    let incarnation = Incarnation { rank: 51, process: process(10) };
+    let sighting = Some(Sighting::sign(&identity(1), process(10), process(50)));
+    let ahead = Advert { incarnation, sighting, ..advert(me, 10, None) };
+    assert_eq!(sent, [delta(a, vec![ahead.clone()])]);
     // An echo of what it says now changes nothing, and neither does a stamp that cannot be outranked.
-    assert_eq!(node.hears(a, vec![advert(me, 51, None)]), []);
+    node.now += OUTRANK_GAP;
+    assert_eq!(node.hears(a, vec![ahead]), []);
     assert_eq!(node.hears(a, vec![advert(me, u64::MAX, None)]), []);
 }
 
 #[test]
 fn a_farewell_counts_unless_it_is_of_the_process_before() {
-    let (me, a) = (peer(1), peer(2));
-    let mut node = Node::new(me, 10, &[a]);
+    let a = peer(2);
+    let mut node = Node::new(1, 10, &[a]);
     node.hears(a, vec![advert(a, 5, None)]);
-    assert_eq!(node.handle(Input::Received(a, Message::Bye { incarnation: 4 })), []);
-    assert_eq!(node.handle(Input::Received(a, Message::Bye { incarnation: 5 })), [Output::Left(a)]);
+    assert_eq!(node.handle(Input::Received(a, Message::Bye { incarnation: started(4) })), []);
+    assert_eq!(node.handle(Input::Received(a, Message::Bye { incarnation: started(5) })), [Output::Left(a)]);
 }
 
 #[test]
@@ -180,7 +202,7 @@ fn the_period_of_digests_grows_with_the_mesh() {
     assert_eq!(anti_entropy_period(3), Duration::from_secs(1));
     assert_eq!(
         anti_entropy_period(11),
-        Duration::from_secs_f64(11.0 * 6.0 * 63.0 / 4096.0).max(Duration::from_secs(1))
+        Duration::from_secs_f64(11.0 * 6.0 * 79.0 / 4096.0).max(Duration::from_secs(1))
     );
     assert!(anti_entropy_period(100) > Duration::from_secs(9));
 }
@@ -195,11 +217,13 @@ struct Mesh {
 }
 
 impl Mesh {
-    fn new(peers: &[PeerId], links: &[(PeerId, PeerId)]) -> Mesh {
+    fn new(size: u8, links: &[(PeerId, PeerId)]) -> Mesh {
         let now = Instant::now();
-        let nodes = peers.iter().map(|&peer| (peer, State::new(peer, 1, Policy::default(), now))).collect();
+        let state = |seed| State::new(identity(seed), process(1), Policy::default(), now);
+        let nodes: BTreeMap<_, _> = (1..=size).map(|seed| (peer(seed), state(seed))).collect();
+        let peers: Vec<PeerId> = nodes.keys().copied().collect();
         let mut mesh = Mesh { nodes, rng: StdRng::seed_from_u64(11), now, carried: [0; 3] };
-        for &peer in peers {
+        for &peer in &peers {
             mesh.act(peer, Input::SetMembers(peers.iter().copied().collect()));
         }
         for &(a, b) in links {
@@ -244,7 +268,7 @@ impl Mesh {
 fn a_third_node_learns_by_anti_entropy_what_no_one_told_it() {
     // a - b - c: a and c cannot reach each other, and pushes go one hop.
     let (a, b, c) = (peer(1), peer(2), peer(3));
-    let mut mesh = Mesh::new(&[a, b, c], &[(a, b), (b, c)]);
+    let mut mesh = Mesh::new(3, &[(a, b), (b, c)]);
     mesh.act(a, Input::SetStatus(status(123)));
     assert_eq!(mesh.knows(b, a), Some(status(123)));
     assert_eq!(mesh.knows(c, a), None);
@@ -261,7 +285,7 @@ fn a_third_node_learns_by_anti_entropy_what_no_one_told_it() {
 fn a_ring_of_thirty_converges_and_then_carries_only_digests() {
     let peers: Vec<PeerId> = (1..=30).map(peer).collect();
     let links: Vec<_> = (0..30).map(|at| (peers[at], peers[(at + 1) % 30])).collect();
-    let mut mesh = Mesh::new(&peers, &links);
+    let mut mesh = Mesh::new(30, &links);
     for (at, &peer) in peers.iter().enumerate() {
         mesh.act(peer, Input::SetStatus(status(at as u8)));
     }

@@ -24,8 +24,10 @@ pub struct PeerView {
     /// Last facts it published, as it encoded them; kept when it goes down.
     pub facts: Option<Bytes>,
     /// When its process started, in milliseconds since the Unix epoch; 0 until it is known.
-    pub incarnation: u64,
-    /// Counts of its status and its facts within this incarnation; 0 until there are any.
+    pub started_ms: u64,
+    /// Two processes with its identity were heard in turn a short while ago: its data folder was copied.
+    pub alternates: bool,
+    /// Counts of its status and its facts within its process; 0 until there are any.
     pub status_version: u64,
     pub facts_version: u64,
     /// Round-trip time of pings.

@@ -1,7 +1,7 @@
 //! What the driver, the handles and the tasks of streams share of one node.
 //!
-//! Owns [`Endpoint`]. Each value in it has one writer: the driver writes links, listening addresses and the view of the
-//! peers, a handle writes the members. Everyone else reads, or waits for a change. Invariant: no value is borrowed across
+//! Owns [`Endpoint`]. Each value in it has one writer: the driver writes links, listening addresses, the view of the
+//! peers and this process's standing, a handle writes the members. Everyone else reads, or waits for a change. Invariant: no value is borrowed across
 //! an await.
 
 use std::collections::{BTreeSet, HashMap};
@@ -12,7 +12,20 @@ use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::link::Link;
+use crate::error::Duplicate;
 use crate::membership::view::Peers;
+
+/// What the members know of other processes of this node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// They have not been asked yet.
+    #[default]
+    Unknown,
+    /// None has heard of an earlier one.
+    Confirmed,
+    /// An earlier one is alive.
+    Duplicate(Duplicate),
+}
 
 pub(crate) struct Endpoint {
     pub me: PeerId,
@@ -26,6 +39,8 @@ pub(crate) struct Endpoint {
     pub peers: watch::Sender<Peers>,
     /// Strangers that asked for a protocol of the members.
     pub unauthorized: broadcast::Sender<PeerId>,
+    /// Whether this process may act as the node.
+    pub standing: watch::Sender<Standing>,
     /// Cancelled when the driver ends.
     pub stopped: CancellationToken,
     pub runtime: tokio::runtime::Handle,
@@ -48,6 +63,7 @@ impl Endpoint {
             listening: watch::Sender::new(listening),
             peers: watch::Sender::default(),
             unauthorized: broadcast::Sender::new(unauthorized_max),
+            standing: watch::Sender::default(),
             stopped: CancellationToken::new(),
             runtime: tokio::runtime::Handle::current(),
         }
@@ -59,6 +75,30 @@ impl Endpoint {
 
     pub fn link(&self, peer: &PeerId) -> Option<Arc<Link>> {
         self.links.borrow().get(peer).cloned()
+    }
+
+    /// Members were asked, and none has heard of an earlier process of this node.
+    pub fn confirm(&self) {
+        self.standing.send_if_modified(|standing| {
+            let is_news = *standing == Standing::Unknown;
+            if is_news {
+                *standing = Standing::Confirmed;
+            }
+            is_news
+        });
+    }
+
+    /// An earlier process of this node is alive. That is final.
+    pub fn set_duplicate(&self, earlier_ms: u64) {
+        self.standing.send_replace(Standing::Duplicate(Duplicate { peer: self.me, earlier_ms }));
+    }
+
+    /// The earlier process of this node that is alive, if one is.
+    pub fn duplicate(&self) -> Option<Duplicate> {
+        match *self.standing.borrow() {
+            Standing::Duplicate(duplicate) => Some(duplicate),
+            Standing::Unknown | Standing::Confirmed => None,
+        }
     }
 
     /// The link of a peer, as soon as the driver has heard of its connection.

@@ -2,6 +2,7 @@
 //! times.
 
 mod bench;
+mod copies;
 mod failure;
 mod membership;
 mod requests;

@@ -84,7 +84,7 @@ async fn load_and_facts_reach_every_member() {
             until(node, |peers| {
                 peers[&me].status == Some(Status { memory: 200, compute: 100 })
                     && peers[&me].facts.as_deref() == Some(b"48 GiB")
-                    && peers[&me].incarnation > 0
+                    && peers[&me].started_ms > 0
             })
             .await;
         }

@@ -50,6 +50,9 @@ pub enum SourceError {
     /// Nobody has some of them; the text names them and who should.
     #[error("{0}")]
     Missing(String),
+    /// Those who have these experts of the layer are away and expected back; the text names them. The same request may succeed later.
+    #[error("{why}")]
+    Unavailable { layer: u16, experts: Vec<u16>, why: String },
     #[error("{0}")]
     Failed(String),
 }

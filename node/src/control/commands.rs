@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use coel_store::{Bounds, Command, Log, NodeId, State};
+use coel_store::{Bounds, Command, NodeId, State};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::warn;
 
@@ -16,7 +16,7 @@ use crate::lifecycle::Lifecycle;
 use crate::mesh::admission::invite::token_hash;
 use crate::mesh::admission::protocol::new_invite;
 use crate::mesh::members::Departure;
-use crate::mesh::{self, MeshView, PROPOSE_DEADLINE, now_ms};
+use crate::mesh::{MeshView, PROPOSE_DEADLINE, now_ms};
 use crate::placement::{MeshFacts, Unplaceable, can_hold, can_spare};
 use crate::status::StatusView;
 
@@ -24,9 +24,6 @@ use crate::status::StatusView;
 const HANDOVER_DEADLINE: Duration = Duration::from_secs(600);
 /// How long `leave` waits for answers that are being written here. Longer ones are cut off, and their clients are told.
 const ANSWERS_DEADLINE: Duration = Duration::from_secs(60);
-
-/// How long a command waits for a majority of the voters: connections may still be being made.
-const QUORUM_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What commands need of the node.
 #[derive(Clone)]
@@ -50,6 +47,10 @@ pub async fn converse(mut conversation: Conversation, node: CommandHandles) {
     let Some(request) = conversation.request().await else {
         return;
     };
+    let is_change = !matches!(request, Request::Status | Request::Stop);
+    if is_change && let Err(duplicate) = node.view.gossip().confirmed().await {
+        return conversation.say(&Reply::Failed(duplicate.to_string())).await;
+    }
     let answer = match request {
         Request::Status => json(&node.status.now()),
         Request::Invite { uses, ttl_s } => invite(&node.view, uses, ttl_s).await.and_then(|line| json(&line)),
@@ -90,27 +91,20 @@ fn json(value: &impl serde::Serialize) -> Result<serde_json::Value, String> {
     serde_json::to_value(value).map_err(|error| error.to_string())
 }
 
-async fn propose(log: &Log, command: Command) -> Result<(), String> {
-    mesh::propose(log, command).await.map(drop).map_err(|error| error.to_string())
+async fn propose(view: &MeshView, command: Command) -> Result<(), String> {
+    view.propose(command).await.map(drop).map_err(|error| error.to_string())
 }
 
-/// Refuses at once what no majority could agree on.
-async fn once_quorum(view: &MeshView) -> Result<(), String> {
-    let deadline = Instant::now() + QUORUM_DEADLINE;
-    let mut changes = view.changes();
-    while let Some(missing) = view.quorum().missing() {
-        if !matches!(timeout_at(deadline, changes.changed()).await, Ok(true)) {
-            return Err(view.successor().unwrap_or(missing));
-        }
-    }
-    Ok(())
+/// Refuses at once what no majority can agree on.
+fn check_quorum(view: &MeshView) -> Result<(), String> {
+    view.quorum_lost().map_or(Ok(()), Err)
 }
 
 /// Removes a member that is down for good.
 async fn forget(view: &MeshView, name: &str) -> Result<(), String> {
-    once_quorum(view).await?;
+    check_quorum(view)?;
     let node = to_forget(&view.state(), view.node(), &view.down(), name)?;
-    propose(view.log(), Command::Forget { node }).await
+    propose(view, Command::Forget { node }).await
 }
 
 /// The member that `name` means (its id, or its name), if it may be forgotten.
@@ -139,11 +133,11 @@ fn to_forget(state: &State, own: NodeId, down: &BTreeSet<NodeId>, name: &str) ->
 }
 
 async fn invite(view: &MeshView, uses: u32, ttl_s: u64) -> Result<String, String> {
-    once_quorum(view).await?;
+    check_quorum(view)?;
     let invite = new_invite(view.log().mesh_id(), view.gossip());
     let token = token_hash(&invite.token);
     let expires_at_ms = now_ms().saturating_add(ttl_s.saturating_mul(1000));
-    propose(view.log(), Command::Invite { token, uses, expires_at_ms }).await?;
+    propose(view, Command::Invite { token, uses, expires_at_ms }).await?;
     Ok(invite.to_string())
 }
 
@@ -157,6 +151,7 @@ async fn once_known(view: &MeshView, asked: impl Fn(&MeshFacts) -> Result<(), Un
             Err(Unplaceable::Short(why)) => return Err(why),
             Err(Unplaceable::NotYet(missing)) => missing,
         };
+        check_quorum(view)?;
         if !timeout_at(deadline, changes.changed()).await.unwrap_or(false) {
             return Err(format!("{missing}; `coel status` says which node is silent; try again in a moment"));
         }
@@ -165,9 +160,9 @@ async fn once_known(view: &MeshView, asked: impl Fn(&MeshFacts) -> Result<(), Un
 
 /// Says at which precisions the mesh is to hold experts. Refused where not every expert would fit.
 async fn precision(view: &MeshView, bounds: Bounds) -> Result<(), String> {
-    once_quorum(view).await?;
+    check_quorum(view)?;
     once_known(view, |facts| can_hold(facts, bounds)).await?;
-    propose(view.log(), Command::Precisions { bounds }).await
+    propose(view, Command::Precisions { bounds }).await
 }
 
 /// Hands over what this node holds, then leaves. Refused before anything changes where the others could not take it.
@@ -179,9 +174,9 @@ async fn leave(handles: &CommandHandles) -> Result<(), String> {
         return Err(format!("this is the last node of the mesh; stop it, and delete {data} to end the mesh for good"));
     }
     let _departure = handles.departure.lock().await;
-    once_quorum(view).await?;
+    check_quorum(view)?;
     once_known(view, |facts| can_spare(facts, node)).await?;
-    propose(log, Command::Leaving { node, leaving: true }).await?;
+    propose(view, Command::Leaving { node, leaving: true }).await?;
     let mut state = log.state();
     let handed_over = state.wait_for(|state| {
         let placed = state.placement.as_ref();
@@ -190,7 +185,7 @@ async fn leave(handles: &CommandHandles) -> Result<(), String> {
     // The guard on the state must not be held while the log is asked.
     let handed_over = timeout(HANDOVER_DEADLINE, handed_over).await.map(drop);
     if handed_over.is_err() {
-        propose(log, Command::Leaving { node, leaving: false }).await?;
+        propose(view, Command::Leaving { node, leaving: false }).await?;
         return Err(
             "the other nodes did not take over this node's experts in time, so it stays. `coel status` says why".into(),
         );
@@ -200,8 +195,10 @@ async fn leave(handles: &CommandHandles) -> Result<(), String> {
     if timeout(ANSWERS_DEADLINE, handles.answers.idle()).await.is_err() {
         warn!("leaving while answers are still being written");
     }
-    match propose(log, Command::Leave { node }).await {
+    handles.lifecycle.set_leaving(true);
+    match propose(view, Command::Leave { node }).await {
         Err(why) if view.state().members.contains_key(&node) => {
+            handles.lifecycle.set_leaving(false);
             handles.answers.open();
             return Err(why);
         }
@@ -209,9 +206,8 @@ async fn leave(handles: &CommandHandles) -> Result<(), String> {
         _ => {}
     }
     // A voter that stops before its vote has passed on could take the quorum with it.
-    let mut voters = log.voters();
-    // An error means that it still votes, or that the log has stopped: it has left all the same.
-    let _ = timeout(PROPOSE_DEADLINE, voters.wait_for(|voters| !voters.contains(&node))).await;
+    // Where that takes too long it still votes; it has left all the same.
+    let _ = timeout(PROPOSE_DEADLINE, log.vote_passed_on()).await;
     Ok(())
 }
 

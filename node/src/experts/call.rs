@@ -7,7 +7,8 @@
 //!
 //! A host that fails, answers late or no longer holds an expert has its pairs assigned to other replicas at once. Where none is
 //! left, the hosts that failed are asked again after a pause: a connection may have broken, not the host. Experts are
-//! stateless, so nothing is lost, and replicas of equal precision give equal bits.
+//! stateless, so nothing is lost, and replicas of equal precision give equal bits. A call does not wait for a host that is down,
+//! since it holds up a batch; its error says whether an answer may ([`CallError::Unavailable`]).
 //!
 //! Invariants:
 //! - a call that was started finishes exactly once, and has no effects after that;
@@ -113,12 +114,26 @@ pub enum HostFailure {
     NotHeld,
 }
 
+impl HostFailure {
+    /// Whether the same host may compute the same call later.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Late(_) | Self::Transport(_) | Self::NotHeld => true,
+            Self::InvalidReply(_) | Self::Unasked | Self::Refused(_) => false,
+        }
+    }
+}
+
 /// Why a layer could not be computed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
-    /// No host is left for some experts. Retryable: replicas may come back.
+    /// No host is left for some experts, and for one of them none is expected: the placement names no node for it that does not
+    /// fail it for good.
     #[error("{missing}{}", named(.failures))]
     Missing { missing: MissingExperts, failures: Vec<(NodeId, HostFailure)> },
+    /// No host is left for some experts, but each is placed on a node that may come back or become ready. Retryable.
+    #[error("{missing}{}", named(.failures))]
+    Unavailable { missing: MissingExperts, failures: Vec<(NodeId, HostFailure)> },
     /// This node's engine failed: a fault of this node.
     #[error("this node's engine: {0}")]
     Engine(String),
@@ -261,8 +276,8 @@ impl LayerCall {
             Ok(assignments) => assignments.into_iter().for_each(|assignment| self.launch(assignment, turn)),
             Err(missing) => {
                 if self.chance.is_none() && !self.arm_second_chance(turn) {
-                    let failures = std::mem::take(&mut self.failures);
-                    return self.finish(Err(CallError::Missing { missing, failures }), turn);
+                    let error = self.without(missing);
+                    return self.finish(Err(error), turn);
                 }
                 let layer = self.call.layer;
                 let is_missing = |pair: &Pair| missing.experts.contains_key(&ExpertId { layer, index: pair.expert });
@@ -271,6 +286,18 @@ impl LayerCall {
                 let rest = self.assign(&rest, turn).unwrap_or_default();
                 rest.into_iter().for_each(|assignment| self.launch(assignment, turn));
             }
+        }
+    }
+
+    /// The error of a call that no host is left for.
+    fn without(&mut self, missing: MissingExperts) -> CallError {
+        let failures = std::mem::take(&mut self.failures);
+        let fails_for_good = |node| failures.iter().any(|(failed, why)| *failed == node && !why.is_passing());
+        let is_expected = |expert: &ExpertId| self.replicas.placed(expert.index).any(|node| !fails_for_good(node));
+        if missing.experts.keys().all(is_expected) {
+            CallError::Unavailable { missing, failures }
+        } else {
+            CallError::Missing { missing, failures }
         }
     }
 

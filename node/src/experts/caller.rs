@@ -4,27 +4,22 @@
 //! around a [`LayerCall`], which decides everything. The invariant: for each attempt that the call launches, the task reports
 //! one outcome, unless the call is over first.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use coel_gossip::{Frame, Handle, Liveness, PeerId, Peers, RequestError};
-use coel_model::nn::expert_call::ExpertCall;
+use coel_gossip::{Frame, Handle, PeerId, RequestError};
 use coel_model::serve::engine::{Engine, EngineError};
 use coel_model::serve::expert_source::{ExpertRequest, ExpertSource, SourceError};
-use coel_store::{NodeId, State};
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
-use tokio::sync::watch;
 use tracing::{debug, warn};
 
 use super::call::{AttemptId, CallEffect, CallError, CallInput, HostFailure, LayerCall, LocalError};
-use super::dispatch::LayerReplicas;
 use super::hosts::HostTable;
+use super::watch::ReplicaWatch;
 use super::wire::PROTOCOL;
-use crate::hosting::{HeldExperts, Loaded, LoadedModel, WeakLoaded};
-use crate::ids;
+use crate::hosting::{Loaded, LoadedModel, WeakLoaded};
 use crate::mesh::MeshView;
 use crate::metrics::Metrics;
 
@@ -103,7 +98,8 @@ async fn drive(
 ) {
     let ExpertRequest { call, mut reply } = request;
     let layer = call.layer;
-    let mut mesh = MeshWatch::new(&handles.view, loaded, &call);
+    let experts = call.routes.iter().flatten().map(|route| route.expert).collect();
+    let mut mesh = ReplicaWatch::new(&handles.view, loaded, layer, experts);
     let mut running = Running { call: LayerCall::new(model.meta.id, call, mesh.replicas()), hosts };
     let mut pending = FuturesUnordered::<BoxFuture<'static, CallInput>>::new();
     let mut input = CallInput::Start;
@@ -130,10 +126,7 @@ async fn drive(
                     handles.metrics.expert_calls_failed.inc();
                 }
                 CallEffect::Finish(outcome) => {
-                    return reply.answer(outcome.map_err(|error| match error {
-                        CallError::Missing { .. } => SourceError::Missing(error.to_string()),
-                        CallError::Engine(_) | CallError::Cancelled => SourceError::Failed(error.to_string()),
-                    }));
+                    return reply.answer(outcome.map_err(|error| source_error(layer, &error)));
                 }
             }
         }
@@ -143,6 +136,19 @@ async fn drive(
             Some(input) = pending.next() => input,
             () = mesh.changed() => CallInput::MeshChanged(mesh.replicas()),
         };
+    }
+}
+
+/// What the engine is told of a call that failed.
+fn source_error(layer: u16, error: &CallError) -> SourceError {
+    let why = error.to_string();
+    match error {
+        CallError::Missing { .. } => SourceError::Missing(why),
+        CallError::Unavailable { missing, .. } => {
+            let experts = missing.experts.keys().map(|expert| expert.index).collect();
+            SourceError::Unavailable { layer, experts, why }
+        }
+        CallError::Engine(_) | CallError::Cancelled => SourceError::Failed(why),
     }
 }
 
@@ -171,66 +177,4 @@ async fn compute(
         error => LocalError::Engine(error.to_string()),
     });
     CallInput::Computed { attempt, outputs }
-}
-
-/// What a call sees of the mesh, and when it changes.
-struct MeshWatch {
-    home: NodeId,
-    layer: u16,
-    experts: Vec<u16>,
-    held: watch::Receiver<Arc<HeldExperts>>,
-    state: watch::Receiver<Arc<State>>,
-    peers: watch::Receiver<Peers>,
-}
-
-impl MeshWatch {
-    fn new(view: &MeshView, loaded: &Loaded, call: &ExpertCall) -> Self {
-        let mut experts: Vec<_> = call.routes.iter().flatten().map(|route| route.expert).collect();
-        experts.sort_unstable();
-        experts.dedup();
-        Self {
-            home: view.node(),
-            layer: call.layer,
-            experts,
-            held: loaded.held_changes(),
-            state: view.log().state(),
-            peers: view.gossip().peers(),
-        }
-    }
-
-    /// Who could compute the call's experts now.
-    fn replicas(&mut self) -> LayerReplicas {
-        let held = self.held.borrow_and_update().clone();
-        let state = self.state.borrow_and_update().clone();
-        let peers = self.peers.borrow_and_update().clone();
-        let live = live_hosts(&state, &peers);
-        LayerReplicas::new(self.home, self.layer, self.experts.iter().copied(), &state, &held, live)
-    }
-
-    /// The peer id of a member.
-    fn peer(&self, node: NodeId) -> Option<PeerId> {
-        ids::peer_id(&self.state.borrow().members.get(&node)?.peer)
-    }
-
-    /// Resolves when [`Self::replicas`] may give something else.
-    async fn changed(&mut self) {
-        let changed = tokio::select! {
-            changed = self.held.changed() => changed,
-            changed = self.state.changed() => changed,
-            changed = self.peers.changed() => changed,
-        };
-        if changed.is_err() {
-            // The node is ending, and nothing changes any more.
-            std::future::pending().await
-        }
-    }
-}
-
-/// The members that gossip does not consider down, and their smoothed round trips.
-fn live_hosts(state: &State, peers: &BTreeMap<PeerId, coel_gossip::PeerView>) -> BTreeMap<NodeId, Option<Duration>> {
-    let live = state.members.iter().filter_map(|(&node, member)| {
-        let view = peers.get(&ids::peer_id(&member.peer)?)?;
-        (view.liveness != Liveness::Down).then(|| (node, view.rtt.map(|rtt| rtt.smoothed)))
-    });
-    live.collect()
 }

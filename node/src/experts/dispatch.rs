@@ -51,6 +51,8 @@ pub struct LayerReplicas {
     pub epoch: Epoch,
     /// By expert index, the nodes with a ready replica, reachable or not. The home is among them if it holds the expert.
     pub holders: BTreeMap<u16, BTreeMap<NodeId, Precision>>,
+    /// By expert index, the nodes that are to have a replica by the placement and have none ready.
+    pub loading: BTreeMap<u16, BTreeSet<NodeId>>,
     /// The peers that gossip does not consider down, and their smoothed round trips where measured.
     pub live: BTreeMap<NodeId, Option<Duration>>,
 }
@@ -65,13 +67,17 @@ impl LayerReplicas {
         held: &BTreeMap<ExpertId, Precision>,
         live: BTreeMap<NodeId, Option<Duration>>,
     ) -> Self {
-        let holders = experts.into_iter().map(|index| {
+        let (mut holders, mut loading) = (BTreeMap::new(), BTreeMap::new());
+        for index in experts {
             let expert = ExpertId { layer, index };
-            let placed = state.placement.iter().flat_map(|placement| placement.hosts(expert));
-            let others = placed.filter(|(node, _)| *node != home);
-            (index, others.chain(held.get(&expert).map(|&precision| (home, precision))).collect())
-        });
-        Self { home, layer, epoch: state.epoch(), holders: holders.collect(), live }
+            let placed = || state.placement.iter().filter_map(|placement| placement.replicas.get(&expert)).flatten();
+            let others = placed().filter(|(node, _)| **node != home);
+            let others = others.filter_map(|(&node, replica)| Some((node, replica.ready?)));
+            let ready: BTreeMap<_, _> = others.chain(held.get(&expert).map(|&precision| (home, precision))).collect();
+            loading.insert(index, placed().map(|(&node, _)| node).filter(|node| !ready.contains_key(node)).collect());
+            holders.insert(index, ready);
+        }
+        Self { home, layer, epoch: state.epoch(), holders, loading, live }
     }
 
     /// Whether the node could be asked now.
@@ -87,6 +93,16 @@ impl LayerReplicas {
     /// Nodes with a ready replica of the expert, at which precision.
     pub fn of(&self, expert: u16) -> impl Iterator<Item = (NodeId, Precision)> + '_ {
         self.holders.get(&expert).into_iter().flatten().map(|(&node, &precision)| (node, precision))
+    }
+
+    /// Nodes that have the expert, ready or not.
+    pub fn placed(&self, expert: u16) -> impl Iterator<Item = NodeId> + '_ {
+        self.of(expert).map(|(node, _)| node).chain(self.loading.get(&expert).into_iter().flatten().copied())
+    }
+
+    /// Whether each expert could be asked for now.
+    pub fn is_complete(&self) -> bool {
+        self.holders.values().all(|nodes| nodes.keys().any(|&node| self.is_live(node)))
     }
 }
 
@@ -145,7 +161,7 @@ impl Assignment {
 #[derive(Debug, Clone, Default, PartialEq, Eq, thiserror::Error)]
 #[error("{}", describe(.experts))]
 pub struct MissingExperts {
-    /// Each missing expert, with the nodes that hold it by the placement.
+    /// Each missing expert, with the nodes that have it by the placement, ready or not.
     pub experts: BTreeMap<ExpertId, Vec<NodeId>>,
 }
 
@@ -155,7 +171,7 @@ fn describe(experts: &BTreeMap<ExpertId, Vec<NodeId>>) -> String {
         if nodes.is_empty() {
             format!("{expert} (no replica in the placement)")
         } else {
-            format!("{expert} (held by {})", nodes.join(" and "))
+            format!("{expert} (placed on {})", nodes.join(" and "))
         }
     });
     let named: Vec<_> = each.take(NAMED_MAX).collect();
@@ -236,7 +252,7 @@ pub fn assign(
     context: DispatchContext<'_>,
     rng: &mut impl Rng,
 ) -> Result<Vec<Assignment>, MissingExperts> {
-    let DispatchContext { replicas, excluded, contacted, .. } = context;
+    let DispatchContext { replicas, contacted, .. } = context;
     let mut by_expert = BTreeMap::<u16, Vec<Pair>>::new();
     for &pair in pairs {
         by_expert.entry(pair.expert).or_default().push(pair);
@@ -246,9 +262,7 @@ pub fn assign(
     for (index, pairs) in by_expert {
         let best = context.best(index, pairs.len());
         if best.is_empty() {
-            let holders = replicas.of(index).map(|(node, _)| node);
-            let holders = holders.filter(|node| !excluded.absent.contains(&(*node, index))).collect();
-            missing.insert(ExpertId { layer: replicas.layer, index }, holders);
+            missing.insert(ExpertId { layer: replicas.layer, index }, replicas.placed(index).collect());
         } else {
             choices.push((best, pairs));
         }
@@ -291,6 +305,7 @@ fn better_of_two(nodes: &[NodeId], estimate: impl Fn(&NodeId) -> Duration, rng: 
 
 #[cfg(test)]
 mod tests {
+    use coel_store::{ModelId, Placement, Replica};
     use proptest::prelude::*;
     use rand::SeedableRng;
     use rand::rngs::SmallRng;
@@ -500,13 +515,37 @@ mod tests {
     }
 
     #[test]
+    fn a_replica_counts_as_ready_by_its_nodes_word_and_here_by_what_is_held() {
+        let replica = |ready| Replica { precision: Precision::Exact, ready };
+        let ready = Some(Precision::Q8);
+        let nodes = [(NodeId(1), replica(ready)), (NodeId(2), replica(ready)), (NodeId(3), replica(None))];
+        let placement = Placement {
+            epoch: Epoch(4),
+            model: ModelId([1; 32]),
+            replicas: [(ExpertId::new(2, 0), nodes.into())].into(),
+            trunk_ready: BTreeSet::new(),
+        };
+        let state = State { placement: Some(placement), ..State::default() };
+        let seen = |held: &[(u16, Precision)], live: &[u64]| {
+            let held = held.iter().map(|&(index, precision)| (ExpertId::new(2, index), precision)).collect();
+            let live = live.iter().map(|&node| (NodeId(node), None)).collect();
+            LayerReplicas::new(NodeId(1), 2, [0], &state, &held, live)
+        };
+        let replicas = seen(&[], &[3]);
+        assert_eq!((replicas.of(0).collect(), replicas.placed(0).count()), (vec![(NodeId(2), Precision::Q8)], 3));
+        assert_eq!(replicas.loading[&0], self::nodes([1, 3]), "this node dropped it, node 3 never had it");
+        assert!(!replicas.is_complete(), "node 2 is away");
+        assert!(seen(&[], &[2]).is_complete() && seen(&[(0, Precision::Q4)], &[]).is_complete());
+    }
+
+    #[test]
     fn what_is_missing_is_named_with_its_holders() {
         let mut world = world(&[(0, &[2]), (1, &[3])]);
         world.replicas.live.remove(&NodeId(2));
         let error = world.assign(&[&[0, 1, 5]], 1).unwrap_err();
         assert_eq!(error.experts.len(), 2);
         let text = error.to_string();
-        assert!(text.contains("2.0 (held by node 2") && text.contains("2.5 (no replica"), "{text}");
+        assert!(text.contains("2.0 (placed on node 2") && text.contains("2.5 (no replica"), "{text}");
     }
 
     proptest! {

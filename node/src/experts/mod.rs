@@ -10,6 +10,8 @@
 //! | [`wire`] | calls and replies as frames; pure |
 //! | [`class`] | kernel classes as text, and the bounds on it; pure |
 //! | [`caller`] | the home's driver: sends, waits, and feeds the state machine |
+//! | [`wait`](mod@wait) | how an answer waits for experts whose hosts are away |
+//! | `watch` | who could compute some experts, as that changes |
 //! | [`host`] | the host's driver: answers the calls of other nodes |
 //!
 //! The decoder knows none of this: it asks for experts and gets their outputs.
@@ -17,7 +19,7 @@
 //! Invariants:
 //! - one attempt at a host is one frame in each direction, and carries each row once;
 //! - a host computes only experts that it holds, from bytes that it has checked;
-//! - a call ends exactly once: with every output, or with an error that names the missing experts and their holders.
+//! - a call ends exactly once: with every output, or with an error that names the missing experts and the nodes that should have them.
 
 pub mod call;
 pub mod caller;
@@ -25,4 +27,6 @@ pub mod class;
 pub mod dispatch;
 pub mod host;
 pub mod hosts;
+pub mod wait;
+mod watch;
 pub mod wire;

@@ -1,7 +1,9 @@
 //! Generations: a prompt through the engine, token by token, with experts from wherever they are.
 //!
 //! [`Generator`] is the node's [`Service`]. One task per generation drives a session of the engine, which computes the rows
-//! of all sessions together and asks peers for experts it lacks. The task samples, and counts what its rows cost.
+//! of all sessions together and asks peers for experts it lacks. The task samples, and counts what its rows cost. Where the
+//! hosts of an expert are away, it waits for them and goes on with the same tokens. No request has a deadline but that wait's: an answer
+//! that advances is bounded by its tokens.
 
 mod answers;
 
@@ -18,6 +20,7 @@ use coel_model::text::sequence::{Sequence, SequenceError};
 use coel_store::Precision;
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::{Instrument, info, info_span, warn};
 
@@ -27,6 +30,7 @@ pub use answers::{AnswerGate, Answering};
 // pool is full.
 use crate::budget::RUNNING_MAX;
 use crate::experts::class;
+use crate::experts::wait::{ExpertWait, wait};
 use crate::hosting::{Loaded, LoadedModel};
 use crate::ids;
 use crate::lifecycle::Lifecycle;
@@ -81,12 +85,28 @@ struct Queue {
 
 /// One generation on its way.
 struct Generation {
-    metrics: Arc<Metrics>,
-    lifecycle: Lifecycle,
+    node: GeneratorHandles,
     model: LoadedModel,
     sequence: Sequence,
     usage: Usage,
+    waits: ExpertWait,
     events: mpsc::Sender<Event>,
+}
+
+/// Counts one more, until dropped.
+struct Counted<'a>(&'a Gauge);
+
+impl<'a> Counted<'a> {
+    fn new(gauge: &'a Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
 }
 
 /// Why a generation ends early.
@@ -160,9 +180,8 @@ impl Generator {
             return Err(not_ready());
         }
         let (events, receiver) = mpsc::channel(EVENTS_BEHIND);
-        let usage = Usage::default();
-        let (metrics, lifecycle) = (self.node.metrics.clone(), self.node.lifecycle.clone());
-        let generation = Generation { metrics, lifecycle, model, sequence, usage, events };
+        let (node, usage, waits) = (self.node.clone(), Usage::default(), ExpertWait::default());
+        let generation = Generation { node, model, sequence, usage, waits, events };
         let span = info_span!("request", prompt_tokens = generation.sequence.prompt().len());
         let run = generation.run(self.queue.clone(), admitted);
         tokio::spawn(
@@ -179,9 +198,9 @@ impl Generator {
 
 impl Generation {
     async fn run(mut self, queue: Arc<Queue>, _admitted: OwnedSemaphorePermit) {
-        let stopping = self.lifecycle.stopping().clone();
+        let stopping = self.node.lifecycle.stopping().clone();
         let events = self.events.clone();
-        let metrics = self.metrics.clone();
+        let metrics = self.node.metrics.clone();
         let ended = tokio::select! {
             ended = self.generate(&queue) => ended,
             () = events.closed() => Err(End::Cancelled),
@@ -202,14 +221,10 @@ impl Generation {
         let _place = queue.running.acquire().await.map_err(|_| End::Cancelled)?;
         let mut session = self.open(queue).await?;
         loop {
-            let advanced =
-                session.advance(self.sequence.next_input(), Want::Last).await.map_err(|error| match error {
-                    EngineError::Source(SourceError::Missing(why)) => ServiceError::MissingExperts(why),
-                    error => internal(&error),
-                })?;
+            let advanced = self.advance(&mut session).await?;
             self.count(&advanced);
             let emitted = self.sequence.accept(&advanced.logits).map_err(|error| internal(&error))?;
-            self.metrics.tokens.inc();
+            self.node.metrics.tokens.inc();
             let finish = emitted.finish;
             self.events.send(Event::Token(emitted)).await.map_err(|_| End::Cancelled)?;
             if let Some(reason) = finish {
@@ -228,6 +243,25 @@ impl Generation {
         }
     }
 
+    /// Advances the session by the sequence's next tokens, again and again while the hosts of experts are away.
+    async fn advance(&mut self, session: &mut Session) -> Result<Advanced, ServiceError> {
+        loop {
+            let (layer, experts, why) = match session.advance(self.sequence.next_input(), Want::Last).await {
+                Ok(advanced) => return Ok(advanced),
+                Err(EngineError::Source(SourceError::Unavailable { layer, experts, why })) => (layer, experts, why),
+                Err(EngineError::Source(SourceError::Missing(why))) => return Err(ServiceError::MissingExperts(why)),
+                Err(error) => return Err(internal(&error)),
+            };
+            info!(why, "waiting for experts");
+            let _waiting = Counted::new(&self.node.metrics.answers_waiting);
+            let waited = wait(&mut self.waits, &self.node.view, &self.node.loaded, layer, experts).await;
+            waited.map_err(|waited| {
+                ServiceError::MissingExperts(format!("waited {} s in vain: {why}", waited.as_secs()))
+            })?;
+            info!("going on");
+        }
+    }
+
     /// A session with room for prompt and answer, as soon as there is room and it is this generation's turn.
     async fn open(&self, queue: &Queue) -> Result<Session, End> {
         let _turn = queue.opening.lock().await;
@@ -236,8 +270,8 @@ impl Generation {
     }
 
     fn count(&mut self, advanced: &Advanced) {
-        self.metrics.rows_local.inc_by(advanced.pairs_here);
-        self.metrics.rows_remote.inc_by(advanced.pairs_elsewhere);
+        self.node.metrics.rows_local.inc_by(advanced.pairs_here);
+        self.node.metrics.rows_remote.inc_by(advanced.pairs_elsewhere);
         let local: BTreeSet<_> = advanced.precisions.iter().map(|&p| ids::to_store_precision(p)).collect();
         let class_of = |precisions: &BTreeSet<Precision>| self.model.class(precisions);
         count(&mut self.usage, advanced, &local, self.model.trunk, class_of);

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
 use super::{HeldExperts, Loaded};
-use crate::mesh::{self, MeshView, ProposalError};
+use crate::mesh::{MeshView, ProposalError};
 
 /// How long to gather experts for one log entry. Others can use the first while the last are being loaded.
 const GATHER: Duration = Duration::from_millis(200);
@@ -28,7 +28,7 @@ pub async fn follow(view: MeshView, loaded: Loaded) {
         let (agreed, now) = (state.borrow_and_update().clone(), held.borrow_and_update().clone());
         let serving = model.borrow_and_update().as_ref().map(|model| model.meta.id);
         if let Some(command) = correction(&agreed, view.node(), &now, serving) {
-            match mesh::propose(view.log(), command).await {
+            match view.propose(command).await {
                 // This node's own copy of the state has it in a moment.
                 Ok(_) => {}
                 // The placement has changed meanwhile, and so has what there is to say.
@@ -56,7 +56,7 @@ pub async fn follow(view: MeshView, loaded: Loaded) {
 
 /// What to tell the log where it is wrong about `node`, which holds these experts of the model that it serves. What is no longer held is
 /// taken back first, so that nobody asks in vain.
-fn correction(state: &State, node: NodeId, held: &HeldExperts, serving: Option<ModelId>) -> Option<Command> {
+pub fn correction(state: &State, node: NodeId, held: &HeldExperts, serving: Option<ModelId>) -> Option<Command> {
     let placement = state.placement.as_ref()?;
     let serves = serving == Some(placement.model);
     let holds = |expert: &ExpertId| if serves { held.get(expert).copied() } else { None };

@@ -39,7 +39,7 @@ use crate::budget::LOADS_MAX;
 use crate::config::{Limits, Size};
 use crate::import::Imports;
 use crate::lifecycle::Lifecycle;
-use crate::mesh::{self, MeshView, OwnOffer, ProposalError};
+use crate::mesh::{MeshView, OwnOffer, ProposalError};
 use crate::metrics::Metrics;
 use crate::placement::model_to_serve;
 use crate::registry::{ModelMeta, ModelRegistry, RegistryError};
@@ -273,7 +273,8 @@ impl Hosting {
             if node.newcomer && !node.view.log().voters().borrow().contains(&own) {
                 // This node cannot be of any use, so it does not stay on as a member that never becomes ready. Once it votes it must not
                 // leave like this: its vote could be the quorum's.
-                mesh::propose(node.view.log(), Command::Leave { node: own }).await?;
+                node.lifecycle.set_leaving(true);
+                node.view.propose(Command::Leave { node: own }).await?;
                 node.lifecycle.set_left();
             }
             node.lifecycle.fail(short.to_string());

@@ -39,17 +39,20 @@ pub use error::ApiError;
 
 use crate::service::Service;
 
-/// How long answers may go on once the server stops. A service ends its own generations when its node stops; these
-/// limits are for a service that does not, and for clients that do not read.
+/// How long silence may last, and how long answers may go on once the server stops. A service ends its own generations when its
+/// node stops; the limits of a stop are for a service that does not, and for clients that do not read.
 #[derive(Debug, Clone, Copy)]
 struct Patience {
+    /// A stream without a token sends a comment after this time, and again: clients and proxies close silent connections.
+    keepalive: Duration,
     /// From the shutdown until running answers are ended with an error.
     drain: Duration,
     /// From then until the server stops waiting for connections.
     farewell: Duration,
 }
 
-const PATIENCE: Patience = Patience { drain: Duration::from_secs(10), farewell: Duration::from_secs(1) };
+const PATIENCE: Patience =
+    Patience { keepalive: Duration::from_secs(5), drain: Duration::from_secs(10), farewell: Duration::from_secs(1) };
 
 /// Serves the API on `listener` until `shutdown` completes.
 ///
@@ -77,7 +80,7 @@ async fn serve_with(
     let address = listener.local_addr()?;
     tracing::info!(%address, ?auth, "serving the API");
     let closing = CancellationToken::new();
-    let app = routes::router(service, auth, closing.clone());
+    let app = routes::router(service, auth, patience.keepalive, closing.clone());
     // A token is a small write with no other right behind it: without this option it could wait for the client's
     // delayed ACK.
     let listener = listener.tap_io(|connection| {

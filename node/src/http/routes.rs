@@ -43,14 +43,16 @@ const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=
 pub(super) struct App {
     service: Arc<dyn Service>,
     auth: Auth,
+    /// Pause between the comments of a stream without a token.
+    keepalive: Duration,
     /// Cancelled when running answers must end.
     closing: CancellationToken,
     /// Unix seconds. Stands for the creation date of models, which have none.
     started: u64,
 }
 
-pub(super) fn router(service: Arc<dyn Service>, auth: Auth, closing: CancellationToken) -> Router {
-    let app = App { service, auth, closing, started: unix_seconds() };
+pub(super) fn router(service: Arc<dyn Service>, auth: Auth, keepalive: Duration, closing: CancellationToken) -> Router {
+    let app = App { service, auth, keepalive, closing, started: unix_seconds() };
     Router::new()
         .route("/healthz", get(async || "ok"))
         .route("/readyz", get(ready))
@@ -166,7 +168,7 @@ async fn answer(app: &App, shape: Shape, asked: Asked) -> Result<Response, ApiEr
             move |error: &ServiceError| refusal(&app, shape, error)
         };
         let chunks = Chunks::new(answer, include_usage);
-        stream::server_sent(chunks, events, app.closing.clone(), fault).await
+        stream::server_sent(chunks, events, app.keepalive, app.closing.clone(), fault).await
     } else {
         stream::whole(answer, logprobs, events, &app.closing).await
     };

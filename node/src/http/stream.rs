@@ -25,8 +25,6 @@ use crate::service::{Event, ServiceError};
 /// How long a stream's headers wait for the first event, so that a fault before the first token has a status of its
 /// own. If the prompt takes longer, the headers go out first, so that no client gives up on a silent connection.
 const FIRST_EVENT: Duration = Duration::from_secs(5);
-/// A comment is sent this often while no token comes, so that proxies keep the connection open.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// One reply with everything, once the generation has ended.
 ///
@@ -49,13 +47,14 @@ pub(super) async fn whole(
     }
 }
 
-/// A stream of chunks. `fault` puts a failure in OpenAI's shape.
+/// A stream of chunks, with a comment whenever none has come for `keepalive`. `fault` puts a failure in OpenAI's shape.
 ///
 /// # Errors
 /// A failure before the first token.
 pub(super) async fn server_sent(
     chunks: Chunks,
     mut events: mpsc::Receiver<Event>,
+    keepalive: Duration,
     closing: CancellationToken,
     fault: impl Fn(&ServiceError) -> ApiError + Send + 'static,
 ) -> Result<Response, ServiceError> {
@@ -87,7 +86,7 @@ pub(super) async fn server_sent(
     });
     let parts = stream::once(async { opening }).chain(parts);
     let parts = parts.flat_map(stream::iter).map(Ok::<_, Infallible>);
-    Ok(Sse::new(parts).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response())
+    Ok(Sse::new(parts).keep_alive(KeepAlive::new().interval(keepalive).text("keepalive")).into_response())
 }
 
 struct State<F> {

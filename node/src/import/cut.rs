@@ -203,7 +203,7 @@ impl<'a> Cut<'a> {
     fn check_room(&self, known: &[Known], done: usize) -> Result<(), CutError> {
         let open = self.sizes.iter().zip(known).skip(done).filter(|(_, known)| matches!(known, Known::Nothing));
         let needed: u64 = open.filter_map(|(sizes, _)| sizes.map(|sizes| sizes.base + sizes.refine)).sum();
-        let needed_bytes = if needed == 0 { 0 } else { needed + INDEX_BYTES };
+        let needed_bytes = if needed == 0 { 0 } else { needed + INDEX_BYTES + Blobs::RESERVE_BYTES };
         let free_bytes =
             free_disk_bytes(self.folder).map_err(|source| SourceError::Io { path: self.folder.to_owned(), source })?;
         let usage = self.blobs.usage();

@@ -33,7 +33,7 @@ pub use running::{ImportProgress, Imports};
 use crate::config::Limits;
 use crate::ids;
 use crate::lifecycle::Lifecycle;
-use crate::mesh::{self, MeshView, OwnOffer, ProposalError};
+use crate::mesh::{MeshView, OwnOffer, ProposalError};
 use crate::placement::model_to_serve;
 use crate::registry::{ModelMeta, ModelRegistry, RegistryError};
 use crate::service::ModelInfo;
@@ -81,6 +81,8 @@ pub async fn import(
     let dir = std::fs::canonicalize(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
     let folder = dir.file_name().map(|folder| folder.to_string_lossy().into_owned());
     let called = name.clone().or(folder).filter(|name| !name.is_empty()).ok_or("give the model a --name")?;
+    // Before hours of cutting what could not be registered.
+    importer.view.quorum_lost().map_or(Ok(()), Err)?;
     let _guard = importer.imports.begin(&dir, |same| progress(&same.what, same.done, same.total)).await?;
     let served = served(importer).await?;
     let imports = importer.imports.clone();
@@ -113,7 +115,7 @@ pub async fn import(
     let (fetcher, seen) = (importer.fetcher.clone(), meta.clone());
     let (complete, holds) = run_blocking(move || fetcher.inventory(seen.id, &seen.manifest)).await;
     importer.offer.set_inventory(id, complete, holds);
-    match mesh::propose(importer.view.log(), Command::RegisterModel { id, model }).await {
+    match importer.view.propose(Command::RegisterModel { id, model }).await {
         Ok(_) => {
             info!(%id, name, "registered");
             Ok(ModelInfo { id: id.to_string(), name })

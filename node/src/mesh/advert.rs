@@ -1,28 +1,47 @@
-//! Offers between members: how gossip carries one, and this node's own.
+//! What members say of themselves: how gossip carries it, and what this node says.
 //!
 //! Owns [`OwnOffer`]. Hosting and import set what changes; gossip and the planner read the whole.
 
 use std::sync::Arc;
 
 use coel_gossip::{Handle, PeerView};
-use coel_store::{ModelId, Precision, cbor};
+use coel_store::{Log, MeshId, ModelId, NodeId, Precision, Progress, cbor};
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tracing::warn;
 
 use crate::budget::{Holdings, Offer};
 use crate::config::Limits;
 
-/// Longest encoded offer of a peer that is read; gossip has a bound of its own.
+/// What a member says of itself.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+struct Facts {
+    offer: Offer,
+    /// How far its log has got; of which mesh, and which node's it is.
+    #[serde(default)]
+    log: Option<(MeshId, NodeId, Progress)>,
+}
+
+/// Longest encoded facts of a peer that is read; gossip has a bound of its own.
 const BYTES_MAX: usize = 16 << 10;
 
-/// An offer as gossip's facts.
-fn encode(offer: &Offer) -> bytes::Bytes {
-    cbor::to_vec(offer).expect("offers are plain data").into()
+/// A member's facts as gossip carries them.
+fn encode(facts: &Facts) -> bytes::Bytes {
+    cbor::to_vec(facts).expect("facts are plain data").into()
+}
+
+fn decode(view: &PeerView) -> Option<Facts> {
+    cbor::from_slice(view.facts.as_ref()?, BYTES_MAX).ok()
 }
 
 /// A peer's offer; `None` until it has made one that this version understands.
 pub fn offer_of(view: &PeerView) -> Option<Offer> {
-    cbor::from_slice(view.facts.as_ref()?, BYTES_MAX).ok()
+    decode(view).map(|facts| facts.offer)
+}
+
+/// Which node's log a peer has, and how far it has got; `None` until it has said so.
+pub fn log_of(view: &PeerView) -> Option<(MeshId, NodeId, Progress)> {
+    decode(view)?.log
 }
 
 /// What this node offers. Cloning is cheap; all clones are the same offer.
@@ -87,16 +106,22 @@ impl OwnOffer {
     }
 }
 
-/// Tells gossip this node's offer whenever it changes.
-pub async fn publish(gossip: Handle, offer: OwnOffer) {
-    let mut changes = offer.subscribe();
+/// Tells gossip this node's offer, and how far its log has got, whenever they change.
+pub async fn publish(gossip: Handle, offer: OwnOffer, log: Log) {
+    let (mut changes, mut state) = (offer.subscribe(), log.state());
     loop {
-        let encoded = encode(&changes.borrow_and_update());
+        state.mark_unchanged();
+        let offer = Offer::clone(&changes.borrow_and_update());
+        let encoded = encode(&Facts { offer, log: Some((log.mesh_id(), log.node_id(), log.progress())) });
         if let Err(error) = gossip.set_facts(encoded) {
-            warn!(%error, "this node's offer is too long to be gossiped");
+            warn!(%error, "what this node says of itself is too long to be gossiped");
         }
-        if changes.changed().await.is_err() {
-            return;
+        let changed = tokio::select! {
+            changed = changes.changed() => changed,
+            changed = state.changed() => changed,
+        };
+        if changed.is_err() {
+            return std::future::pending().await;
         }
     }
 }
@@ -104,34 +129,16 @@ pub async fn publish(gossip: Handle, offer: OwnOffer) {
 #[cfg(test)]
 mod tests {
     use coel_store::Bounds;
-    use serde::{Deserialize, Serialize};
 
     use super::*;
 
-    /// As told by versions that knew no disk.
-    #[derive(Debug, PartialEq, Serialize, Deserialize)]
-    struct Before {
-        memory_bytes: u64,
-        kv_tokens: u64,
-        accepts: Bounds,
-        trunk: Option<Precision>,
-        complete_models: Vec<ModelId>,
-    }
-
     #[test]
-    fn versions_that_know_a_disk_and_those_that_do_not_understand_each_other() {
-        let before = Before {
-            memory_bytes: 7,
-            kv_tokens: 9,
-            accepts: Bounds::only(Precision::Q8),
-            trunk: Some(Precision::Q4),
-            complete_models: vec![ModelId([3; 32])],
-        };
-        let read: Offer = cbor::from_slice(&cbor::to_vec(&before).unwrap(), BYTES_MAX).unwrap();
-        assert_eq!((read.memory_bytes, read.disk_bytes, read.trunk), (7, None, Some(Precision::Q4)));
-        let now = Offer { disk_bytes: Some(1 << 40), ..read };
-        assert_eq!(cbor::from_slice::<Offer>(&encode(&now), BYTES_MAX).unwrap(), now);
-        assert_eq!(cbor::from_slice::<Before>(&encode(&now), BYTES_MAX).unwrap(), before);
+    fn facts_are_read_as_they_were_told_and_what_is_not_understood_says_nothing() {
+        let offer =
+            Offer { memory_bytes: 7, disk_bytes: Some(1 << 40), trunk: Some(Precision::Q4), ..Offer::default() };
+        let facts = Facts { offer, log: Some((MeshId([1; 16]), NodeId(3), Progress::default())) };
+        assert_eq!(cbor::from_slice::<Facts>(&encode(&facts), BYTES_MAX).unwrap(), facts);
+        assert!(cbor::from_slice::<Facts>(b"nonsense", BYTES_MAX).is_err());
     }
 
     #[test]

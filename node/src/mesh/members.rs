@@ -10,11 +10,16 @@ use tokio::sync::broadcast::error::RecvError;
 use tracing::warn;
 
 use super::admission::handshake::ADDRESSES_MAX;
-use super::{ProposalError, propose};
+use super::{MeshView, ProposalError};
 use crate::ids;
+use crate::lifecycle::Lifecycle;
 
 /// How long to wait before a change of this node's entry that failed is proposed again.
 const AGAIN_AFTER: Duration = Duration::from_secs(5);
+
+/// Why a node stops that others have removed.
+const REMOVED: &str = "this node is no member of the mesh any more: another member has forgotten it (`coel forget`). To use it again, \
+                       join anew with `coel join INVITE`, on the same data folder: its weights are kept";
 
 /// Held while this node hands over what it holds and leaves: until then its entry does not say that it is leaving.
 pub type Departure = Arc<tokio::sync::Mutex<()>>;
@@ -91,23 +96,39 @@ pub async fn follow(gossip: Handle, log: Log) {
     }
 }
 
+/// Stops a node that others have removed.
+pub async fn stop_if_removed(log: Log, lifecycle: Lifecycle) {
+    let (mut state, node) = (log.state(), log.node_id());
+    let mut was_member = false;
+    loop {
+        let is_member = state.borrow_and_update().members.contains_key(&node);
+        if was_member && !is_member && !lifecycle.is_leaving() {
+            lifecycle.fail(REMOVED.into());
+        }
+        was_member |= is_member;
+        if state.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+    }
+}
+
 /// Keeps the log's entry of this node true: a restart may have changed its name and addresses, or interrupted its departure.
-pub async fn keep_own_entry(gossip: Handle, log: Log, name: String, departure: Departure) {
-    let node = log.node_id();
-    let (mut state, mut listening) = (log.state(), gossip.listen_address_changes());
+pub async fn keep_own_entry(view: MeshView, name: String, departure: Departure) {
+    let node = view.node();
+    let (mut state, mut listening) = (view.log().state(), view.gossip().listen_address_changes());
     loop {
         listening.mark_unchanged();
-        let addresses = own_addresses(&gossip);
+        let addresses = own_addresses(view.gossip());
         let known = state.borrow_and_update().members.get(&node).cloned();
         let mut is_true = true;
         if let Some(member) = known {
             if member.name != name || member.addresses != addresses {
-                is_true &= correct(&log, Command::Readdress { node, name: name.clone(), addresses }).await;
+                is_true &= correct(&view, Command::Readdress { node, name: name.clone(), addresses }).await;
             }
             if member.leaving
                 && let Ok(_stays) = departure.try_lock()
             {
-                is_true &= correct(&log, Command::Leaving { node, leaving: false }).await;
+                is_true &= correct(&view, Command::Leaving { node, leaving: false }).await;
             }
         }
         tokio::select! {
@@ -119,8 +140,8 @@ pub async fn keep_own_entry(gossip: Handle, log: Log, name: String, departure: D
 }
 
 /// Proposes a change of this node's entry; whether the log has it or will never have it.
-async fn correct(log: &Log, command: Command) -> bool {
-    match propose(log, command).await {
+async fn correct(view: &MeshView, command: Command) -> bool {
+    match view.propose(command).await {
         Ok(_) => true,
         Err(ProposalError::Refused { refusal }) => {
             warn!(%refusal, "the log refuses a change of this node's entry");
@@ -135,7 +156,9 @@ async fn correct(log: &Log, command: Command) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use coel_store::{Member, State};
+    use coel_store::{Member, MemberInfo, Outcome, Peer, State, Timing, TokenHash, Transport, Unreachable};
+    use futures::FutureExt;
+    use futures::future::BoxFuture;
 
     use super::*;
 
@@ -158,5 +181,48 @@ mod tests {
         assert_eq!(admitted(&mut cache, &state, &voters), BTreeSet::from([one, two, stranger]), "it still votes");
         assert!(cache.vouched.is_empty(), "the log knows it now");
         assert_eq!(admitted(&mut cache, &state, &BTreeSet::from([NodeId(1)])), BTreeSet::from([one, stranger]));
+    }
+
+    /// No other node is there.
+    struct Nobody;
+
+    impl Transport for Nobody {
+        fn call(&self, _: Peer, _: NodeId, _: Vec<u8>) -> BoxFuture<'static, Result<Vec<u8>, Unreachable>> {
+            async { Err(Unreachable("nobody is there".into())) }.boxed()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_node_that_others_have_removed_stops_and_says_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let me = MemberInfo { peer: Peer(vec![1]), name: "attic".into(), addresses: vec![] };
+        let log = Log::create(folder.path(), me, Arc::new(Nobody), Timing::default()).await.unwrap();
+        let token = TokenHash::of(b"cellar");
+        let joins = Command::Join {
+            peer: Peer(vec![9]),
+            name: "cellar".into(),
+            addresses: vec![],
+            token,
+            now_ms: 1,
+            anew: false,
+        };
+        let patience = Duration::from_secs(60);
+        for command in [Command::Invite { token, uses: 1, expires_at_ms: 2 }, joins] {
+            assert!(!matches!(log.propose(command, patience).await.unwrap(), Outcome::Refused(_)));
+        }
+        let lifecycle = Lifecycle::default();
+        let stopping = stop_if_removed(log.clone(), lifecycle.clone());
+        let removed = async {
+            log.propose(Command::Forget { node: log.node_id() }, patience).await.unwrap();
+            lifecycle.stopping().cancelled().await;
+        };
+        tokio::select! {
+            biased;
+            () = stopping => panic!("the log has not stopped"),
+            () = removed => {}
+        }
+        let why = lifecycle.fatal().expect("it says why");
+        assert!(why.contains("coel join INVITE"), "{why}");
+        log.shutdown().await;
     }
 }

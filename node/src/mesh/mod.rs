@@ -6,28 +6,33 @@
 //! - [`members`]: keeps gossip's members equal to the log's, and this node's own entry true.
 //! - [`advert`]: a node's offer as gossip carries it, and this node's own.
 //! - [`view`]: the mesh as this node sees it.
+//! - [`quorum`]: whether the voters can agree on anything; pure.
 //! - [`suspicion`]: tells the log when the leader is gone.
-//! - [`succession`]: notices that the mesh goes on without this node.
+//! - [`exclusion`]: notices that the mesh goes on without this node.
+//! - [`readmission`]: comes back under a new id where the log is not what it was.
 //! - [`leader`]: drives the leader's state machine, which is [`crate::placement`]'s.
 //!
 //! Nothing here decides where experts go.
 
 pub mod admission;
 pub mod advert;
+pub mod exclusion;
 pub mod identity;
 pub mod leader;
 pub mod members;
+pub mod quorum;
 pub mod raft_network;
-pub mod succession;
+pub mod readmission;
 pub mod suspicion;
 pub mod view;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use coel_store::{Command, Log, Outcome, ProposeError, Refusal};
+use coel_store::{ProposeError, Refusal};
 
 pub use advert::OwnOffer;
-pub use view::{MeshView, Quorum};
+pub use quorum::Quorum;
+pub use view::MeshView;
 
 /// How long a proposal may take, an election included.
 pub const PROPOSE_DEADLINE: Duration = Duration::from_secs(15);
@@ -38,20 +43,15 @@ pub enum ProposalError {
     /// The command is against the rules; repeating it does not help.
     #[error("{refusal}; {}", .refusal.remedy())]
     Refused { refusal: Refusal },
+    /// Nothing can be agreed until voters come back. The command was not given to the log.
+    #[error("{why}")]
+    NoQuorum { why: String },
+    /// The voters went down while the command was under way.
+    #[error("{why}. The command may still happen when they are back; `coel status` says what is agreed")]
+    QuorumLost { why: String },
     /// No answer came in time; the command may still have happened.
     #[error(transparent)]
     Failed(#[from] ProposeError),
-}
-
-/// Puts a command into the log, through changes of leader.
-///
-/// # Errors
-/// [`ProposalError`].
-pub async fn propose(log: &Log, command: Command) -> Result<Outcome, ProposalError> {
-    match log.propose(command, PROPOSE_DEADLINE).await? {
-        Outcome::Refused(refusal) => Err(ProposalError::Refused { refusal }),
-        outcome => Ok(outcome),
-    }
 }
 
 /// The wall clock in milliseconds since the Unix epoch, for the log's expiry dates only.

@@ -1,4 +1,7 @@
 //! The placement log's remote calls, as requests on gossip's persistent streams.
+//!
+//! Invariant: none leaves before it is known that no earlier process of this node is alive, nor once one is known to be. Two
+//! processes of one voter would be two logs with one vote.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +33,8 @@ impl Transport for RaftNetwork {
         async move {
             let unreachable = |why: String| Unreachable(format!("node {target}: {why}"));
             let peer = ids::peer_id(&to).ok_or_else(|| unreachable("its peer id is malformed".into()))?;
+            // The copy of a data folder must not speak for the node.
+            gossip.confirmed().await.map_err(|duplicate| unreachable(duplicate.to_string()))?;
             let frame = Frame { header: Bytes::new(), payload: rpc.into() };
             let reply = gossip.request(peer, PROTOCOL, frame, DEADLINE).await;
             reply.map(|frame| frame.payload.to_vec()).map_err(|error| unreachable(error.to_string()))

@@ -1,57 +1,23 @@
 //! The mesh as this node sees it: what was agreed, who is there, what each member offers.
 //!
-//! Owns [`MeshView`], a bundle of handles that is asked and changes nothing. It turns gossip's and the log's words into plain facts.
+//! Owns [`MeshView`], a bundle of handles. It turns gossip's and the log's words into plain facts, and brings this node's commands to
+//! the log.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use coel_gossip::{Handle, PeerId, PeerView};
-use coel_store::{ExpertId, Log, ModelId, NodeId, Placement, Precision, Slice, State, majority};
+use coel_store::{Command, ExpertId, Log, ModelId, NodeId, Outcome, Placement, Precision, Slice, State};
 use tokio::sync::watch;
 
 use super::advert::{OwnOffer, offer_of};
+use super::quorum::Quorum;
+use super::{PROPOSE_DEADLINE, ProposalError};
 use crate::budget::Offer;
 use crate::ids;
 use crate::placement::{Liveness, MemberFacts, MeshFacts, ModelFacts, model_to_serve};
 use crate::registry::{ModelMeta, ModelRegistry};
 use crate::weights::sources::{BlobSource, Likelihood, ranked};
-
-/// The voters of the log, and those of them that can be reached.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Quorum {
-    /// The members whose votes count.
-    pub voters: BTreeSet<NodeId>,
-    /// Of these, the ones that are not down.
-    pub up: BTreeSet<NodeId>,
-}
-
-impl Quorum {
-    /// Voters that must be up for anything to be agreed.
-    pub fn needed(&self) -> usize {
-        majority(self.voters.len())
-    }
-
-    /// How many more voters may fail; `None` where too many have already.
-    pub fn spare(&self) -> Option<usize> {
-        self.up.len().checked_sub(self.needed())
-    }
-
-    /// Why nothing can be agreed, if so, and what to do.
-    pub fn missing(&self) -> Option<String> {
-        let Self { voters, up } = self;
-        // A node that has just joined does not know the voters yet.
-        let is_known = !voters.is_empty();
-        (is_known && self.spare().is_none()).then(|| {
-            format!(
-                "{} of {} voters can be reached, and {} must be; start the others, or name one with --peer if it has moved. If \
-                 they are lost for good, stop this node and run `coel recover`",
-                up.len(),
-                voters.len(),
-                self.needed()
-            )
-        })
-    }
-}
 
 /// Handles on what this node knows of the mesh. Cloning is cheap.
 #[derive(Clone)]
@@ -60,13 +26,13 @@ pub struct MeshView {
     gossip: Handle,
     offer: OwnOffer,
     registry: ModelRegistry,
-    successor: Arc<watch::Sender<Option<String>>>,
+    exclusion: Arc<watch::Sender<Option<String>>>,
 }
 
 impl MeshView {
     /// The view through these handles.
     pub fn new(log: Log, gossip: Handle, offer: OwnOffer, registry: ModelRegistry) -> Self {
-        Self { log, gossip, offer, registry, successor: Arc::default() }
+        Self { log, gossip, offer, registry, exclusion: Arc::default() }
     }
 
     /// The log.
@@ -95,23 +61,75 @@ impl MeshView {
         leader.filter(|leader| !self.down().contains(leader))
     }
 
-    /// The voters, and those that can be reached.
+    /// The voters, and what gossip takes each of them for.
     pub fn quorum(&self) -> Quorum {
-        let (voters, down) = (self.log.voters().borrow().clone(), self.down());
-        let members = &self.state().members;
-        let up = voters.difference(&down).filter(|node| members.contains_key(node)).copied().collect();
-        Quorum { voters, up }
+        let (voters, state, peers) = (self.log.voters().borrow().clone(), self.state(), self.peers());
+        let known = |node: &NodeId| {
+            let member = state.members.get(node)?;
+            if *node == self.node() {
+                Some(Liveness::Up)
+            } else {
+                peers.get(&ids::peer_id(&member.peer)?).map(liveness)
+            }
+        };
+        let (down, rest): (BTreeSet<_>, BTreeSet<_>) =
+            voters.iter().copied().partition(|node| known(node) == Some(Liveness::Down));
+        let up = rest.into_iter().filter(|node| known(node).is_some()).collect();
+        Quorum { voters, up, down }
+    }
+
+    /// Why nothing can be agreed until voters come back, if so, and what to do.
+    pub fn quorum_lost(&self) -> Option<String> {
+        self.quorum().lost().map(|lost| self.exclusion().unwrap_or(lost))
+    }
+
+    /// Resolves with [`Self::quorum_lost`] as soon as there is such a reason.
+    async fn until_quorum_lost(&self) -> String {
+        let (mut peers, mut voters) = (self.gossip.peers(), self.log.voters());
+        loop {
+            peers.mark_unchanged();
+            voters.mark_unchanged();
+            if let Some(why) = self.quorum_lost() {
+                return why;
+            }
+            let changed = tokio::select! {
+                changed = peers.changed() => changed,
+                changed = voters.changed() => changed,
+            };
+            if changed.is_err() {
+                // The node is ending, and the log says so.
+                return std::future::pending().await;
+            }
+        }
+    }
+
+    /// Puts a command of this node's into the log, through changes of leader.
+    ///
+    /// # Errors
+    /// [`ProposalError`]; at once where the quorum is lost, or as soon as it is.
+    pub async fn propose(&self, command: Command) -> Result<Outcome, ProposalError> {
+        if let Some(why) = self.quorum_lost() {
+            return Err(ProposalError::NoQuorum { why });
+        }
+        let outcome = tokio::select! {
+            outcome = self.log.propose(command, PROPOSE_DEADLINE) => outcome?,
+            why = self.until_quorum_lost() => return Err(ProposalError::QuorumLost { why }),
+        };
+        match outcome {
+            Outcome::Refused(refusal) => Err(ProposalError::Refused { refusal }),
+            outcome => Ok(outcome),
+        }
     }
 
     /// Why a member does not let this node in, and what to do: it has recovered the mesh without this node, or knows it no more.
     /// `None` where none is known to.
-    pub fn successor(&self) -> Option<String> {
-        self.successor.borrow().clone()
+    pub fn exclusion(&self) -> Option<String> {
+        self.exclusion.borrow().clone()
     }
 
     /// Notes why a member does not let this node in, if one does not.
-    pub(super) fn set_successor(&self, successor: Option<String>) {
-        self.successor.send_replace(successor);
+    pub(super) fn set_exclusion(&self, exclusion: Option<String>) {
+        self.exclusion.send_replace(exclusion);
     }
 
     /// What gossip says of the peers.
@@ -155,6 +173,15 @@ impl MeshView {
         };
         let down = state.members.iter().filter(|&(&node, member)| node != own && is_down(ids::peer_id(&member.peer)));
         down.map(|(&node, _)| node).collect()
+    }
+
+    /// Members of which two processes were heard a short while ago: their data folder was copied.
+    pub fn copied(&self) -> BTreeSet<NodeId> {
+        let (state, peers) = (self.state(), self.peers());
+        let alternates = |peer: &PeerId| peers.get(peer).is_some_and(|view| view.alternates);
+        let copied =
+            state.members.iter().filter(|(_, member)| ids::peer_id(&member.peer).is_some_and(|peer| alternates(&peer)));
+        copied.map(|(&node, _)| node).collect()
     }
 
     /// The other members that are there, and whether one of them has every blob of the model.

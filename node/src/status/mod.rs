@@ -175,6 +175,9 @@ pub struct OwnStatus {
     pub rows_remote: u64,
     /// (row, expert) pairs computed here for other homes.
     pub rows_served: u64,
+    /// Answers of this home that wait for experts whose hosts are away.
+    #[serde(default)]
+    pub answers_waiting: u64,
 }
 
 /// One replica of an expert.

@@ -57,8 +57,8 @@ impl ReadinessView {
         let (leaderless, loaded) = (self.view.leader().is_none(), self.loaded.model().is_some());
         let down = self.view.down();
         if leaderless && (state.placement.is_none() || !absent.is_empty() || !loaded) {
-            if let Some(successor) = self.view.successor() {
-                return Some(successor);
+            if let Some(exclusion) = self.view.exclusion() {
+                return Some(exclusion);
             }
             let electing = || "the voters are electing a leader".to_owned();
             return Some(self.view.quorum().missing().map_or_else(electing, |missing| format!("no leader: {missing}")));

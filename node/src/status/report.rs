@@ -6,11 +6,12 @@ use std::sync::Arc;
 use coel_gossip::Liveness;
 use coel_store::{Blobs, Member, NodeId, Placement, State, cbor};
 
-use super::warnings::warnings;
+use super::warnings::{full_disk, warnings};
 use super::{Counts, NodeStatus, OwnStatus, ReadinessView, ReplicaStatus, Status, expert_key};
 use crate::hosting::Loaded;
 use crate::ids;
 use crate::mesh::MeshView;
+use crate::mesh::readmission::explain;
 use crate::metrics::Metrics;
 use crate::registry::{ModelMeta, ModelRegistry};
 use crate::service::ModelInfo;
@@ -90,8 +91,12 @@ impl StatusView {
     }
 
     fn warnings(&self, state: &State) -> Vec<String> {
-        let successor = self.view.successor();
-        successor.into_iter().chain(warnings(state, &self.view.quorum())).collect()
+        let log = self.view.log();
+        let standing = Some(explain(*log.standing().borrow())).filter(|said| !said.is_empty());
+        let parted = log.parted().borrow().keys().copied().collect();
+        let others = warnings(state, &self.view.quorum(), self.view.copied(), parted);
+        let full = full_disk(log.full_disk(), self.blobs.full_disk());
+        full.into_iter().chain(standing).chain(self.view.exclusion()).chain(others).collect()
     }
 
     fn members(&self, state: &State) -> Vec<NodeStatus> {
@@ -164,6 +169,7 @@ impl StatusView {
             rows_local: metrics.rows_local.get(),
             rows_remote: metrics.rows_remote.get(),
             rows_served: metrics.rows_served.get(),
+            answers_waiting: metrics.answers_waiting.get().cast_unsigned(),
         }
     }
 }

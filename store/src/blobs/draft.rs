@@ -45,6 +45,8 @@ impl Write for Hashed {
         }
         let quota = &self.blobs.0.quota;
         let wanted = bytes.len() as u64;
+        let full = |full| std::io::Error::new(std::io::ErrorKind::StorageFull, BlobError::Full(full));
+        self.blobs.0.room.check(wanted).map_err(full)?;
         quota.resize(0, wanted).map_err(|over| std::io::Error::new(std::io::ErrorKind::QuotaExceeded, over))?;
         let written = self.file.write(bytes).inspect_err(|_| quota.give_back(wanted))?;
         quota.give_back(wanted - written as u64);

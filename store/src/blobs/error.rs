@@ -1,7 +1,7 @@
 //! Why a blob cannot be read or kept, and what would help.
 
 use crate::cbor::CborError;
-use crate::disk::{DiskError, OpenError};
+use crate::disk::{DiskError, FullDisk, OpenError};
 use crate::ids::BlobId;
 use crate::manifest::ManifestError;
 use std::path::{Path, PathBuf};
@@ -18,8 +18,11 @@ pub enum BlobError {
     /// A record of the index is not readable, or cannot be written.
     #[error("the index of the weights: {0}")]
     Index(#[from] CborError),
+    /// There is too little room for it on the disk.
+    #[error(transparent)]
+    Full(#[from] FullDisk),
     /// The system refused.
-    #[error("{path}: {error}; check the folder and the room on the disk")]
+    #[error("{path}: {error}; check the folder")]
     Io {
         /// Which file or folder.
         path: PathBuf,
@@ -158,7 +161,7 @@ impl BlobError {
 
     /// Whether the disk is full.
     pub fn is_full_disk(&self) -> bool {
-        matches!(self, Self::Io { error, .. } if error.kind() == std::io::ErrorKind::StorageFull)
+        matches!(self, Self::Full(_) | Self::Disk(DiskError::Full(_)) | Self::Open(OpenError::Full(_)))
     }
 
     /// Whether the blob here is useless and a fresh copy would help.
@@ -183,5 +186,10 @@ impl BlobError {
 /// Names the file of a system's error.
 pub(super) fn io(path: &Path) -> impl Fn(std::io::Error) -> BlobError + '_ {
     // A refusal of the store's own comes back through writers that only know errors of the system.
-    move |error| error.downcast().unwrap_or_else(|error| BlobError::Io { path: path.into(), error })
+    move |error| {
+        error.downcast().unwrap_or_else(|error| match FullDisk::of(path, &error) {
+            Some(full) => full.into(),
+            None => BlobError::Io { path: path.into(), error },
+        })
+    }
 }

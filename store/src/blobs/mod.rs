@@ -7,6 +7,7 @@
 //! | `partial/abcd...` | a blob that is still arriving |
 //! | `partial/draft-1` | a blob that is being made |
 //! | `index/` | a sled database: which blobs are held, and how; which parts of which checkpoint they are |
+//! | `damaged-index/` | the last index that could not be read, and was made anew from the files |
 //!
 //! Invariants: a blob enters the index only after its content is on the disk, and its content was hashed as a whole before
 //! the file got its name. Content that is given out as verified was hashed chunk by chunk as it was read, because disks

@@ -67,6 +67,9 @@ impl Partial {
         }
         // Its whole length is reserved: a blob that is begun can be completed.
         let there = quota::length(&path);
+        if there < entry.bytes {
+            blobs.0.room.check(entry.bytes - there)?;
+        }
         blobs.0.quota.resize(there, entry.bytes)?;
         let opened = Self::open_file(&path, entry);
         if opened.is_err() {
@@ -115,6 +118,7 @@ impl Partial {
         if !self.entry.chunk_matches(chunk, bytes) {
             return Err(BlobError::Corrupt { id, chunk, place: "the received data".into() });
         }
+        self.blobs.0.room.check(bytes.len() as u64)?;
         let start = u64::from(chunk) * CHUNK_BYTES as u64;
         let mut write = || {
             self.file.seek(SeekFrom::Start(start))?;

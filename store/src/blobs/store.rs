@@ -4,7 +4,9 @@ use super::error::{BlobError, io};
 use super::quota::{self, Quota, Usage};
 use super::segment::{self, Keep, Record, Segment};
 use crate::cbor::{self, CborError};
-use crate::disk::{Disk, Renames, WriteBatch, sync_folder};
+use crate::disk::{
+    Disk, DiskError, FullDisk, OpenError, Renames, Room, WEIGHTS_RESERVE_BYTES, WriteBatch, sync_folder,
+};
 use crate::ids::{BlobId, hex};
 use crate::manifest::{BlobEntry, CHUNK_BYTES};
 use crate::sync::lock;
@@ -31,6 +33,7 @@ pub(super) struct Inner {
     /// The blobs that have a receiver.
     pub receiving: Mutex<BTreeSet<BlobId>>,
     pub quota: Quota,
+    pub room: Room,
 }
 
 impl Inner {
@@ -84,7 +87,29 @@ fn make_folder(path: &Path) -> Result<(), BlobError> {
     Ok(())
 }
 
+/// Opens or creates the index in the data folder `dir`; a damaged one is set aside. Returns whether that was done.
+fn open_index(dir: &Path) -> Result<(Disk, bool), BlobError> {
+    let path = dir.join("index");
+    match Disk::open(&path, None) {
+        Err(OpenError::Damaged { path: file, error }) => {
+            let kept = dir.join("damaged-index");
+            if kept.exists() {
+                fs::remove_dir_all(&kept).map_err(io(&kept))?;
+            }
+            fs::rename(&path, &kept).map_err(io(&path))?;
+            sync_folder(dir).map_err(io(dir))?;
+            let (file, kept) = (file.display(), kept.display());
+            tracing::warn!(%file, error, %kept, "the index of the weights is damaged; it is set aside and made anew from the files");
+            Ok((Disk::open(&path, None)?, true))
+        }
+        opened => Ok((opened?, false)),
+    }
+}
+
 impl Blobs {
+    /// Bytes of the disk that weights leave free.
+    pub const RESERVE_BYTES: u64 = WEIGHTS_RESERVE_BYTES;
+
     /// Opens or creates the store in the data folder `dir`.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, BlobError> {
         Self::open_within(dir, None)
@@ -94,16 +119,37 @@ impl Blobs {
     pub fn open_within(dir: impl AsRef<Path>, budget_bytes: Option<u64>) -> Result<Self, BlobError> {
         let dir = dir.as_ref();
         make_folder(dir)?;
-        let index = Disk::open(&dir.join("index"), None)?;
+        let (index, is_anew) = open_index(dir)?;
         let (files, partial) = (dir.join("blobs"), dir.join("partial"));
         make_folder(&files)?;
         make_folder(&partial)?;
         sweep(&partial)?;
         let receiving = Mutex::default();
-        let mut blobs = Inner { index, files, partial, receiving, quota: Quota::default() };
+        let room = Room::of(dir, WEIGHTS_RESERVE_BYTES);
+        let mut blobs = Inner { index, files, partial, receiving, quota: Quota::default(), room };
         let used_bytes = blobs.all_files()?.iter().map(|(_, bytes)| bytes).sum();
         blobs.quota = Quota::new(Usage { used_bytes, budget_bytes });
-        Ok(Self(Arc::new(blobs)))
+        let blobs = Self(Arc::new(blobs));
+        if is_anew {
+            blobs.index_files()?;
+        }
+        Ok(blobs)
+    }
+
+    /// Fills an empty index with the blobs that have files of their own: a file gets a blob's name only once its content is whole.
+    fn index_files(&self) -> Result<(), BlobError> {
+        let mut batch = WriteBatch::default();
+        for (id, bytes) in self.files()? {
+            if self.path(&id).exists() {
+                put_record(&mut batch, &index_key(&id), &Record { bytes, keep: Keep::File }, RECORD_BYTES_MAX)?;
+            }
+        }
+        Ok(self.0.index.write_blocking(batch)?)
+    }
+
+    /// Whether the disk is too full for more weights.
+    pub fn full_disk(&self) -> Option<FullDisk> {
+        self.0.room.check(0).err()
     }
 
     /// Bytes kept, and how many may be kept.
@@ -200,8 +246,12 @@ impl Blobs {
         if held {
             let mut batch = WriteBatch::default();
             let key = index_key(id);
-            self.0.index.remove_range(&mut batch, &key, &[&key, [0xff; 5].as_slice()].concat())?;
-            self.0.index.write_blocking(batch)?;
+            batch.remove_range(&key, &[&key, [0xff; 5].as_slice()].concat());
+            match self.0.index.write_blocking(batch) {
+                // The record goes with a later write: without its file the blob is not held.
+                Err(DiskError::Full(_)) if self.delete(&self.path(id))? => return Ok(true),
+                written => written?,
+            }
         }
         Ok(self.delete(&self.path(id))? || held)
     }

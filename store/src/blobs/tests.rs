@@ -2,7 +2,7 @@
 
 use super::error::io;
 use super::*;
-use crate::disk::OpenError;
+use crate::disk::{OpenError, Room, WEIGHTS_RESERVE_BYTES};
 use crate::ids::BlobId;
 use crate::manifest::{BlobEntry, CHUNK_BYTES, Slices};
 use std::fs;
@@ -53,6 +53,29 @@ fn what_is_put_is_there_after_a_restart() {
     assert!(blobs.remove(&entry.id).unwrap() && !blobs.remove(&entry.id).unwrap());
     assert!(!blobs.has(&entry.id));
     assert_eq!(blobs.list().unwrap(), [(empty.id, 0)]);
+}
+
+#[test]
+fn a_damaged_index_is_set_aside_and_made_anew_from_the_files() {
+    let (dir, blobs) = fresh();
+    let (long, short) = (content(2 * CHUNK_BYTES + 777), content(9));
+    let entries = [blobs.put(&long).unwrap(), blobs.put(&short).unwrap()];
+    let mut partial = blobs.receive(&BlobEntry::of(&content(CHUNK_BYTES + 1))).unwrap();
+    partial.write(1, &content(CHUNK_BYTES + 1)[CHUNK_BYTES..]).unwrap();
+    drop(partial);
+    let (listed, usage) = (blobs.list().unwrap(), blobs.usage());
+    drop(blobs);
+    let database = dir.path().join("index/db");
+    fs::File::options()
+        .write(true)
+        .open(&database)
+        .unwrap()
+        .set_len(fs::metadata(&database).unwrap().len() / 2)
+        .unwrap();
+    let blobs = Blobs::open(dir.path()).unwrap();
+    assert!(dir.path().join("damaged-index/db").is_file());
+    assert_eq!((blobs.list().unwrap(), blobs.usage()), (listed, usage));
+    assert_eq!(entries.each_ref().map(|entry| blobs.read_verified(entry).unwrap()), [long, short]);
 }
 
 #[test]
@@ -457,4 +480,25 @@ fn what_has_begun_to_arrive_makes_room_for_what_is_made_here() {
     assert_eq!(blobs.read_verified(&entry).unwrap(), whole);
     assert_eq!(blobs.usage().used_bytes, entry.bytes);
     assert_eq!(fs::read_dir(dir.path().join("partial")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_full_disk_refuses_more_and_keeps_what_is_there() {
+    let (dir, mut blobs) = fresh();
+    let held = blobs.put(&[1; 100]).unwrap();
+    let room = Room::of(dir.path(), WEIGHTS_RESERVE_BYTES).with(|_| Ok(WEIGHTS_RESERVE_BYTES + 9));
+    std::sync::Arc::get_mut(&mut blobs.0).unwrap().room = room;
+    assert!(blobs.full_disk().is_none(), "nine bytes fit");
+    let refused = blobs.receive(&BlobEntry::of(&[2; 10])).unwrap_err();
+    assert!(
+        matches!(&refused, BlobError::Full(full) if full.path == dir.path()) && refused.is_full_disk(),
+        "{refused}"
+    );
+    let mut draft = blobs.draft().unwrap();
+    let error = draft.write_all(&[3; 1 << 20]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+    drop(draft);
+    assert_eq!(blobs.read_verified(&held).unwrap(), [1; 100]);
+    assert_eq!(blobs.usage().used_bytes, 100);
+    assert!(blobs.put(&[4; 9]).is_ok() && blobs.remove(&held.id).unwrap());
 }

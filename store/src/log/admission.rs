@@ -11,9 +11,9 @@ use super::local::LocalMember;
 use super::network::call;
 use super::rpc::{RpcReply, RpcRequest};
 use crate::ids::{NodeId, Peer};
+use crate::runtime::{self, timeout};
 use futures::stream::{FuturesUnordered, StreamExt};
 use std::time::Duration;
-use tokio::time::{Instant, timeout};
 
 /// How long the members have to answer.
 const WORD_PATIENCE: Duration = Duration::from_secs(2);
@@ -22,11 +22,11 @@ pub(super) async fn admits(local: &LocalMember, peer: &Peer) -> bool {
     if local.knows(peer) || local.is_empty() {
         return true;
     }
-    if let Some(word) = local.admissions.word(peer, Instant::now()) {
+    if let Some(word) = local.admissions.word(peer, runtime::now()) {
         return word;
     }
     // Until the answer is in, the same stranger causes no second round of questions.
-    local.admissions.remember(peer, Instant::now(), false);
+    local.admissions.remember(peer, runtime::now(), false);
     let witnesses: Vec<(NodeId, Peer)> = {
         let state = local.state.borrow();
         let others = state.members.iter().filter(|(node, _)| **node != local.identity.node);
@@ -46,6 +46,6 @@ pub(super) async fn admits(local: &LocalMember, peer: &Peer) -> bool {
         false
     };
     let word = timeout(WORD_PATIENCE, vouched).await.unwrap_or(false);
-    local.admissions.remember(peer, Instant::now(), word);
+    local.admissions.remember(peer, runtime::now(), word);
     word
 }

@@ -6,8 +6,7 @@ use crate::ids::Peer;
 use crate::sync::lock;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
-use std::time::Duration;
-use tokio::time::Instant;
+use std::time::{Duration, Instant};
 
 /// How long a word about a stranger holds, for or against.
 const WORD_HOLDS: Duration = Duration::from_secs(2);

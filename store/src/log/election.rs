@@ -28,13 +28,15 @@ pub(super) struct Electorate {
     pub node: NodeId,
     /// Whether it leads.
     pub leads: bool,
+    /// Whether it may stand for election.
+    pub may_stand: bool,
     /// The voters; two sets while they are being changed.
     pub voters: Vec<BTreeSet<NodeId>>,
 }
 
 impl Electorate {
-    fn is_voter(&self) -> bool {
-        self.voters.iter().any(|voters| voters.contains(&self.node))
+    fn can_stand(&self) -> bool {
+        self.may_stand && self.voters.iter().any(|voters| voters.contains(&self.node))
     }
 
     fn is_majority(&self, nodes: &BTreeSet<NodeId>) -> bool {
@@ -113,12 +115,12 @@ impl Election {
 
     fn tick(&mut self, group: &Electorate, now: Instant, rng: &mut impl Rng) -> Vec<Effect> {
         // A single voter needs nobody's word and waits for nobody.
-        let alone = group.is_voter() && !group.leads && group.voters.iter().all(|voters| voters.len() == 1);
+        let alone = group.can_stand() && !group.leads && group.voters.iter().all(|voters| voters.len() == 1);
         if now < self.due && !alone {
             return Vec::new();
         }
         self.due = now + rng.random_range(self.wait.clone());
-        if group.leads || !group.is_voter() {
+        if group.leads || !group.can_stand() {
             self.granted = None;
             return Vec::new();
         }
@@ -187,7 +189,7 @@ mod tests {
         fn new(voters: &[&[u64]]) -> Self {
             let (start, mut rng) = (Instant::now(), SmallRng::seed_from_u64(7));
             let voters = voters.iter().map(|voters| set(voters)).collect();
-            let group = Electorate { node: NodeId(1), leads: false, voters };
+            let group = Electorate { node: NodeId(1), leads: false, may_stand: true, voters };
             Self { election: Election::new(WAIT, start, &mut rng), group, start, rng }
         }
 
@@ -255,6 +257,15 @@ mod tests {
         assert!(!leader.grants(9000, false));
         let mut alone = World::new(&[&[1]]);
         assert_eq!(alone.at(0, Input::Tick), [Effect::Stand], "it needs nobody's word");
+    }
+
+    #[test]
+    fn who_may_not_stand_does_not_and_then_does() {
+        let mut world = World::new(&[&[1, 2, 3]]);
+        world.group.may_stand = false;
+        assert_eq!((world.at(2000, Input::Tick), world.at(4000, Input::Tick)), (vec![], vec![]));
+        world.group.may_stand = true;
+        assert_eq!(world.at(6000, Input::Tick), [Effect::Ask { round: 1, voters: set(&[2, 3]) }]);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::rpc::{RpcReply, RpcRequest};
 use super::timing::Timing;
 use super::types::LogId;
 use crate::ids::NodeId;
+use crate::runtime::{self, sleep_until, timeout};
 use crate::sync::lock;
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -16,9 +17,8 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use openraft::ServerState;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::Notify;
-use tokio::time::{sleep_until, timeout};
 
 /// The elections of one node.
 pub(super) struct Elections {
@@ -33,7 +33,7 @@ impl Elections {
     pub fn new(timing: Timing) -> Self {
         let wait = Duration::from_millis(timing.election_min_ms)..Duration::from_millis(timing.election_max_ms);
         let patience = wait.start / 2;
-        let election = Election::new(wait, Instant::now(), &mut rand::rng());
+        let election = Election::new(wait, runtime::now(), &mut runtime::rng());
         Self { election: Mutex::new(election), changed: Notify::new(), patience }
     }
 
@@ -48,15 +48,20 @@ impl Elections {
         self.changed.notify_one();
     }
 
+    /// This node may vote from now on.
+    pub fn look_again(&self) {
+        self.changed.notify_one();
+    }
+
     /// Whether this node would vote for one whose log ends at `last`.
     pub fn grants(&self, local: &LocalMember, last: Option<LogId>) -> bool {
         // What cannot be read is not behind anything.
         let behind = local.last_log_id().is_none_or(|own| last < own);
-        lock(&self.election).grants(&electorate(local), behind, Instant::now())
+        lock(&self.election).grants(&electorate(local), behind, runtime::now())
     }
 
     fn handle(&self, input: Input, local: &LocalMember) -> Vec<Effect> {
-        lock(&self.election).handle(input, &electorate(local), Instant::now(), &mut rand::rng())
+        lock(&self.election).handle(input, &electorate(local), runtime::now(), &mut runtime::rng())
     }
 }
 
@@ -66,6 +71,7 @@ fn electorate(local: &LocalMember) -> Electorate {
     Electorate {
         node: local.identity.node,
         leads: metrics.state == ServerState::Leader,
+        may_stand: local.recollection.may_vote() && local.full_disk().is_none(),
         voters: metrics.membership_config.membership().get_joint_config().clone(),
     }
 }
@@ -94,7 +100,8 @@ pub(super) async fn drive(member: Weak<LocalMember>, elections: Arc<Elections>) 
         let due = lock(&elections.election).due();
         drop(local);
         input = tokio::select! {
-            () = sleep_until(due.into()) => Input::Tick,
+            biased;
+            () = sleep_until(due) => Input::Tick,
             () = elections.changed.notified() => Input::Tick,
             Some(answer) = answers.next() => answer,
         };

@@ -1,7 +1,7 @@
 //! Why there is no log, or no log any more.
 
 use super::sled_log::StoreError;
-use crate::disk::OpenError;
+use crate::disk::{DiskError, OpenError};
 use std::path::PathBuf;
 
 /// Why there is no log.
@@ -30,6 +30,9 @@ pub enum LogError {
         /// The data folder.
         path: PathBuf,
     },
+    /// The log is not what was written.
+    #[error(transparent)]
+    Damaged(#[from] Box<DamagedLog>),
     /// The times contradict each other.
     #[error("the log's timing makes no sense: {0}")]
     Timing(String),
@@ -40,6 +43,30 @@ pub enum LogError {
 
 impl From<StoreError> for LogError {
     fn from(error: StoreError) -> Self {
-        Self::Fatal(error.to_string())
+        match error {
+            StoreError::Disk(DiskError::Full(full)) => OpenError::from(full).into(),
+            error => Self::Fatal(error.to_string()),
+        }
     }
+}
+
+/// A log that is not what was written, so that its node cannot go on as the member that it was. The advice never costs more than is
+/// lost already: it deletes nothing.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error(
+    "{damage}. This node cannot go on as {member}. Keep the data folder: the weights in it are not affected. If another member is \
+     left, use a new invite of its mesh here (coel join INVITE): the damaged log is set aside as {kept}, and this node joins anew, \
+     under a new id. If this node had the only vote, the members, invites and models that no other member has heard of are lost \
+     with this log: where another member is left, run `coel recover` on that one first; where none is, move {log} away and begin \
+     a mesh with `coel up --new`"
+)]
+pub struct DamagedLog {
+    /// Which file, and what is wrong with it.
+    pub damage: OpenError,
+    /// Which node it was, as far as that is known.
+    pub member: String,
+    /// The log's folder.
+    pub log: PathBuf,
+    /// Where joining anew keeps it.
+    pub kept: PathBuf,
 }

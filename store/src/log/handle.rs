@@ -11,21 +11,25 @@ use super::folder::{self, close, mark, open_fresh, open_member};
 use super::local::LocalMember;
 use super::network::{RaftNetwork, Transport, call};
 use super::propose::{self, ProposeError};
+use super::recall::{self, Recollection};
 use super::rpc::RpcRequest;
 use super::serve;
 use super::sled_log::{Identity, SledLog};
+use super::standing::{Progress, Standing};
 use super::state_machine::StateMachine;
 use super::timing::Timing;
 use super::types::{Metrics, RaftNode};
 use super::voters::{Change, Group, Presence, majority};
-use crate::disk::Disk;
+use crate::disk::{Disk, FullDisk, WhenFull};
 use crate::ids::{MeshId, NodeId, Peer};
+use crate::runtime;
 use crate::state::command::{Command, Outcome};
 use crate::state::{MemberInfo, State};
 use crate::sync::lock;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use openraft::{ChangeMembers, LogIdOptionExt, Raft, ServerState};
+use rand::Rng;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -67,21 +71,29 @@ impl Log {
         transport: Arc<dyn Transport>,
         timing: Timing,
     ) -> Result<Self, LogError> {
-        let dir = &dir;
-        let identity = Identity { node: NodeId(1), mesh: MeshId(rand::random()) };
-        let disk = open_fresh(dir)?;
+        let log = Self::create_on(open_fresh(&dir)?, me, transport, timing).await?;
+        mark(&dir, log.0.identity)?;
+        tracing::info!(mesh = %log.mesh_id(), "created a mesh");
+        Ok(log)
+    }
+
+    /// Creates a mesh whose first log is that in `disk`, which is empty.
+    pub(crate) async fn create_on(
+        disk: Disk,
+        me: MemberInfo,
+        transport: Arc<dyn Transport>,
+        timing: Timing,
+    ) -> Result<Self, LogError> {
+        let identity = Identity { node: NodeId(1), mesh: MeshId(runtime::rng().random()) };
         let log = Self::start_fresh(disk, identity, transport, timing).await?;
         let alone = BTreeMap::from([(identity.node, RaftNode { peer: me.peer.clone() })]);
         log.0.raft.initialize(alone).await.map_err(|error| LogError::Fatal(error.to_string()))?;
         let command = Command::CreateMesh { mesh: identity.mesh, member: me };
         match log.propose(command, CREATE_PATIENCE).await {
-            Ok(Outcome::Joined { .. }) => {}
-            Ok(other) => return Err(LogError::Fatal(format!("the new mesh answered {other:?}"))),
-            Err(error) => return Err(LogError::Fatal(error.to_string())),
+            Ok(Outcome::Joined { .. }) => Ok(log),
+            Ok(other) => Err(LogError::Fatal(format!("the new mesh answered {other:?}"))),
+            Err(error) => Err(LogError::Fatal(error.to_string())),
         }
-        mark(dir, identity)?;
-        tracing::info!(mesh = %identity.mesh, "created a mesh");
-        Ok(log)
     }
 
     /// Opens the log of a folder that belongs to a member already.
@@ -95,13 +107,13 @@ impl Log {
 
     async fn open_in(dir: PathBuf, transport: Arc<dyn Transport>, timing: Timing) -> Result<Self, LogError> {
         let (disk, log, identity) = open_member(&dir).await?;
-        Self::start(disk, log, identity, transport, timing).await
+        Self::start(disk, log, identity, false, transport, timing).await
     }
 
     /// The node, and the mesh, that the data folder `dir` belongs to.
     ///
     /// # Errors
-    /// [`LogError`]: where it belongs to none, is in use, or cannot be read.
+    /// [`LogError`]: where it belongs to none, is in use, is damaged, or cannot be read.
     pub fn membership(dir: impl AsRef<Path>) -> BoxFuture<'static, Result<(NodeId, MeshId), LogError>> {
         let dir = dir.as_ref().to_owned();
         async move {
@@ -113,10 +125,11 @@ impl Log {
         .boxed()
     }
 
-    /// Makes the data folder `dir` one that belongs to no mesh, and keeps its log under another name, which is returned.
+    /// Makes the data folder `dir` one that belongs to no mesh, and keeps its log, damaged or not, under another name, which is
+    /// returned.
     ///
     /// # Errors
-    /// [`LogError`]; the log is at one of the two places then, whole.
+    /// [`LogError`]; the log is at one of the two places then, as it was.
     pub fn set_aside(dir: impl AsRef<Path>) -> BoxFuture<'static, Result<PathBuf, LogError>> {
         let dir = dir.as_ref().to_owned();
         async move { folder::set_aside(&dir).await }.boxed()
@@ -151,7 +164,7 @@ impl Log {
     }
 
     /// The log that [`open_fresh`] prepared, as that of `identity`.
-    async fn start_fresh(
+    pub(crate) async fn start_fresh(
         disk: Disk,
         identity: Identity,
         transport: Arc<dyn Transport>,
@@ -159,23 +172,30 @@ impl Log {
     ) -> Result<Self, LogError> {
         let log = SledLog::open(disk.clone()).await?;
         log.save_identity(identity).await?;
-        Self::start(disk, log, identity, transport, timing).await
+        Self::start(disk, log, identity, true, transport, timing).await
     }
 
-    async fn start(
+    pub(crate) async fn start(
         disk: Disk,
-        store: SledLog,
+        mut store: SledLog,
         identity: Identity,
+        fresh: bool,
         transport: Arc<dyn Transport>,
         timing: Timing,
     ) -> Result<Self, LogError> {
         let config = timing.config()?;
-        let (machine, state) = StateMachine::open(disk.clone())?;
+        store.resign().await?;
+        let history = Arc::default();
+        let (machine, state) = StateMachine::open(disk.clone(), Arc::clone(&history))?;
+        let recollection = Recollection::new(store.clone(), fresh, history)?;
+        // The consensus library stops for good where a write fails.
+        disk.when_full(WhenFull::Wait);
+        let full = disk.full();
         let network = RaftNetwork { transport: Arc::clone(&transport), mesh: identity.mesh };
         let raft = Raft::new(identity.node, config, network, store, machine)
             .await
             .map_err(|error| LogError::Fatal(error.to_string()))?;
-        let leader = follow_leader(raft.metrics(), timing);
+        let leader = follow_leader(raft.metrics(), full.clone(), timing);
         let voters = follow_voters(raft.metrics());
         let elections = Arc::new(Elections::new(timing));
         let local = Arc::new(LocalMember {
@@ -187,10 +207,17 @@ impl Log {
             state,
             leader,
             voters,
+            up: Mutex::default(),
             admissions: AdmissionCache::default(),
             elections: Arc::clone(&elections),
+            recollection,
+            full,
         });
-        tokio::spawn(elections::drive(Arc::downgrade(&local), elections));
+        runtime::spawn(recall::remember(Arc::downgrade(&local)));
+        if !fresh {
+            runtime::spawn(recall::drive(Arc::downgrade(&local)));
+        }
+        runtime::spawn(elections::drive(Arc::downgrade(&local), elections));
         Ok(Self(local))
     }
 
@@ -225,6 +252,31 @@ impl Log {
         self.0.raft.metrics().borrow().current_term
     }
 
+    /// Whether this node's log is what it was, as far as the others remember.
+    pub fn standing(&self) -> watch::Receiver<Standing> {
+        self.0.recollection.standing()
+    }
+
+    /// The members whose logs have parted from this node's, each with the index of an entry up to which they differ.
+    pub fn parted(&self) -> watch::Receiver<BTreeMap<NodeId, u64>> {
+        self.0.recollection.parted()
+    }
+
+    /// Why this node's log takes no writes for now. It goes on by itself once there is room.
+    pub fn full_disk(&self) -> Option<FullDisk> {
+        self.0.full_disk()
+    }
+
+    /// How far this node's log has got, for the others to remember.
+    pub fn progress(&self) -> Progress {
+        self.0.recollection.progress(&self.0)
+    }
+
+    /// Takes note of how far the log of the member `node` has got, as it says.
+    pub fn heard(&self, node: NodeId, progress: Progress) {
+        self.0.recollection.heard(&self.0, node, progress);
+    }
+
     /// Says that the process of `node` is gone. If it leads, another leader is elected at once instead of after a silence.
     pub fn suspect(&self, node: NodeId) {
         let leader = self.0.raft.metrics().borrow().current_leader;
@@ -233,7 +285,13 @@ impl Log {
         }
     }
 
-    /// The members whose votes count.
+    /// Waits until this node's vote does not count any more, after it has left or was readmitted. A voter that stops before could take
+    /// the quorum with it.
+    pub fn vote_passed_on(&self) -> BoxFuture<'_, ()> {
+        recall::vote_passed_on(&self.0).boxed()
+    }
+
+    /// The members whose votes count; those of before and after, while a change of voters is not agreed on.
     pub fn voters(&self) -> watch::Receiver<BTreeSet<NodeId>> {
         self.0.voters.clone()
     }
@@ -271,12 +329,13 @@ impl Log {
     }
 
     async fn reconcile_group(&self, mut presence: Presence) -> Result<(), LogError> {
+        lock(&self.0.up).clone_from(&presence.up);
         presence.up.insert(self.node_id());
         presence.steady.insert(self.node_id());
         // Newcomers, voters, leavers: after one change of each kind another look at the world is due.
         for _ in 0..3 {
             let metrics = self.0.raft.metrics().borrow().clone();
-            if metrics.state != ServerState::Leader {
+            if metrics.state != ServerState::Leader || self.0.full_disk().is_some() {
                 return Ok(());
             }
             let state = Arc::clone(&self.0.state.borrow());
@@ -294,7 +353,7 @@ impl Log {
                 return Ok(());
             }
             tracing::info!(?change, "changing the consensus group");
-            match tokio::time::timeout(CHANGE_PATIENCE, self.change(change, &state)).await {
+            match runtime::timeout(CHANGE_PATIENCE, self.change(change, &state)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => return Err(error),
                 Err(_) => {
@@ -317,7 +376,7 @@ impl Log {
             let question = RpcRequest::Knows(peer.clone());
             let asked = call(&*self.0.transport, self.0.identity.mesh, node, peer, question);
             // Any answer will do.
-            let answered = tokio::time::timeout(ANSWER_PATIENCE, asked).await;
+            let answered = runtime::timeout(ANSWER_PATIENCE, asked).await;
             (!matches!(answered, Ok(Ok(_)))).then_some(node)
         });
         let silent: Vec<NodeId> = futures::future::join_all(asked).await.into_iter().flatten().collect();
@@ -354,8 +413,12 @@ impl Log {
     }
 
     async fn stop(self) {
+        if let Some(disk) = &*lock(&self.0.disk) {
+            disk.when_full(WhenFull::Refuse);
+        }
         // An error means that the log has stopped already.
         let _ = self.0.raft.shutdown().await;
+        self.0.recollection.close();
         let Some(disk) = lock(&self.0.disk).take() else { return };
         // Closing waits for the writer thread. Replication tasks may hold handles for a moment longer.
         let closed = async {
@@ -363,20 +426,33 @@ impl Log {
                 closed.await;
             }
         };
-        if tokio::time::timeout(CLOSE_PATIENCE, closed).await.is_err() {
+        if runtime::timeout(CLOSE_PATIENCE, closed).await.is_err() {
             tracing::warn!("the log's database is still being read");
         }
     }
 }
 
-/// Publishes the leader, until the log stops.
-fn follow_leader(mut metrics: watch::Receiver<Metrics>, timing: Timing) -> watch::Receiver<Option<NodeId>> {
+/// Publishes the leader, until the log stops. A node whose log waits for room leads no more, whatever it last heard.
+fn follow_leader(
+    mut metrics: watch::Receiver<Metrics>,
+    mut full: watch::Receiver<Option<FullDisk>>,
+    timing: Timing,
+) -> watch::Receiver<Option<NodeId>> {
     let (publish, follow) = watch::channel(None);
-    tokio::spawn(async move {
+    runtime::spawn(async move {
         loop {
-            let leader = known_leader(&metrics.borrow_and_update(), timing);
+            let is_full = full.borrow_and_update().is_some();
+            let leader = {
+                let metrics = metrics.borrow_and_update();
+                known_leader(&metrics, timing).filter(|leader| !is_full || *leader != metrics.id)
+            };
             publish.send_if_modified(|published| std::mem::replace(published, leader) != leader);
-            if metrics.changed().await.is_err() {
+            let changed = tokio::select! {
+                biased;
+                changed = metrics.changed() => changed,
+                changed = full.changed() => changed,
+            };
+            if changed.is_err() {
                 break;
             }
         }
@@ -389,10 +465,16 @@ fn follow_leader(mut metrics: watch::Receiver<Metrics>, timing: Timing) -> watch
 fn follow_voters(mut metrics: watch::Receiver<Metrics>) -> watch::Receiver<BTreeSet<NodeId>> {
     let voters = |metrics: &Metrics| metrics.membership_config.voter_ids().collect::<BTreeSet<_>>();
     let (publish, follow) = watch::channel(voters(&metrics.borrow()));
-    tokio::spawn(async move {
+    runtime::spawn(async move {
         while metrics.changed().await.is_ok() {
-            let now = voters(&metrics.borrow_and_update());
+            let (mut now, is_agreed) = {
+                let metrics = metrics.borrow_and_update();
+                (voters(&metrics), *metrics.membership_config.log_id() <= metrics.last_applied)
+            };
             publish.send_if_modified(|published| {
+                if !is_agreed {
+                    now.extend(published.iter());
+                }
                 let is_new = *published != now;
                 *published = now;
                 is_new

@@ -10,14 +10,20 @@ use super::rpc::{RpcRefusal, RpcReply, RpcRequest};
 use super::sled_log::ENTRY_BYTES_MAX;
 use super::types::Proposal;
 use crate::cbor;
+use crate::disk::FullDisk;
 use crate::ids::{NodeId, Peer};
+use crate::runtime::{self, timeout, timeout_at};
 use crate::state::command::{Command, Outcome, Refusal};
+use crate::sync::lock;
 use openraft::error::RaftError;
-use std::time::Duration;
-use tokio::time::{Instant, timeout, timeout_at};
+use rand::seq::IteratorRandom;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 /// Pause before another attempt, so that an election is not disturbed by a hail of proposals.
 const PAUSE: Duration = Duration::from_millis(50);
+/// How long a member may take to say who leads.
+const ASK_PATIENCE: Duration = Duration::from_secs(1);
 /// Longest time for which a forwarded command may occupy the leader.
 const WAIT_MAX: Duration = Duration::from_secs(30);
 /// Room for what an entry holds beside its command: the log id and the author.
@@ -46,6 +52,9 @@ pub enum ProposeError {
         /// How long.
         waited: Duration,
     },
+    /// This node's log takes no writes, and no other node is known to lead. It goes on by itself once there is room.
+    #[error("this node's log takes nothing now (it may still happen): {0}")]
+    Full(FullDisk),
     /// The log of this node stopped.
     #[error("the placement log stopped: {0}; restart the node")]
     Fatal(String),
@@ -67,6 +76,15 @@ fn too_long(command: &Command) -> Option<Outcome> {
     (bytes > limit).then_some(Outcome::Refused(refusal))
 }
 
+/// A refusal if a member is to be forgotten that this leader hears, whatever the proposer believes. Who is up is not in the
+/// state, so the log itself cannot refuse it.
+fn still_up(local: &LocalMember, command: &Command) -> Option<Outcome> {
+    match command {
+        Command::Forget { node } if lock(&local.up).contains(node) => Some(Outcome::Refused(Refusal::StillUp(*node))),
+        _ => None,
+    }
+}
+
 pub(super) async fn propose(
     local: &LocalMember,
     command: Command,
@@ -75,12 +93,15 @@ pub(super) async fn propose(
     if let Some(refused) = too_long(&command) {
         return Ok(refused);
     }
-    let started = Instant::now();
+    let started = runtime::now();
     let until = started + deadline;
     let mut leader = local.leader.clone();
     let mut hint: Option<(NodeId, Peer)> = None;
     loop {
         let known = *leader.borrow_and_update();
+        if let (None, Some(full)) = (known, local.full_disk()) {
+            return Err(ProposeError::Full(full));
+        }
         let attempt = match (hint.take(), known) {
             (Some((node, peer)), _) => forward(local, node, peer, &command, until).await,
             (None, Some(node)) if node == local.identity.node => write_here(local, &command, until, started).await,
@@ -88,31 +109,47 @@ pub(super) async fn propose(
                 Some(peer) => forward(local, node, peer, &command, until).await,
                 None => Attempt::Failed(ProposeError::NoLeader),
             },
+            // No leader speaks to a node that is a member under another id by now. Any member knows who leads.
+            (None, None) if local.recollection.is_lost() => match any(local.others()) {
+                Some((node, peer)) => {
+                    forward(local, node, peer, &command, until.min(runtime::now() + ASK_PATIENCE)).await
+                }
+                None => Attempt::Failed(ProposeError::NoLeader),
+            },
             (None, None) => Attempt::Failed(ProposeError::NoLeader),
         };
         let failure = match attempt {
             Attempt::Done(outcome) => return Ok(outcome),
-            Attempt::Failed(ProposeError::Fatal(why)) => return Err(ProposeError::Fatal(why)),
+            Attempt::Failed(error @ (ProposeError::Fatal(_) | ProposeError::Full(_))) => return Err(error),
             Attempt::Failed(error) => error,
             Attempt::Elsewhere(elsewhere) => {
                 hint = elsewhere.filter(|(node, _)| *node != local.identity.node && Some(*node) != known);
                 ProposeError::NoLeader
             }
         };
-        if Instant::now() >= until {
+        if runtime::now() >= until {
             return Err(failure);
         }
         // A new leader ends the pause early.
-        let pause = (Instant::now() + PAUSE).min(until);
+        let pause = (runtime::now() + PAUSE).min(until);
         if let Ok(Err(_)) = timeout_at(pause, leader.changed()).await {
             return Err(ProposeError::Fatal("it was shut down".into()));
         }
     }
 }
 
+fn any(others: BTreeMap<NodeId, Peer>) -> Option<(NodeId, Peer)> {
+    others.into_iter().choose(&mut runtime::rng())
+}
+
 async fn write_here(local: &LocalMember, command: &Command, until: Instant, started: Instant) -> Attempt {
     let proposal = Proposal { author: local.identity.node, command: command.clone() };
-    match timeout_at(until, local.raft.client_write(proposal)).await {
+    let written = tokio::select! {
+        biased;
+        written = timeout_at(until, local.raft.client_write(proposal)) => written,
+        full = local.fills() => return Attempt::Failed(ProposeError::Full(full)),
+    };
+    match written {
         Ok(Ok(written)) => Attempt::Done(written.data),
         Ok(Err(RaftError::Fatal(error))) => Attempt::Failed(ProposeError::Fatal(error.to_string())),
         Ok(Err(RaftError::APIError(_))) => Attempt::Elsewhere(None),
@@ -122,7 +159,7 @@ async fn write_here(local: &LocalMember, command: &Command, until: Instant, star
 
 async fn forward(local: &LocalMember, leader: NodeId, peer: Peer, command: &Command, until: Instant) -> Attempt {
     // A leader that died delays a proposer no longer than the election of another takes.
-    let patience = until.saturating_duration_since(Instant::now()).min(local.timing.election_max() * 2);
+    let patience = until.saturating_duration_since(runtime::now()).min(local.timing.election_max() * 2);
     let request = RpcRequest::Propose { command: command.clone(), wait_ms: patience.as_millis() as u64 };
     let unreachable = |why: String| Attempt::Failed(ProposeError::Unreachable { leader, why });
     match timeout(patience, call(&*local.transport, local.identity.mesh, leader, peer, request)).await {
@@ -147,11 +184,17 @@ pub(super) async fn accept(local: &LocalMember, from: &Peer, command: Command, w
     let Some(author) = local.state.borrow().node_of(from) else {
         return RpcReply::Refused(RpcRefusal::NotAMember(local.identity.mesh));
     };
-    if let Some(refused) = too_long(&command) {
+    let refused = too_long(&command).or_else(|| still_up(local, &command));
+    if let Some(refused) = refused {
         return RpcReply::Outcome(refused);
     }
     let wait = Duration::from_millis(wait_ms).min(WAIT_MAX);
-    match timeout(wait, local.raft.client_write(Proposal { author, command })).await {
+    let written = tokio::select! {
+        biased;
+        written = timeout(wait, local.raft.client_write(Proposal { author, command })) => written,
+        full = local.fills() => return RpcReply::Failed(full.to_string()),
+    };
+    match written {
         Ok(Ok(written)) => RpcReply::Outcome(written.data),
         Ok(Err(RaftError::Fatal(error))) => RpcReply::Failed(error.to_string()),
         Ok(Err(RaftError::APIError(_))) => RpcReply::NotLeader(None),

@@ -10,13 +10,12 @@
 use super::error::LogError;
 use super::folder::{close, io_error, kept_log, log_dir, mark, open_member};
 use super::sled_log::{Identity, SledLog, StoreError};
-use super::state_machine::{replace, snapshot};
-use super::types::{LogId, Membership, Payload, RaftNode, SnapshotMeta, StoredMembership, Vote};
+use super::state_machine::{apply_entry, replace, snapshot};
+use super::types::{LogId, Membership, RaftNode, SnapshotMeta, StoredMembership, Vote};
 use crate::cbor;
 use crate::disk::{Disk, WriteBatch, sync_folder};
 use crate::ids::{MeshId, NodeId};
 use crate::state::State;
-use crate::state::apply::apply;
 use openraft::CommittedLeaderId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -26,11 +25,48 @@ use std::path::{Path, PathBuf};
 pub struct Recovery {
     dir: PathBuf,
     disk: Disk,
-    log: SledLog,
+    survivor: Survivor,
+}
+
+/// What a member's log has to go on from.
+pub(crate) struct Survivor {
     identity: Identity,
     state: State,
     term: u64,
     index: u64,
+}
+
+impl Survivor {
+    /// Reads the log in `disk`; `None` if it does not list this node as a member.
+    pub fn of(disk: &Disk, log: &SledLog, identity: Identity) -> Result<Option<Self>, StoreError> {
+        let (mut state, covered) = snapshot(disk)?;
+        for entry in log.all_entries()? {
+            if Some(entry.log_id) > covered {
+                apply_entry(&mut state, &entry)?;
+            }
+        }
+        let (vote, last) = log.end()?;
+        let last = last.max(covered);
+        let voted = vote.map_or(0, |vote| vote.leader_id.term);
+        let term = voted.max(last.map_or(0, |last| last.leader_id.term));
+        let index = last.map_or(0, |last| last.index);
+        Ok(state.members.contains_key(&identity.node).then_some(Self { identity, state, term, index }))
+    }
+
+    /// Makes the log in `disk` that of the only voter of the new `mesh`.
+    pub async fn begin(self, disk: &Disk, log: &SledLog, mesh: MeshId) -> Result<Identity, StoreError> {
+        let Self { identity, state, term, index } = self;
+        let mut next = state.recovered(identity.node, mesh).expect("a survivor is a member");
+        let at = LogId::new(CommittedLeaderId::new(term + 1, identity.node), index + 1);
+        next.applied = next.applied.then(at.index, &mesh.0, &[]);
+        let identity = Identity { mesh, ..identity };
+        let mut batch = WriteBatch::default();
+        let bytes = cbor::to_vec(&next)?;
+        replace(disk, &mut batch, &snapshot_meta(at, &next), &bytes)?;
+        log.restart(&mut batch, identity, Vote::new(term + 2, identity.node), at)?;
+        disk.write(batch).await?;
+        Ok(identity)
+    }
 }
 
 impl Recovery {
@@ -40,33 +76,19 @@ impl Recovery {
     /// [`LogError`]: where the folder belongs to no mesh, is in use, cannot be read, or has nothing to go on from.
     pub async fn open(dir: &Path) -> Result<Self, LogError> {
         let (disk, log, identity) = open_member(dir).await?;
-        let (mut state, covered) = snapshot(&disk)?;
-        for entry in log.all_entries()? {
-            if Some(entry.log_id) > covered
-                && let Payload::Normal(command) = &entry.payload
-            {
-                apply(&mut state, command, entry.origin());
-            }
-        }
-        if !state.members.contains_key(&identity.node) {
-            return Err(LogError::NothingToRecover { path: dir.into() });
-        }
-        let (vote, last) = log.end()?;
-        let last = last.max(covered);
-        let voted = vote.map_or(0, |vote| vote.leader_id.term);
-        let term = voted.max(last.map_or(0, |last| last.leader_id.term));
-        let index = last.map_or(0, |last| last.index);
-        Ok(Self { dir: dir.into(), disk, log, identity, state, term, index })
+        let survivor = Survivor::of(&disk, &log, identity)?;
+        let survivor = survivor.ok_or_else(|| LogError::NothingToRecover { path: dir.into() })?;
+        Ok(Self { dir: dir.into(), disk, survivor })
     }
 
     /// This node's id.
     pub fn node(&self) -> NodeId {
-        self.identity.node
+        self.survivor.identity.node
     }
 
     /// What this node knows of the mesh that is to be recovered.
     pub fn state(&self) -> &State {
-        &self.state
+        &self.survivor.state
     }
 
     /// Keeps a copy of the former log beside it, and makes the folder that of the only voter of a new mesh, whose id it returns.
@@ -74,20 +96,12 @@ impl Recovery {
     /// # Errors
     /// [`LogError`]; the folder holds the former mesh or the new one then, whole.
     pub async fn commit(self) -> Result<MeshId, LogError> {
-        let Self { dir, disk, log, identity, state, term, index } = self;
+        let Self { dir, disk, survivor } = self;
         let mesh = MeshId(rand::random());
-        let next = state.recovered(identity.node, mesh).ok_or(LogError::NotAMember { path: dir.clone() })?;
-        drop(log);
         close(disk).await;
-        keep_copy(&dir, state.mesh)?;
+        keep_copy(&dir, survivor.state.mesh)?;
         let (disk, log, _) = open_member(&dir).await?;
-        let at = LogId::new(CommittedLeaderId::new(term + 1, identity.node), index + 1);
-        let identity = Identity { mesh, ..identity };
-        let mut batch = WriteBatch::default();
-        let bytes = cbor::to_vec(&next).map_err(StoreError::from)?;
-        replace(&disk, &mut batch, &snapshot_meta(at, &next), &bytes)?;
-        log.restart(&mut batch, identity, Vote::new(term + 2, identity.node), at)?;
-        disk.write(batch).await.map_err(StoreError::from)?;
+        let identity = survivor.begin(&disk, &log, mesh).await?;
         mark(&dir, identity)?;
         drop(log);
         close(disk).await;

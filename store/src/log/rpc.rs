@@ -6,6 +6,7 @@
 //!
 //! Invariant: decoding is total. The length is checked first; then every fault is a typed error.
 
+use super::standing::Memory;
 use super::types::TypeConfig;
 use crate::cbor::{self, CborError};
 use crate::ids::{MeshId, NodeId, Peer};
@@ -22,9 +23,10 @@ use serde::{Deserialize, Serialize};
 /// 2 MiB, snapshot chunks are 1 MiB.
 pub const RPC_BYTES_MAX: usize = 8 << 20;
 
-/// The version of these messages, and of the log that they carry: members of version 3 cannot forget another and answer
-/// no pre-vote, and those of version 2 do not check who authored a command.
-const VERSION: u8 = 4;
+/// The version of these messages, and of the log that they carry: members of version 4 let none join anew and have no digest of what
+/// they applied, those of version 3 cannot forget another and answer no pre-vote, and those of version 2 do not check who authored a
+/// command.
+const VERSION: u8 = 5;
 
 /// A request in its envelope.
 #[derive(Debug, Serialize, Deserialize)]
@@ -52,6 +54,8 @@ pub(crate) enum RpcRequest {
     PreVote {
         last: Option<LogId<NodeId>>,
     },
+    /// How far do you remember the sender's log to have got, that of this node?
+    Recall(NodeId),
     /// Is this peer a member? Asked by a node that was away while members joined.
     Knows(Peer),
 }
@@ -68,6 +72,11 @@ pub(crate) struct Chunk {
 }
 
 impl Chunk {
+    /// The term of the leader that sends it.
+    pub fn term(&self) -> u64 {
+        self.vote.leader_id.term
+    }
+
     /// The offset after this piece, in bytes.
     pub fn end(&self) -> u64 {
         self.offset.saturating_add(self.data.len() as u64)
@@ -101,6 +110,8 @@ pub(crate) enum RpcReply {
     },
     /// Whether the node would.
     PreVote(bool),
+    /// So far.
+    Recalls(Memory),
     Outcome(Outcome),
     /// Ask the leader instead, if one is known.
     NotLeader(Option<(NodeId, Peer)>),
@@ -258,7 +269,7 @@ mod tests {
     fn a_proposal_is_spelled_as_ever() {
         // Pinned: a change of these bytes is a new version.
         let request = RpcRequest::Propose { command: Command::Leave { node: NodeId(3) }, wait_ms: 7 };
-        let mut bytes = b"\x04\xa3\x64mesh\x50".to_vec();
+        let mut bytes = b"\x05\xa3\x64mesh\x50".to_vec();
         bytes.extend([1; 16]);
         bytes.extend(b"\x62to\x02\x63ask\xa1\x67Propose\xa2\x67command\xa1\x65Leave\xa1\x64node\x03\x67wait_ms\x07");
         assert_eq!(envelope(request).encode().unwrap(), bytes);

@@ -8,6 +8,7 @@ use super::admission::admits;
 use super::local::LocalMember;
 use super::propose::accept;
 use super::rpc::{Chunk, Envelope, RpcRefusal, RpcReply, RpcRequest, check_append};
+use super::standing::Memory;
 use super::state_machine::SNAPSHOT_BYTES_MAX;
 use crate::ids::Peer;
 use openraft::error::{InstallSnapshotError, RaftError};
@@ -55,7 +56,14 @@ async fn check(local: &LocalMember, from: &Peer, rpc: &[u8]) -> Result<RpcReques
 
 async fn answer(local: &LocalMember, from: &Peer, request: RpcRequest) -> RpcReply {
     let failed = |error: &dyn std::error::Error| RpcReply::Failed(error.to_string());
+    let full = local.full_disk();
+    if let (Some(full), RpcRequest::Vote(_) | RpcRequest::Append(_) | RpcRequest::Snapshot(_)) = (&full, &request) {
+        return failed(full);
+    }
     match request {
+        // A vote that it gave before may be forgotten.
+        RpcRequest::Vote(_) if !local.recollection.may_vote() => not_yet(),
+        RpcRequest::Append(request) if !local.recollection.may_follow(local, request.vote.leader_id.term) => not_yet(),
         RpcRequest::Vote(request) => local.raft.vote(request).await.map_or_else(|error| failed(&error), RpcReply::Vote),
         RpcRequest::Append(request) => match local.raft.append_entries(request).await {
             Ok(response) => {
@@ -66,11 +74,27 @@ async fn answer(local: &LocalMember, from: &Peer, request: RpcRequest) -> RpcRep
             }
             Err(error) => failed(&error),
         },
-        RpcRequest::PreVote { last } => RpcReply::PreVote(local.elections.grants(local, last)),
+        RpcRequest::PreVote { last } => {
+            RpcReply::PreVote(full.is_none() && local.recollection.may_vote() && local.elections.grants(local, last))
+        }
+        RpcRequest::Recall(node) => {
+            // One after the other: readers of the state and of the metrics must not wait for each other.
+            let mark = local.recollection.of(local, node);
+            let known_as = local.state.borrow().node_of(from);
+            let votes = local.voters.borrow().contains(&node);
+            let electors = local.electors();
+            RpcReply::Recalls(Memory { mark, known_as, votes, electors })
+        }
+        RpcRequest::Snapshot(chunk) if !local.recollection.may_follow(local, chunk.term()) => not_yet(),
         RpcRequest::Snapshot(chunk) => install(local, chunk).await,
         RpcRequest::Propose { command, wait_ms } => accept(local, from, command, wait_ms).await,
         RpcRequest::Knows(peer) => RpcReply::Knows(local.knows(&peer)),
     }
+}
+
+/// A node whose log may have gone back does not know what it has voted for.
+fn not_yet() -> RpcReply {
+    RpcReply::Failed("this node does not know yet what it has voted for".into())
 }
 
 async fn install(local: &LocalMember, chunk: Chunk) -> RpcReply {

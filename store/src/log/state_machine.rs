@@ -8,12 +8,14 @@
 //! slot of its bytes, and both become durable together.
 
 use super::sled_log::StoreError;
+use super::standing::History;
 use super::types::{Entry, LogId, Payload, SnapshotMeta, StorageError, StoredMembership, TypeConfig};
 use crate::cbor;
 use crate::disk::{Disk, WriteBatch};
 use crate::state::State;
 use crate::state::apply::apply;
 use crate::state::command::Outcome;
+use crate::sync::lock;
 use openraft::storage::RaftStateMachine;
 use openraft::{OptionalSend, RaftSnapshotBuilder, Snapshot};
 use serde::{Deserialize, Serialize};
@@ -43,12 +45,17 @@ pub(crate) struct StateMachine {
     saving: Arc<Mutex<()>>,
     applied: Option<LogId>,
     membership: StoredMembership,
+    history: Arc<std::sync::Mutex<History>>,
     publish: watch::Sender<Arc<State>>,
 }
 
 impl StateMachine {
-    /// The state machine as of the last snapshot in `disk`, and the channel on which its state is published.
-    pub fn open(disk: Disk) -> Result<(Self, watch::Receiver<Arc<State>>), StoreError> {
+    /// The state machine as of the last snapshot in `disk`, and the channel on which its state is published. What it applies is noted in
+    /// `history`.
+    pub fn open(
+        disk: Disk,
+        history: Arc<std::sync::Mutex<History>>,
+    ) -> Result<(Self, watch::Receiver<Arc<State>>), StoreError> {
         let mut state = State::default();
         let mut meta = SnapshotMeta::default();
         if let Some((record, bytes)) = load(&disk)? {
@@ -56,8 +63,14 @@ impl StateMachine {
             meta = record.meta;
         }
         let (publish, follow) = watch::channel(Arc::new(state));
-        let machine =
-            Self { disk, saving: Arc::default(), applied: meta.last_log_id, membership: meta.last_membership, publish };
+        let machine = Self {
+            disk,
+            saving: Arc::default(),
+            applied: meta.last_log_id,
+            membership: meta.last_membership,
+            history,
+            publish,
+        };
         Ok((machine, follow))
     }
 }
@@ -92,7 +105,7 @@ pub(super) fn replace(
     bytes: &[u8],
 ) -> Result<(), StoreError> {
     let slot = load(disk)?.map_or(0, |(old, _)| old.slot + 1);
-    disk.remove_range(batch, b"S", b"T")?;
+    batch.remove_range(b"S", b"T");
     batch.put(&slot_key(slot), bytes);
     batch.put(RECORD, &cbor::to_vec(&SnapshotRecord { meta: meta.clone(), slot })?);
     Ok(())
@@ -104,6 +117,21 @@ pub(super) fn snapshot(disk: &Disk) -> Result<(State, Option<LogId>), StoreError
         Some((record, bytes)) => Ok((cbor::from_slice(&bytes, SNAPSHOT_BYTES_MAX)?, record.meta.last_log_id)),
         None => Ok((State::default(), None)),
     }
+}
+
+/// The step of one entry.
+pub(super) fn apply_entry(state: &mut State, entry: &Entry) -> Result<Outcome, StoreError> {
+    let outcome = match &entry.payload {
+        Payload::Normal(command) => {
+            let outcome = apply(state, command, entry.origin());
+            let (index, author) = (entry.log_id.index, entry.author);
+            tracing::debug!(index, ?author, command = command.name(), ?outcome, "applied");
+            outcome
+        }
+        Payload::Blank | Payload::Membership(_) => Outcome::Done,
+    };
+    state.applied = state.applied.then(entry.log_id.index, &cbor::to_vec(entry)?, &cbor::to_vec(&outcome)?);
+    Ok(outcome)
 }
 
 impl RaftStateMachine<TypeConfig> for StateMachine {
@@ -122,26 +150,15 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let mut outcomes = Vec::new();
         for entry in entries {
             self.applied = Some(entry.log_id);
-            let origin = entry.origin();
-            outcomes.push(match entry.payload {
-                Payload::Blank => Outcome::Done,
-                Payload::Normal(command) => {
-                    let outcome = apply(Arc::make_mut(&mut state), &command, origin);
-                    let (index, author) = (entry.log_id.index, entry.author);
-                    tracing::debug!(index, ?author, command = command.name(), ?outcome, "applied");
-                    outcome
-                }
-                Payload::Membership(membership) => {
-                    self.membership = StoredMembership::new(Some(entry.log_id), membership);
-                    Outcome::Done
-                }
-            });
+            let next = Arc::make_mut(&mut state);
+            let outcome = apply_entry(next, &entry).map_err(StoreError::writing)?;
+            lock(&self.history).push(next.applied);
+            if let Payload::Membership(membership) = entry.payload {
+                self.membership = StoredMembership::new(Some(entry.log_id), membership);
+            }
+            outcomes.push(outcome);
         }
-        self.publish.send_if_modified(|published| {
-            let changed = !Arc::ptr_eq(published, &state);
-            *published = state;
-            changed
-        });
+        self.publish.send_replace(state);
         Ok(outcomes)
     }
 
@@ -173,6 +190,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let state = install.await.map_err(StoreError::writing)?;
         self.applied = meta.last_log_id;
         self.membership = meta.last_membership.clone();
+        lock(&self.history).push(state.applied);
         self.publish.send_replace(Arc::new(state));
         Ok(())
     }

@@ -118,7 +118,7 @@ openraft::declare_raft_types!(
         Entry = Entry,
         SnapshotData = Cursor<Vec<u8>>,
         Responder = openraft::impls::OneshotResponder<TypeConfig>,
-        AsyncRuntime = openraft::TokioRuntime,
+        AsyncRuntime = super::async_runtime::LogRuntime,
 );
 
 pub(crate) type Membership = openraft::Membership<NodeId, RaftNode>;

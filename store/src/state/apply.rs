@@ -14,11 +14,12 @@
 //! |---|---|
 //! | `CreateMesh` | the leader, which is the only node then |
 //! | `Place` | the leader that put it into the log, a member |
-//! | `Readdress`, `Leaving`, `Leave`, `Ready`, `NotReady` | the node that the command names |
+//! | `Readdress`, `Leaving`, `Leave`, `Readmit`, `Ready`, `NotReady` | the node that the command names |
 //! | `Join`, `Invite`, `RegisterModel`, `Precisions` | any member |
 //!
 //! Admission is any member's because a newcomer has no log to speak through; the member has checked its proof. For a peer
-//! that is a member already, `Join` only tells its id: name, addresses and leaving remain that node's own word. A
+//! that is a member already, `Join` only tells its id: name, addresses and leaving remain that node's own word; unless it
+//! has lost its log, and joins anew. A
 //! placement that was planned under an earlier leader is refused, and the leader of now plans again.
 //!
 //! An entry without an author comes from a leader of a former build, and is applied as that build applied it: unchecked.
@@ -68,6 +69,7 @@ fn authority(command: &Command) -> Authority {
         Command::Readdress { node, .. }
         | Command::Leaving { node, .. }
         | Command::Leave { node }
+        | Command::Readmit { node }
         | Command::Ready { node, .. }
         | Command::NotReady { node, .. } => Authority::Node(*node),
         Command::Join { .. }
@@ -118,9 +120,12 @@ pub fn apply(state: &mut State, command: &Command, origin: Option<Origin>) -> Ou
 fn step(state: &mut State, command: &Command, origin: Option<Origin>) -> Step {
     match command {
         Command::CreateMesh { mesh, member } => create(state, *mesh, member),
-        Command::Join { peer, name, addresses, token, now_ms } => {
+        Command::Join { peer, name, addresses, token, now_ms, anew } => {
             let info = MemberInfo { peer: peer.clone(), name: name.clone(), addresses: addresses.clone() };
-            join(state, info, token, *now_ms, origin)
+            match state.node_of(peer) {
+                Some(node) if !anew => welcome_back(state, node, info, origin),
+                lost => join(state, info, token, *now_ms, lost),
+            }
         }
         Command::Readdress { node, name, addresses } => readdress(state, *node, name, addresses),
         Command::Invite { token, uses, expires_at_ms } => invite(state, *token, *uses, *expires_at_ms),
@@ -130,6 +135,7 @@ fn step(state: &mut State, command: &Command, origin: Option<Origin>) -> Step {
         }),
         Command::Leave { node } => leave(state, *node),
         Command::Forget { node } => forget(state, *node),
+        Command::Readmit { node } => readmit(state, *node),
         Command::RegisterModel { id, model } => register(state, *id, model),
         Command::Place { expect, model, replicas } => place(state, *expect, *model, replicas),
         Command::Precisions { bounds } => {
@@ -183,24 +189,31 @@ fn admit(state: &mut State, info: MemberInfo) -> Outcome {
     Outcome::Joined { node }
 }
 
-fn join(state: &mut State, info: MemberInfo, token: &TokenHash, now_ms: u64, origin: Option<Origin>) -> Step {
+fn welcome_back(state: &mut State, node: NodeId, info: MemberInfo, origin: Option<Origin>) -> Step {
     check_info(&info.peer, &info.name, &info.addresses)?;
-    if let Some(node) = state.node_of(&info.peer) {
-        // What a member says of itself is its own word; a former build took the proposer's for it.
-        if origin.is_none_or(|origin| origin.author == node) {
-            let member = member(state, node)?;
-            member.name = info.name;
-            member.addresses = info.addresses;
-            member.leaving = false;
-        }
-        return Ok(Outcome::Joined { node });
+    // What a member says of itself is its own word; a former build took the proposer's for it.
+    if origin.is_none_or(|origin| origin.author == node) {
+        let member = member(state, node)?;
+        member.name = info.name;
+        member.addresses = info.addresses;
+        member.leaving = false;
     }
+    Ok(Outcome::Joined { node })
+}
+
+/// Admits a newcomer; `lost` is the member that it was before it lost its log.
+fn join(state: &mut State, info: MemberInfo, token: &TokenHash, now_ms: u64, lost: Option<NodeId>) -> Step {
+    check_info(&info.peer, &info.name, &info.addresses)?;
     let invite = state.invites.get_mut(token).ok_or(Refusal::UnknownInvite)?;
     if now_ms >= invite.expires_at_ms {
         return Err(Refusal::ExpiredInvite { late_ms: now_ms - invite.expires_at_ms });
     }
     invite.uses_left = invite.uses_left.checked_sub(1).ok_or(Refusal::UsedUpInvite)?;
-    Ok(admit(state, info))
+    let joined = admit(state, info);
+    if let Some(lost) = lost {
+        leave(state, lost)?;
+    }
+    Ok(joined)
 }
 
 fn readdress(state: &mut State, node: NodeId, name: &str, addresses: &[String]) -> Step {
@@ -225,6 +238,13 @@ fn invite(state: &mut State, token: TokenHash, uses: u32, expires_at_ms: u64) ->
 fn forget(state: &mut State, node: NodeId) -> Step {
     let awaited = state.former.iter_mut().any(|former| former.members.remove(&node).is_some());
     if awaited { Ok(Outcome::Done) } else { leave(state, node) }
+}
+
+fn readmit(state: &mut State, node: NodeId) -> Step {
+    let Member { peer, name, addresses, .. } = member(state, node)?.clone();
+    let joined = admit(state, MemberInfo { peer, name, addresses });
+    leave(state, node)?;
+    Ok(joined)
 }
 
 fn leave(state: &mut State, node: NodeId) -> Step {

@@ -34,7 +34,7 @@ pub enum Command {
         member: MemberInfo,
     },
     /// Admits a newcomer on an invite. A peer that is a member already gets its own id again; nothing of it changes, and
-    /// the invite is not used.
+    /// the invite is not used; unless it joins anew.
     Join {
         /// The newcomer's network identity.
         peer: Peer,
@@ -46,6 +46,10 @@ pub enum Command {
         token: TokenHash,
         /// The proposer's clock, milliseconds since the Unix epoch.
         now_ms: u64,
+        /// It has no log of this mesh. A member that has lost its log must not come back under its id: it would vote again where it has
+        /// voted, and lack what it has acknowledged. So it is admitted under a new id, and the old one is gone.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        anew: bool,
     },
     /// A member has other addresses or another name now.
     Readdress {
@@ -79,6 +83,13 @@ pub enum Command {
     },
     /// A member is gone for good and cannot say so itself, and its replicas with it; or a member of a former mesh will not follow.
     Forget {
+        /// Which member.
+        node: NodeId,
+    },
+    /// A member's log is not what it was: it is admitted anew, under a new id, and its old one is gone with its replicas. It would vote again
+    /// where it has voted, and lack what it has acknowledged. A node that was readmitted and does not know it is told its id by the
+    /// refusal.
+    Readmit {
         /// Which member.
         node: NodeId,
     },
@@ -135,6 +146,7 @@ impl Command {
             Self::Leaving { .. } => "leaving",
             Self::Leave { .. } => "leave",
             Self::Forget { .. } => "forget",
+            Self::Readmit { .. } => "readmit",
             Self::RegisterModel { .. } => "register-model",
             Self::Place { .. } => "place",
             Self::Precisions { .. } => "precisions",
@@ -208,6 +220,9 @@ pub enum Refusal {
     /// The only member cannot leave.
     #[error("node {0} is the last member of the mesh")]
     LastMember(NodeId),
+    /// A member that the leader hears is not forgotten.
+    #[error("node {0} is up")]
+    StillUp(NodeId),
     /// No such model.
     #[error("model {0} is not registered")]
     UnknownModel(ModelId),
@@ -259,6 +274,7 @@ impl Refusal {
             Self::NotTheLeader { .. } => "leave it to the leader, which plans again by itself",
             Self::NotAMember(_) => "join the mesh first (coel join INVITE)",
             Self::LastMember(_) => "stop the node instead; the mesh ends when its data folder is removed",
+            Self::StillUp(_) => "run `coel leave` on it; or stop it, and try again in a moment",
             Self::UnknownModel(_) => "import it first (coel model import DIR)",
             Self::NameTaken { .. } => "import it under another name",
             Self::RegisteredAs { .. } => "use that name",

@@ -40,9 +40,34 @@ pub struct State {
     pub placement: Option<Placement>,
     /// At which precisions experts may be placed.
     pub precisions: Bounds,
+    /// Which part of the log this is the outcome of.
+    #[serde(default)]
+    pub applied: Applied,
     /// The meshes that this one goes on from, the latest last; none unless it was recovered.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub former: Vec<FormerMesh>,
+}
+
+/// A part of the log, from its beginning: two nodes that applied as much with another digest have parted for good.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Applied {
+    /// The index of its last entry.
+    pub index: u64,
+    /// A hash of all its entries and their outcomes.
+    pub digest: [u8; 16],
+}
+
+impl Applied {
+    /// This part and one entry more, given by its bytes and those of its outcome.
+    pub(crate) fn then(self, index: u64, entry: &[u8], outcome: &[u8]) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        for bytes in [self.digest.as_slice(), &index.to_le_bytes(), entry, outcome] {
+            hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
+        }
+        let mut digest = [0; 16];
+        digest.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        Self { index, digest }
+    }
 }
 
 /// A mesh that lost its voters, and the members that have not joined the mesh that goes on from it.
@@ -244,6 +269,7 @@ impl State {
             models: self.models.clone(),
             placement,
             precisions: self.precisions,
+            applied: self.applied,
             former,
         })
     }

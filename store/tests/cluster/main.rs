@@ -147,6 +147,10 @@ async fn what_was_never_finished_does_not_count() {
     let log = Log::create(&path, info("b"), mesh.wires.port("b"), timing()).await.unwrap();
     assert_ne!(log.mesh_id(), first);
     log.shutdown().await;
+    // Nor does what is damaged in it.
+    std::fs::remove_file(path.join("log/member")).unwrap();
+    std::fs::write(path.join("log/conf"), [0; 64]).unwrap();
+    Log::create(&path, info("b"), mesh.wires.port("b"), timing()).await.unwrap().shutdown().await;
     mesh.close().await;
 }
 
@@ -172,7 +176,7 @@ async fn strangers_other_meshes_and_garbage_get_nothing() {
     let token = TokenHash([1; 32]);
     let invite = Command::Invite { token, uses: 1, expires_at_ms: 10 };
     thief.propose(invite, GUARD).await.unwrap();
-    let join = Command::Join { peer: peer("a"), name: "a".into(), addresses: vec![], token, now_ms: 1 };
+    let join = Command::Join { peer: peer("a"), name: "a".into(), addresses: vec![], token, now_ms: 1, anew: false };
     thief.propose(join, GUARD).await.unwrap();
     thief.reconcile(Presence::default()).await.unwrap();
     mesh.until("a question is caught", |_| !caught.lock().unwrap().is_empty()).await;
@@ -258,7 +262,7 @@ async fn a_node_that_was_away_accepts_a_leader_it_never_met() {
     let token = TokenHash::of(b"d");
     mesh.propose("a", Command::Invite { token, uses: 1, expires_at_ms: 1_000 }).await;
     let MemberInfo { peer: id, name, addresses } = info("d");
-    let join = Command::Join { peer: id, name, addresses, token, now_ms: 1 };
+    let join = Command::Join { peer: id, name, addresses, token, now_ms: 1, anew: false };
     let Outcome::Joined { node } = mesh.propose("a", join).await else { panic!("not admitted") };
     let log = Log::join(mesh.dir.path().join("d"), node, mesh.log("a").mesh_id(), mesh.wires.port("d"), timing())
         .await
@@ -360,15 +364,49 @@ async fn a_mesh_that_lost_its_only_voter_goes_on_from_the_survivor() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_log_is_named_and_set_aside() {
+    let mut mesh = Mesh::of(&["a"]).await;
+    for step in 0..50 {
+        assert_eq!(mesh.propose("a", rename(NodeId(1), &format!("step {step}"))).await, Outcome::Done);
+    }
+    let id = mesh.state("a").mesh;
+    mesh.stop("a").await;
+    let folder = mesh.dir.path().join("a");
+    let database = folder.join("log/db");
+    let bytes = std::fs::metadata(&database).unwrap().len();
+    std::fs::File::options().write(true).open(&database).unwrap().set_len(bytes / 2).unwrap();
+    let error = Log::membership(&folder).await.unwrap_err();
+    assert!(matches!(error, LogError::Damaged(_)), "{error}");
+    let said = error.to_string();
+    for part in
+        [&database.display().to_string(), "is damaged", &format!("node 1 of mesh {id}"), "coel join", "damaged-log"]
+    {
+        assert!(said.contains(part), "no {part:?} in {said}");
+    }
+    let error = Recovery::open(&folder).await.err().unwrap();
+    assert!(matches!(error, LogError::Damaged(_)), "{error}");
+    let kept = Log::set_aside(&folder).await.unwrap();
+    assert!(kept == folder.join("damaged-log") && kept.join("db").is_file() && !Log::exists(&folder));
+    mesh.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_ghost_is_forgotten_and_its_vote_with_it() {
     let mut mesh = Mesh::of(&["a", "b", "c"]).await;
     assert_eq!(
         mesh.propose("b", Command::Leave { node: NodeId(3) }).await,
         Outcome::Refused(Refusal::SpeaksForAnother { author: NodeId(2), node: NodeId(3) })
     );
+    // The leader hears it, whatever another member believes.
+    let follower = if mesh.leader().await == "a" { "b" } else { "a" };
+    let still_up = Outcome::Refused(Refusal::StillUp(NodeId(3)));
+    assert_eq!(mesh.propose(follower, Command::Forget { node: NodeId(3) }).await, still_up);
     mesh.stop("c").await;
-    assert_eq!(mesh.propose("b", Command::Forget { node: NodeId(3) }).await, Outcome::Done);
     let ghost = BTreeSet::from([NodeId(3)]);
+    for log in mesh.nodes.values() {
+        log.reconcile(mesh.without(&ghost)).await.unwrap();
+    }
+    assert_eq!(mesh.propose(follower, Command::Forget { node: NodeId(3) }).await, Outcome::Done);
     mesh.reconcile_until("one of two votes", &ghost, |mesh| mesh.voters() == 1).await;
     assert_eq!(mesh.state("a").members.len(), 2);
     assert!(!mesh.log("a").admits(&peer("c")).await);

@@ -113,7 +113,7 @@ impl Mesh {
         let invite = Command::Invite { token, uses: 1, expires_at_ms: 1_000 };
         assert_eq!(self.propose(via, invite).await, Outcome::Done);
         let MemberInfo { peer, name: called, addresses } = info(name);
-        let join = Command::Join { peer, name: called, addresses, token, now_ms: 1 };
+        let join = Command::Join { peer, name: called, addresses, token, now_ms: 1, anew: false };
         let Outcome::Joined { node } = self.propose(via, join).await else { panic!("not admitted") };
         let mesh = self.nodes[via].mesh_id();
         let dir = self.dir.path().join(name);

@@ -14,6 +14,7 @@ use rand::rngs::SmallRng;
 
 use super::super::dispatch::LayerReplicas;
 use super::super::hosts::HostTable;
+use super::super::wait::{ExpertWait, WaitStep};
 use super::super::wire::{ReplyHeader, WireError, decode_call, encode_reply};
 use super::*;
 
@@ -201,6 +202,17 @@ fn missing(outcome: Result<ExpertOutputs, CallError>) -> (MissingExperts, Vec<(N
     }
 }
 
+fn unavailable(outcome: Result<ExpertOutputs, CallError>) -> (MissingExperts, Vec<(NodeId, HostFailure)>) {
+    match outcome {
+        Err(CallError::Unavailable { missing, failures }) => (missing, failures),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn expert(index: u16) -> ExpertId {
+    ExpertId { layer: LAYER, index }
+}
+
 #[test]
 fn outputs_land_in_their_slots_whoever_answers_first() {
     let mut home = home(&[&[0, 1], &[1, 2], &[0, 2]], &[(0, &[2]), (1, &[3]), (2, &[2])]);
@@ -317,10 +329,88 @@ fn an_exact_replica_is_asked_first_and_a_lower_one_when_it_fails() {
 fn where_no_replica_is_live_the_call_fails_at_once_and_names_the_holders() {
     let mut home = home(&[&[0, 1, 2]], &[(0, &[2]), (1, &[9]), (2, &[])]);
     let (missing, failures) = missing(home.finishes(CallInput::Start));
-    let expert = |index| ExpertId { layer: LAYER, index };
     assert_eq!(missing.experts, [(expert(1), vec![NodeId(9)]), (expert(2), vec![])].into());
     assert_eq!(failures, []);
     assert_eq!(home.hosts.rows_in_flight(NodeId(2)), 0, "nothing was sent");
+}
+
+#[test]
+fn experts_whose_hosts_are_away_or_not_ready_are_unavailable_and_not_missing() {
+    let mut home = home(&[&[0, 1, 2]], &[(0, &[2]), (1, &[9]), (2, &[])]);
+    home.replicas.loading.insert(2, [HOME, NodeId(3)].into());
+    home.handle(home.mesh_changed());
+    let (missing, failures) = unavailable(home.finishes(CallInput::Start));
+    assert_eq!(missing.experts, [(expert(1), vec![NodeId(9)]), (expert(2), vec![HOME, NodeId(3)])].into());
+    assert_eq!(failures, []);
+}
+
+#[test]
+fn a_host_that_falls_silent_during_the_call_makes_its_expert_unavailable() {
+    let mut home = home(&[&[0]], &[(0, &[2])]);
+    let asked = home.asks_one(CallInput::Start);
+    home.replicas.live.remove(&NodeId(2));
+    assert_eq!(home.handle(home.mesh_changed()), [], "the attempt is still open");
+    let due = home.pauses(asked.broken());
+    let (missing, _) = unavailable(home.finishes(due));
+    assert_eq!(missing.experts, [(expert(0), vec![NodeId(2)])].into());
+}
+
+#[test]
+fn a_host_that_is_heard_again_during_a_pause_computes() {
+    let mut home = home(&[&[0]], &[(0, &[2])]);
+    let asked = home.asks_one(CallInput::Start);
+    let away = home.replicas.live.remove(&NodeId(2)).unwrap();
+    home.handle(home.mesh_changed());
+    let due = home.pauses(asked.broken());
+    home.replicas.live.insert(NodeId(2), away);
+    home.handle(home.mesh_changed());
+    let again = home.asks_one(due);
+    home.completes(again.done());
+}
+
+#[test]
+fn an_answer_asks_again_once_its_sole_host_is_heard_and_gets_the_same_outputs() {
+    let call = || home(&[&[0, 1], &[1]], &[(0, &[2]), (1, &[3])]);
+    let (mut first, mut waits) = (call(), ExpertWait::default());
+    let [two, three] = first.asked(CallInput::Start).try_into().expect("two hosts");
+    assert_eq!(first.handle(two.done()), []);
+    let away = first.replicas.live.remove(&NodeId(3)).unwrap();
+    first.handle(first.mesh_changed());
+    let due = first.pauses(three.broken());
+    let (missing, _) = unavailable(first.finishes(due));
+    assert_eq!(missing.experts.keys().collect::<Vec<_>>(), [&expert(1)]);
+    // What the answer lacks, seen every second of the silence.
+    let lacks = |replicas: &LayerReplicas| {
+        let holders = replicas.holders.iter().filter(|(index, _)| **index == 1);
+        LayerReplicas { holders: holders.map(|(&index, nodes)| (index, nodes.clone())).collect(), ..replicas.clone() }
+    };
+    for second in 0..8 {
+        let step = waits.step(&lacks(&first.replicas), first.now + Duration::from_secs(second));
+        assert!(matches!(step, WaitStep::Wait(_)), "after {second} s: {step:?}");
+    }
+    first.replicas.live.insert(NodeId(3), away);
+    let heard = first.now + Duration::from_secs(8);
+    assert_eq!(waits.step(&lacks(&first.replicas), heard), WaitStep::Retry);
+    let mut second = Home { now: heard, hosts: first.hosts, ..call() };
+    let [two, three] = second.asked(CallInput::Start).try_into().expect("both again");
+    second.handle(three.done());
+    second.completes(two.done());
+}
+
+#[test]
+fn a_host_that_fails_for_good_is_not_waited_for() {
+    let refused = ReplyHeader::Refused("rows of 3 values".into());
+    let for_good: [Outcome<'_>; 3] =
+        [&|got| got.reply(&refused, &[]), &|got| got.not_held(9), &|got| got.reply(&ReplyHeader::NotHeld(vec![]), &[])];
+    for input in for_good {
+        let mut home = home(&[&[0]], &[(0, &[2])]);
+        let mut asked = home.asks_one(CallInput::Start);
+        for _ in 0..SECOND_CHANCES {
+            let due = home.pauses(input(&asked));
+            asked = home.asks_one(due);
+        }
+        missing(home.finishes(input(&asked)));
+    }
 }
 
 #[test]
@@ -335,9 +425,9 @@ fn the_last_hosts_get_second_chances_and_then_the_call_fails() {
     }
     let error = home.finishes(asked.broken());
     let text = error.clone().unwrap_err().to_string();
-    assert!(text.contains("expert 5.0 (held by node 2"), "{text}");
+    assert!(text.contains("expert 5.0 (placed on node 2"), "{text}");
     assert!(text.ends_with("(node 2 could not be asked: the connection broke)"), "each reason once: {text}");
-    assert_eq!(missing(error).1.len(), 1);
+    assert_eq!(unavailable(error).1.len(), 1);
 }
 
 #[test]
@@ -561,7 +651,10 @@ impl History {
                     self.pauses += 1;
                     self.chances.push(chance);
                 }
-                CallEffect::Finish(outcome) => self.outcomes.push(outcome),
+                CallEffect::Finish(outcome) => {
+                    self.check_missing(&outcome)?;
+                    self.outcomes.push(outcome);
+                }
                 _ => {}
             }
         }
@@ -572,6 +665,21 @@ impl History {
             prop_assert!(self.outcomes.len() == 1);
         }
         self.check()
+    }
+
+    /// A call without a host for some experts says that they may come back exactly where each is placed on a node that does not fail
+    /// for good.
+    fn check_missing(&self, outcome: &Result<ExpertOutputs, CallError>) -> Result<(), TestCaseError> {
+        let (missing, failures, is_retryable) = match outcome {
+            Err(CallError::Missing { missing, failures }) => (missing, failures, false),
+            Err(CallError::Unavailable { missing, failures }) => (missing, failures, true),
+            _ => return Ok(()),
+        };
+        prop_assert!(!missing.experts.is_empty());
+        let fails_for_good = |node| failures.iter().any(|(failed, why)| *failed == node && !why.is_passing());
+        let is_expected = |expert: &ExpertId| self.home.replicas.placed(expert.index).any(|node| !fails_for_good(node));
+        prop_assert_eq!(is_retryable, missing.experts.keys().all(is_expected));
+        Ok(())
     }
 
     fn check(&self) -> Result<(), TestCaseError> {
@@ -708,7 +816,7 @@ proptest! {
                 answered.sort_unstable();
                 prop_assert_eq!(answered, (0..slots).collect::<Vec<_>>());
             }
-            Some(Err(CallError::Missing { missing, .. })) => prop_assert!(!missing.experts.is_empty()),
+            Some(Err(CallError::Missing { .. } | CallError::Unavailable { .. })) => {}
             Some(Err(CallError::Cancelled)) => prop_assert!(history.cancelled),
             other => prop_assert!(false, "{:?}", other),
         }

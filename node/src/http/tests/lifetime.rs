@@ -38,6 +38,15 @@ async fn read_until(connection: &mut TcpStream, words: &str) -> String {
 }
 
 #[tokio::test]
+async fn a_stream_without_a_token_is_kept_alive_by_comments() {
+    let server = Server::start(stuck()).await;
+    let mut connection = connect(&server, json!({"stream": true})).await;
+    let seen = read_until(&mut connection, ": keepalive\n\n").await;
+    assert!(seen.contains("Par") && !seen.contains("event:"), "{seen}");
+    read_until(&mut connection, ": keepalive\n\n").await;
+}
+
+#[tokio::test]
 async fn a_dropped_stream_cancels_its_generation() {
     let server = Server::start(stuck()).await;
     let mut connection = connect(&server, json!({"stream": true})).await;
@@ -100,7 +109,7 @@ async fn a_client_that_never_finishes_its_request_does_not_keep_the_server() {
     let mut half = TcpStream::connect(address).await.unwrap();
     half.write_all(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: appl").await.unwrap();
     let (stop, stopped) = oneshot::channel::<()>();
-    let patience = Patience { drain: Duration::from_millis(20), farewell: Duration::from_millis(20) };
+    let patience = Patience { keepalive: HANG, drain: Duration::from_millis(20), farewell: Duration::from_millis(20) };
     let shutdown = async { stopped.await.unwrap_or_default() };
     let server = serve_with(listener, Arc::new(Script::default()), Auth::new(None), shutdown, patience);
     let server = tokio::spawn(server);

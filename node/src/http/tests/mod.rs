@@ -177,7 +177,8 @@ impl Server {
         let base = format!("http://{}", listener.local_addr().unwrap());
         let script = Arc::new(script);
         let (stop, stopped) = oneshot::channel();
-        let patience = Patience { drain: Duration::from_millis(20), farewell: HANG };
+        let patience =
+            Patience { keepalive: Duration::from_millis(20), drain: Duration::from_millis(20), farewell: HANG };
         let shutdown = async { stopped.await.unwrap_or_default() };
         let task = tokio::spawn(serve_with(listener, script.clone(), Auth::new(key), shutdown, patience));
         let client = reqwest::Client::builder().no_proxy().timeout(HANG).build().unwrap();

@@ -40,6 +40,9 @@ pub enum Message {
         /// The mesh that the joiner's data folder belongs to.
         #[serde(default)]
         former: Option<MeshId>,
+        /// The joiner has no log of this mesh: if it is a member, it has lost it.
+        #[serde(default)]
+        anew: bool,
     },
     /// Host: you are a member; these are the others.
     Welcome { node: NodeId, members: Vec<Greeted> },
@@ -56,6 +59,8 @@ pub struct Newcomer {
     pub addresses: Vec<String>,
     /// The mesh that its data folder belongs to, if any. The mesh that it joins must go on from that one.
     pub former: Option<MeshId>,
+    /// It has no log of the mesh that it joins.
+    pub anew: bool,
 }
 
 /// A member, as told to a newcomer.

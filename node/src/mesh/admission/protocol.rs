@@ -15,7 +15,7 @@ use super::handshake::{ADDRESSES_MAX, Greeted, MESSAGE_BYTES_MAX, Message, Newco
 use super::invite::{Invite, token_hash};
 use crate::config::NAME_BYTES_MAX;
 use crate::ids;
-use crate::mesh::{ProposalError, members, now_ms, propose};
+use crate::mesh::{MeshView, ProposalError, members, now_ms};
 
 /// The only protocol that answers a stranger.
 pub const PROTOCOL: Protocol = Protocol::new("/coel/join/1", MESSAGE_BYTES_MAX as u32 + 64);
@@ -62,7 +62,7 @@ pub struct Admitted {
 }
 
 /// Serves the handshake until the swarm stops.
-pub async fn serve(mut incoming: Incoming, log: Log, local: PeerId) {
+pub async fn serve(mut incoming: Incoming, view: MeshView) {
     let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     // One at a time from each: a single stranger must not take every place.
     let talking = Arc::new(Mutex::new(BTreeSet::new()));
@@ -73,9 +73,9 @@ pub async fn serve(mut incoming: Incoming, log: Log, local: PeerId) {
         if !lock(&talking).insert(stranger) {
             continue;
         }
-        let (log, talking) = (log.clone(), talking.clone());
+        let (view, talking) = (view.clone(), talking.clone());
         tokio::spawn(async move {
-            let outcome = host(&mut stream, stranger, &log, local).await;
+            let outcome = host(&mut stream, stranger, &view).await;
             lock(&talking).remove(&stranger);
             match outcome {
                 Ok(node) => info!(peer = %stranger, %node, "admitted"),
@@ -94,7 +94,8 @@ fn lock(talking: &Mutex<BTreeSet<PeerId>>) -> MutexGuard<'_, BTreeSet<PeerId>> {
     talking.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn host(stream: &mut FrameStream, stranger: PeerId, log: &Log, local: PeerId) -> Result<NodeId, String> {
+async fn host(stream: &mut FrameStream, stranger: PeerId, view: &MeshView) -> Result<NodeId, String> {
+    let (log, local) = (view.log(), view.gossip().local_peer_id());
     let mesh = log.mesh_id();
     match hear(stream, MESSAGE_DEADLINE).await? {
         Message::Hello { version: VERSION, mesh: asked } if asked == mesh => {}
@@ -110,7 +111,7 @@ async fn host(stream: &mut FrameStream, stranger: PeerId, log: &Log, local: Peer
     }
     let nonce: [u8; 32] = rand::random();
     say(stream, &Message::Challenge { nonce }).await?;
-    let Message::Proof { proof, name, addresses, former } = hear(stream, MESSAGE_DEADLINE).await? else {
+    let Message::Proof { proof, name, addresses, former, anew } = hear(stream, MESSAGE_DEADLINE).await? else {
         return Err("expected Proof".into());
     };
     if name.is_empty() || name.len() > NAME_BYTES_MAX || addresses.len() > ADDRESSES_MAX {
@@ -125,16 +126,16 @@ async fn host(stream: &mut FrameStream, stranger: PeerId, log: &Log, local: Peer
              another data folder (--data)"
         ));
     }
-    let join = Command::Join { peer: ids::peer_key(stranger), name, addresses, token, now_ms: now_ms() };
-    match propose(log, join).await {
+    let join = Command::Join { peer: ids::peer_key(stranger), name, addresses, token, now_ms: now_ms(), anew };
+    match view.propose(join).await {
         Ok(Outcome::Joined { node }) => {
             let members = greet(log, node).await;
             say(stream, &Message::Welcome { node, members }).await?;
             Ok(node)
         }
         Ok(other) => Err(format!("the log answered {other:?}")),
-        Err(error @ ProposalError::Refused { .. }) => Err(error.to_string()),
-        Err(error) => Err(format!("{error}; try again when the mesh has a quorum")),
+        Err(error @ ProposalError::Failed(_)) => Err(format!("{error}; try again when the mesh has a quorum")),
+        Err(error) => Err(error.to_string()),
     }
 }
 
@@ -175,8 +176,8 @@ pub async fn join(gossip: &Handle, invite: &Invite, me: Newcomer) -> Result<Admi
         _ => return Err(broken("expected Challenge".into())),
     };
     let proof = proof(&token_hash(&invite.token), invite.mesh, gossip.local_peer_id(), host, &nonce);
-    let Newcomer { name, addresses, former } = me;
-    let message = Message::Proof { proof, name, addresses, former };
+    let Newcomer { name, addresses, former, anew } = me;
+    let message = Message::Proof { proof, name, addresses, former, anew };
     say(&mut stream, &message).await.map_err(broken)?;
     match hear(&mut stream, WELCOME_DEADLINE).await.map_err(broken)? {
         Message::Welcome { node, members } => Ok(Admitted { node, members }),

@@ -13,7 +13,7 @@ impl StoreBuilder<TypeConfig, SledLog, StateMachine, tempfile::TempDir> for OnDi
         let dir = tempfile::tempdir().unwrap();
         let disk = Disk::open(&dir.path().join("log"), None).unwrap();
         let log = SledLog::open(disk.clone()).await.unwrap();
-        let (machine, _) = StateMachine::open(disk).unwrap();
+        let (machine, _) = StateMachine::open(disk, Default::default()).unwrap();
         Ok((dir, log, machine))
     }
 }

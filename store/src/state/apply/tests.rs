@@ -13,7 +13,7 @@ fn info(peer: u8) -> MemberInfo {
 
 fn join_of(peer: u8, token: u8, now_ms: u64) -> Command {
     let MemberInfo { peer, name, addresses } = info(peer);
-    Command::Join { peer, name, addresses, token: TokenHash([token; 32]), now_ms }
+    Command::Join { peer, name, addresses, token: TokenHash([token; 32]), now_ms, anew: false }
 }
 
 fn open(token: u8, uses: u32) -> Command {
@@ -114,6 +114,7 @@ fn a_member_that_joins_again_is_itself_and_uses_nothing_up() {
         addresses: vec!["/elsewhere".into()],
         token: TokenHash([0; 32]),
         now_ms: u64::MAX,
+        anew: false,
     };
     let before = state.clone();
     assert_eq!(apply(&mut state, &again), Outcome::Joined { node: NodeId(2) });
@@ -127,6 +128,35 @@ fn a_member_that_joins_again_is_itself_and_uses_nothing_up() {
         assert_eq!(state.members[&NodeId(2)].name, "renamed");
         assert_eq!(state.invites[&TokenHash([8; 32])].uses_left, 1);
     }
+}
+
+#[test]
+fn a_member_is_readmitted_under_a_new_id_each_time() {
+    let mut state = three();
+    let readmit = |node| Command::Readmit { node: NodeId(node) };
+    let by = |author| Some(Origin { author: NodeId(author), leader: NodeId(1) });
+    assert_eq!(super::apply(&mut state, &readmit(2), by(2)), Outcome::Joined { node: NodeId(4) });
+    assert_eq!(state.members.keys().copied().collect::<Vec<_>>(), [NodeId(1), NodeId(3), NodeId(4)]);
+    assert_eq!(state.node_of(&Peer(vec![2])), Some(NodeId(4)));
+    // The same command again, late, is not about what the node is now. It is told what that is.
+    let refusal = Refusal::SpeaksForAnother { author: NodeId(4), node: NodeId(2) };
+    assert_eq!(super::apply(&mut state, &readmit(2), by(4)), Outcome::Refused(refusal));
+    assert_eq!(super::apply(&mut state, &readmit(4), by(4)), Outcome::Joined { node: NodeId(5) });
+}
+
+#[test]
+fn a_member_that_has_lost_its_log_comes_back_under_a_new_id() {
+    let mut state = three();
+    let Command::Join { peer, name, addresses, token, now_ms, .. } = join_of(2, 8, 0) else { unreachable!() };
+    let anew = Command::Join { peer, name, addresses, token, now_ms, anew: true };
+    refused(&mut state, anew.clone(), Refusal::UnknownInvite);
+    apply(&mut state, &open(8, 2));
+    assert_eq!(apply(&mut state, &anew), Outcome::Joined { node: NodeId(4) });
+    assert_eq!(state.members.keys().copied().collect::<Vec<_>>(), [NodeId(1), NodeId(3), NodeId(4)]);
+    assert_eq!(state.node_of(&Peer(vec![2])), Some(NodeId(4)));
+    // Each time it asks it may have voted under the id that it got before.
+    assert_eq!(apply(&mut state, &anew), Outcome::Joined { node: NodeId(5) });
+    refused(&mut state, anew, Refusal::UsedUpInvite);
 }
 
 #[test]

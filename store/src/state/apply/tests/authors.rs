@@ -15,6 +15,7 @@ fn one_of_each() -> Vec<Command> {
         Command::Leaving { node, leaving: true },
         Command::Leave { node },
         Command::Forget { node },
+        Command::Readmit { node },
         register_of(2, "other"),
         Command::Place { expect: epoch, model: ModelId([1; 32]), replicas: assignment("0.0: 1 3") },
         Command::Precisions { bounds: Bounds::only(Precision::Q8) },
@@ -33,6 +34,7 @@ fn one_of_each() -> Vec<Command> {
             | Command::Leaving { .. }
             | Command::Leave { .. }
             | Command::Forget { .. }
+            | Command::Readmit { .. }
             | Command::RegisterModel { .. }
             | Command::Place { .. }
             | Command::Precisions { .. }
@@ -98,6 +100,7 @@ fn the_authority_of_each_command_is_pinned() {
         ("leaving", node),
         ("leave", node),
         ("forget", Authority::Member),
+        ("readmit", node),
         ("register-model", Authority::Member),
         ("place", Authority::Leader),
         ("precisions", Authority::Member),
@@ -155,6 +158,7 @@ fn members_and_models_are_bounded() {
         addresses: Vec::new(),
         token: TokenHash([8; 32]),
         now_ms: 0,
+        anew: false,
     };
     while state.members.len() < MEMBERS_MAX {
         let newcomer = numbered(state.members.len());

@@ -1,4 +1,4 @@
-//! Notices that the mesh goes on without this node.
+//! Notices that this node is excluded: that members of its mesh go on without it.
 //!
 //! A member that has recovered the mesh takes this node for a stranger, and so does a mesh that has forgotten it. They do not speak to it,
 //! but they answer what they answer every stranger. Owns [`follow`], which asks members that do not let this node in.
@@ -52,7 +52,7 @@ pub async fn follow(view: MeshView) {
             warn!(%node, why, "a member does not let this node in");
         }
         said_by = found.as_ref().map(|(node, _)| *node);
-        view.set_successor(found.map(|(_, why)| why));
+        view.set_exclusion(found.map(|(_, why)| why));
     }
 }
 
