@@ -12,11 +12,13 @@
 //! | module | what it is | it imports |
 //! |---|---|---|
 //! | [`blobs`] | the weights on this disk | manifest, disk, cbor, ids |
-//! | [`log`] | Raft: the log on disk, its messages, its members | state, disk, cbor, ids |
+//! | [`log`] | Raft: the log on disk, its messages, its members | state, disk, runtime, cbor, ids |
+//! | [`simulation`] | the log in virtual time, on simulated disks | log, disk, runtime |
 //! | [`state`] | the replicated value, its commands, and the pure step between them | precision, ids |
 //! | [`manifest`] | what a model consists of | precision, cbor, ids |
 //! | [`precision`], [`ids`], [`cbor`] | values, and their bytes | |
-//! | `disk`, `sync` | the one writer of a database, files that survive a power cut; locks | |
+//! | `disk`, `sync` | databases, in sled or simulated; files that survive a power cut; locks | runtime |
+//! | `runtime` | tasks, time and randomness: tokio's, or a simulation's | |
 //!
 //! Three rules hold throughout. Deciding is pure: [`apply()`], [`voters`] and the manifest's checks see no clock and no
 //! disk. Acknowledged means on the disk: one writer thread per database flushes and calls `fdatasync` before anyone hears

@@ -105,10 +105,10 @@ async fn disturb(world: &mut World) {
     if world.rng.random_bool(0.8) {
         world.sleep(5000).await;
     }
-    let blows = world.rng.random_range(1..12);
+    let disturbances = world.rng.random_range(1..12);
     // The disk of one machine, in some histories, is put back to an earlier state.
     let rolls_back = world.rng.random_bool(0.3).then(|| world.rng.random_range(0..world.hosts.len()));
-    for _ in 0..blows {
+    for _ in 0..disturbances {
         if let Some(machine) = rolls_back {
             world.back_up(machine);
             if world.rng.random_bool(0.2) {
@@ -126,7 +126,7 @@ async fn disturb(world: &mut World) {
             let pause = world.rng.random_range(0..400);
             world.sleep(pause).await;
         }
-        blow(world);
+        disturb_once(world);
         let pause = world.rng.random_range(0..4000);
         world.sleep(pause).await;
         if world.checker.violation().is_some() {
@@ -135,7 +135,7 @@ async fn disturb(world: &mut World) {
     }
 }
 
-fn blow(world: &mut World) {
+fn disturb_once(world: &mut World) {
     let machines = world.hosts.len();
     let any = world.rng.random_range(0..machines);
     match world.rng.random_range(0..100) {

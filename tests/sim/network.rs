@@ -80,7 +80,7 @@ pub struct Network {
 }
 
 impl Network {
-    /// A network whole links take a time in `delay` for a message.
+    /// A network whose links take a time in `delay` for a message.
     pub fn new(simulation: &Simulation, delay: std::ops::Range<Duration>) -> Self {
         Self { simulation: simulation.clone(), state: Arc::default(), delay }
     }

@@ -117,7 +117,7 @@ fn of_two_processes_with_one_identity_one_goes_on() {
         if world.is_running(copy) == world.is_running(machine) {
             world.checker.violated("of two processes with one identity none or both go on".into());
         }
-        world.end_of_copy(copy);
+        world.destroy(copy);
         world.write(machine);
         world.come_to_rest().await;
     });
@@ -172,7 +172,7 @@ async fn vote_and_forget(world: &mut World) {
     let term = world.term(voter);
     let until = world.simulation.elapsed() + Duration::from_secs(30);
     while world.simulation.elapsed() < until && world.term(voter) == term {
-        world.step().await;
+        world.sleep(1).await;
     }
     world.cut_power_keeping(voter, 0);
     world.part(&[leader], &[voter], true);

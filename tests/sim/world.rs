@@ -322,11 +322,6 @@ impl World {
         Some(copy)
     }
 
-    /// Ends a copy for good, if it has not ended by itself.
-    pub fn end_of_copy(&mut self, copy: usize) {
-        self.destroy(copy);
-    }
-
     /// Destroys a machine for good.
     pub fn destroy(&mut self, machine: usize) {
         self.kill(machine);
@@ -357,11 +352,6 @@ impl World {
     /// The term in which a machine is.
     pub fn term(&self, machine: usize) -> u64 {
         self.log_of(machine).map_or(0, |log| log.term())
-    }
-
-    /// Lets one millisecond pass.
-    pub async fn step(&mut self) {
-        self.sleep(1).await;
     }
 
     /// The power goes: of what was on its way to the disk, so many writes get there.
